@@ -1,0 +1,21 @@
+"""Caching for diffusion transformers as a torch.compile backend: ``torch.compile(model, backend="dit_cache")``."""
+
+from fx_cache.config import CacheConfig
+from fx_cache.control import configure, reset
+from fx_cache.debug.explain import explain
+from fx_cache.errors import CacheWarning, FxCacheError, OptionError, SessionError
+from fx_cache.runtime.sessions import session
+from fx_cache.runtime.summary import summary
+
+__all__ = [
+    "CacheConfig",
+    "CacheWarning",
+    "FxCacheError",
+    "OptionError",
+    "SessionError",
+    "configure",
+    "explain",
+    "reset",
+    "session",
+    "summary",
+]

@@ -1,0 +1,85 @@
+"""Compiles the pieces of a rewritten graph with the inner compiler, like pieces once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fx_cache.errors import OptionError
+from fx_cache.patterns.graph import value_of
+from fx_cache.ops import cond
+
+Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+def inner_compiler(name: str, mode: str | None, options: Mapping[str, Any]) -> Compiler:
+    """The Dynamo backend `name`, with the user's mode and options as ``torch.compile`` hands them over.
+
+    Raises:
+        OptionError: no such backend, or an option or mode that it does not have.
+    """
+    try:
+        if name == "inductor":
+            return torch._TorchCompileInductorWrapper(mode, dict(options), None)
+        return torch._TorchCompileWrapper(name, mode, dict(options), None)
+    except torch._dynamo.exc.InvalidBackend:
+        known = ", ".join(torch._dynamo.list_backends())
+        raise OptionError(f"option 'compiler': got {name!r}; expected one of {known}; install or correct it.") from None
+    except RuntimeError as error:
+        text = str(error).split(", known options are")[0]
+        raise OptionError(
+            f"options: got {sorted(options)} with mode {mode!r} for compiler {name!r} ({text}); expected options of "
+            f"fx_cache.CacheConfig or of {name}; correct or remove them."
+        ) from None
+
+
+def compile_pieces(
+    gm: fx.GraphModule, compiler: Compiler, done: dict[fx.GraphModule, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
+    """The same graph with every piece compiled; the branches of conditionals are gone through likewise.
+
+    Args:
+        gm: a rewritten graph: calls of pieces, checks and conditionals.
+        compiler: ``(piece, example inputs) -> callable``.
+        done: pieces compiled so far; each is compiled once, however often it is called.
+    """
+    done = {} if done is None else done
+    branches = {str(a.target) for n in gm.graph.find_nodes(op="call_function", target=cond) for a in n.args[1:3]}
+    targets = {str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr")}
+    attributes: dict[str, Any] = {}
+    for target in sorted(targets):
+        piece = _attribute(gm, target)
+        if target in branches:
+            attributes[target] = compile_pieces(piece, compiler, done)
+        elif isinstance(piece, fx.GraphModule):
+            if piece not in done:
+                done[piece] = compiler(piece, [_example(n) for n in piece.graph.find_nodes(op="placeholder")])
+            attributes[target] = done[piece]
+        else:
+            attributes[target] = piece
+    return fx.GraphModule(attributes, gm.graph)
+
+
+def _example(node: fx.Node) -> Any:
+    """An input's fake value in the mode that Dynamo made for its backends; symbols stay the same."""
+    value = value_of(node)
+    context = TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    if mode is None or not isinstance(value, FakeTensor) or value.fake_mode is mode:
+        return value
+    with torch.no_grad(), mode:
+        example = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    is_parameter = isinstance(value, torch.nn.Parameter)
+    return torch.nn.Parameter(example, requires_grad=value.requires_grad) if is_parameter else example
+
+
+def _attribute(gm: fx.GraphModule, target: str) -> Any:
+    value: Any = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,139 @@
+"""The configuration: cache-dit's option names, one frozen dataclass, validated where it is made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fx_cache.errors import OptionError
+
+Scope = Literal["model", "stack"]
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How a transformer is cached. Names, meanings and defaults are those of cache-dit's ``DBCacheConfig``.
+
+    Fixed when the graph is compiled:
+
+    Attributes:
+        Fn_compute_blocks: blocks at the start of a span's stack(s) that every step runs (the head), >= 1.
+        Bn_compute_blocks: blocks at the end that every step runs (the tail), >= 0.
+        scope: ``"model"``: one span over adjacent stacks, one decision a step (as FBCache);
+            ``"stack"``: a head, span and tail for each stack (as cache-dit).
+        compiler: name of the Dynamo backend that compiles the pieces.
+        dump_dir: folder for the graphs before and after every pass, the pieces and the report; None: no dump.
+
+    Run-time values, changed by :func:`fx_cache.configure` without a recompile:
+
+    Attributes:
+        residual_diff_threshold: a step reuses the span if ``mean|prev - now| / mean|prev|`` of the probe is below it.
+            ``<= 0``: never; ``>= 1``: always, without looking.
+        max_accumulated_residual_diff_threshold: sum of the diffs of a request from which on it computes; None: no limit.
+        max_warmup_steps: steps at the start of a request that are computed, counted in steps.
+        warmup_interval: within the warm-up, only every n-th step is forced to compute.
+        max_cached_steps: reused steps a request may have; -1: no limit.
+        max_continuous_cached_steps: reused steps in a row; -1: no limit.
+        num_inference_steps: steps of a request, where known: the step after the last one starts a new request.
+    """
+
+    Fn_compute_blocks: int = 8
+    Bn_compute_blocks: int = 0
+    residual_diff_threshold: float = 0.08
+    max_accumulated_residual_diff_threshold: float | None = None
+    max_warmup_steps: int = 8
+    warmup_interval: int = 1
+    max_cached_steps: int = -1
+    max_continuous_cached_steps: int = -1
+    num_inference_steps: int | None = None
+    scope: Scope = "model"
+    compiler: str = "inductor"
+    dump_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_int(self, "Fn_compute_blocks", 1)
+        _check_int(self, "Bn_compute_blocks", 0)
+        _check_int(self, "max_warmup_steps", 0)
+        _check_int(self, "warmup_interval", 1)
+        _check_int(self, "max_cached_steps", -1)
+        _check_int(self, "max_continuous_cached_steps", -1)
+        if self.num_inference_steps is not None:
+            _check_int(self, "num_inference_steps", 1)
+        _check_number(self, "residual_diff_threshold")
+        if self.max_accumulated_residual_diff_threshold is not None:
+            _check_number(self, "max_accumulated_residual_diff_threshold")
+        if self.scope not in get_args(Scope):
+            raise _invalid("scope", self.scope, " or ".join(map(repr, get_args(Scope))))
+        if not isinstance(self.compiler, str) or not self.compiler:
+            raise _invalid("compiler", self.compiler, "the name of a torch.compile backend")
+        if self.compiler == "dit_cache":
+            raise _invalid("compiler", self.compiler, "another torch.compile backend, to compile the pieces with")
+        if isinstance(self.dump_dir, Path):
+            object.__setattr__(self, "dump_dir", str(self.dump_dir))
+        if self.dump_dir is not None and not isinstance(self.dump_dir, str):
+            raise _invalid("dump_dir", self.dump_dir, "a path or None")
+
+    def changed(self, changes: Mapping[str, Any]) -> CacheConfig:
+        """This configuration with run-time values replaced.
+
+        Raises:
+            OptionError: an unknown name, a value out of range, or an option that is fixed at compile time.
+        """
+        for name in changes:
+            if name not in OPTION_NAMES:
+                raise _unknown(name)
+            if name not in RUNTIME_OPTIONS:
+                raise OptionError(
+                    f"option {name!r}: got a change after compilation; expected one of the run-time options "
+                    f"{', '.join(RUNTIME_OPTIONS)}; compile the model again with options={{{name!r}: ...}} instead."
+                )
+        return replace(self, **dict(changes))
+
+
+COMPILE_OPTIONS = ("Fn_compute_blocks", "Bn_compute_blocks", "scope", "compiler", "dump_dir")
+OPTION_NAMES = tuple(f.name for f in fields(CacheConfig))
+RUNTIME_OPTIONS = tuple(n for n in OPTION_NAMES if n not in COMPILE_OPTIONS)
+
+
+def split_options(options: Mapping[str, Any] | None) -> tuple[CacheConfig, dict[str, Any]]:
+    """Our options as a `CacheConfig`, and the rest, which belongs to the inner compiler.
+
+    Raises:
+        OptionError: a value out of range, or a name that is nearly one of ours.
+    """
+    options = dict(options or {})
+    ours = {name: options.pop(name) for name in OPTION_NAMES if name in options}
+    for name in options:
+        if _close(name):
+            raise _unknown(name)
+    return CacheConfig(**ours), options
+
+
+def _close(name: str) -> list[str]:
+    folded = {n.lower(): n for n in OPTION_NAMES}
+    return [folded[m] for m in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.8)]
+
+
+def _unknown(name: str) -> OptionError:
+    close = _close(name)
+    expected = f"{close[0]!r}" if close else f"one of {', '.join(OPTION_NAMES)}"
+    return OptionError(f"option {name!r}: got an unknown name; expected {expected}; correct or remove it.")
+
+
+def _invalid(name: str, got: object, expected: str) -> OptionError:
+    return OptionError(f"option {name!r}: got {got!r}; expected {expected}; correct or remove it.")
+
+
+def _check_int(config: CacheConfig, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _invalid(name, value, f"an integer >= {least}")
+
+
+def _check_number(config: CacheConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+        raise _invalid(name, value, "a number")

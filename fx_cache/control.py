@@ -1,0 +1,41 @@
+"""Changing a compiled model: its run-time options, and what it remembers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fx_cache.errors import SessionError
+from fx_cache.runtime.registry import stores
+
+
+def configure(model: torch.nn.Module, **changes: Any) -> None:
+    """Changes run-time options of a compiled model. Nothing is recompiled; the next step follows them.
+
+    Args:
+        model: the compiled model or the module in it; it must have run once.
+        changes: run-time fields of :class:`fx_cache.CacheConfig`.
+
+    Raises:
+        OptionError: an unknown option, a value out of range, or an option that is fixed at compile time.
+        SessionError: the model has not run with this backend.
+    """
+    found = list(stores(model))
+    if not found:
+        raise SessionError(
+            f"configure: got {type(model).__name__}, which has not run with backend 'dit_cache'; expected a compiled "
+            "model after its first call; set its first options in torch.compile(options=...)."
+        )
+    configs = [store.config.changed(changes) for store in found]
+    for store, config in zip(found, configs, strict=True):
+        store.config = config
+
+
+def reset(model: torch.nn.Module | None = None) -> None:
+    """Drops everything cached of a model, or of all models: the next call of each branch starts a request.
+
+    Statistics stay.
+    """
+    for store in stores(model):
+        store.reset()

@@ -1,0 +1,1 @@
+"""Seeing what the backend found and did: explanations, dumps, reports."""

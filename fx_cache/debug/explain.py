@@ -1,0 +1,62 @@
+"""`explain`: what the backend sees in a model, without compiling anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_cache.backend import refuse_gradients, rewrite
+from fx_cache.config import CacheConfig, split_options
+from fx_cache.patterns.explanation import Explanation
+from fx_cache.patterns.spans import Plan
+
+
+def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Runs a forward once, uncached, and says what the backend finds in its graphs.
+
+    Args:
+        model: a module, or the result of ``torch.compile(module, backend="dit_cache", ...)``, whose options count;
+            for a bare module the defaults do.
+        args, kwargs: inputs of its forward.
+
+    Returns:
+        An :class:`Explanation` with ``stacks``, ``reason`` and ``to_dict()``; ``str()`` of it is for people.
+    """
+    config = _config_of(model)
+    plans: list[Plan] = []
+    names: dict[str, list[str]] = {}
+
+    def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        del example_inputs
+        found = rewrite(gm, config)
+        refusal = refuse_gradients(gm) or found.plan.refusal
+        plan = Plan(found.plan.roles, found.plan.stacks, () if refusal else found.plan.spans, refusal)
+        plans.append(plan)
+        if plan.spans or len(plans) == 1:
+            inputs = list(found.gm.graph.find_nodes(op="placeholder"))
+            for role in ("latents", "schedule", "conditioning", "scalars"):
+                names[role] = [inputs[i].name for i in getattr(plan.roles, role)]
+        return gm.forward
+
+    target = getattr(model, "_orig_mod", model)
+    with torch.no_grad():
+        torch.compile(target, backend=look)(*args, **kwargs)
+    return Explanation.of(plans, config, {k: tuple(v) for k, v in names.items()})
+
+
+def _config_of(model: torch.nn.Module) -> CacheConfig:
+    """The configuration that a compiled model was given; the default one for a bare module."""
+    callback = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    for _ in range(8):
+        if callback is None:
+            break
+        options = getattr(callback, "kwargs", {}).get("options") if hasattr(callback, "compiler_fn") else None
+        if options is not None:
+            return split_options(options)[0]
+        callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(callback, "compiler_fn", None)
+    return CacheConfig()
+
+

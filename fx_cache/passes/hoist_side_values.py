@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from torch import fx
+
+from fx_cache.passes.outline import REGION, region_nodes
+from fx_cache.passes.runner import RewriteContext
+from fx_cache.patterns.graph import ancestors, is_tensor, storage_key, written_inputs
+
+
+def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
+    """Moves what a span computes for others, without using its own streams, in front of the span.
+
+    Before::
+
+        span { a = block(x);  side = table[3];  b = block(a) }   tail { out = f(b, side) }
+
+    After::
+
+        side = table[3]   span { a = block(x);  b = block(a) }   tail { out = f(b, side) }
+
+    Requires: `mark_regions`.
+    Ensures: whatever a span hands on depends on its streams, so that a stale copy of anything else is never used.
+    """
+    assert context.plan is not None
+    written = {storage_key(a) for n in gm.graph.nodes for a in written_inputs(n)} - {None}
+    count = 0
+    for k, span in enumerate(context.plan.spans):
+        nodes = region_nodes(gm.graph, 2 * k + 1)
+        inside = set(nodes)
+        live = {lo.value for lo in span.live_outs}
+        side = [n for n in nodes if is_tensor(n) and n not in live and any(u not in inside for u in n.users)]
+        moving = {a for n in side for a in ancestors(n) if a in inside}
+        if any(storage_key(n) in written for n in moving):
+            raise AssertionError(f"a value written in place is used behind span {k} and does not depend on its streams")
+        anchor = nodes[0].prev
+        for node in nodes:
+            if node in moving:
+                anchor.append(node)
+                node.meta[REGION] = 2 * k
+                anchor = node
+                count += 1
+    return count

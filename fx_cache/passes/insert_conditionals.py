@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_cache.passes.outline import build, fake, inputs_of, live_outputs, mark, region_nodes, replace_by_call
+from fx_cache.passes.runner import RewriteContext
+from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.spans import SpanPlan
+from fx_cache.ops import check, cond
+
+
+def insert_conditionals(gm: fx.GraphModule, context: RewriteContext) -> int:
+    """Puts each span behind a check, with a branch that computes it and one that reuses what is cached.
+
+    Before::
+
+        probe_0 = x1 - x0;  y = span(x1);  return tail(y)
+
+    After::
+
+        def forward(..., gate_0, slot_0_probe, slot_0_y):
+            probe_0 = x1 - x0
+            hit_0 = check(gate_0, self.measure_0, probe_0, slot_0_probe)
+            y, probe, cached_y = cond(hit_0, self.reuse_0, self.compute_0, (x1, ..., probe_0, slot_0_probe, slot_0_y))
+            return (tail(y),), ((probe, cached_y),)
+
+        compute_0: y = span(x1);  return y, probe_0, y - x1
+        reuse_0:   y = x1 + slot_0_y;  return y, slot_0_probe, slot_0_y
+
+    Requires: `insert_probes`, `hoist_side_values`; blocks outlined, so that the branches stay readable.
+    Ensures: the graph is a function of (inputs, slot state) that returns (outputs, new slot state).
+    """
+    assert context.plan is not None
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    states: list[tuple[fx.Node, ...]] = []
+    last_input = inputs[-1]
+    for k, span in enumerate(context.plan.spans):
+        last_input, state = _insert(gm, context, k, span, last_input)
+        states.append(state)
+    output.args = ((output.args[0], tuple(states)),)
+    return len(states)
+
+
+def _insert(
+    gm: fx.GraphModule, context: RewriteContext, k: int, span: SpanPlan, last_input: fx.Node
+) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    graph = gm.graph
+    nodes = region_nodes(graph, 2 * k + 1)
+    probe = next(n for n in graph.nodes if n.name == f"probe_{k}")
+    live_outs = live_outputs(nodes)
+    live_ins = _live_ins(context, span, live_outs)
+    inputs = inputs_of(gm, nodes)
+    inputs += [u for u in live_ins if u is not None and u not in inputs]
+
+    def new_input(name: str, value: Any) -> fx.Node:
+        nonlocal last_input
+        with graph.inserting_after(last_input):
+            last_input = mark(graph.create_node("placeholder", name, name=name), None, value)
+        return last_input
+
+    gate = new_input(f"gate_{k}", None)
+    cached_values = [
+        fake(torch.clone, o) if u is None else fake(operator.sub, o, u) for o, u in zip(live_outs, live_ins, strict=True)
+    ]
+    slots = [new_input(f"slot_{k}_probe", value_of(probe))]
+    slots += [new_input(f"slot_{k}_{o.name}", v) for o, v in zip(live_outs, cached_values, strict=True)]
+    operands = (*inputs, probe, *slots)
+
+    compute = build(gm, nodes, operands, live_outs)
+    _store(compute, operands, live_outs, live_ins, probe, cached_values)
+    reuse = _reuse(operands, live_outs, live_ins, slots)
+    gm.add_submodule(f"measure_{k}", _measure(probe))
+    gm.add_submodule(f"compute_{k}", compute)
+    gm.add_submodule(f"reuse_{k}", reuse)
+
+    with graph.inserting_before(nodes[0]):
+        measure = mark(graph.get_attr(f"measure_{k}"), 2 * k)
+        hit = graph.create_node("call_function", check, (gate, measure, probe, slots[0]), name=f"hit_{k}")
+        mark(hit, 2 * k)
+    with graph.inserting_after(nodes[-1]):
+        call = graph.create_node("call_function", cond, (), name=f"cond_{k}")
+    with graph.inserting_before(call):
+        branches = [mark(graph.get_attr(f"{b}_{k}"), 2 * k + 1) for b in ("reuse", "compute")]
+    call.args = (hit, *branches, operands)
+    mark(call, 2 * k + 1, tuple(value_of(o) for o in live_outs))
+    following = call.next
+    replace_by_call(gm, nodes, live_outs, call)
+    state = []
+    for i, slot in enumerate(slots):
+        with graph.inserting_before(following):
+            item = graph.create_node("call_function", operator.getitem, (call, len(live_outs) + i), name=f"new_{slot.name}")
+        state.append(mark(item, 2 * k + 1, value_of(slot)))
+    return last_input, tuple(state)
+
+
+def _live_ins(context: RewriteContext, span: SpanPlan, live_outs: list[fx.Node]) -> list[fx.Node | None]:
+    """For each live-out, the value whose stream it carries on, as the nodes stand now that blocks are outlined."""
+    now = context.templates.now
+    continued = {now(lo.value): now(lo.continues) for lo in span.live_outs if lo.continues is not None}
+    continued |= {now(clone): now(stream) for clone, stream in context.copies.items()}
+    return [continued.get(out) for out in live_outs]
+
+
+def _store(
+    compute: fx.GraphModule,
+    operands: tuple[fx.Node, ...],
+    live_outs: list[fx.Node],
+    live_ins: list[fx.Node | None],
+    probe: fx.Node,
+    cached_values: list[Any],
+) -> None:
+    """Lets the compute branch return, behind the live-outs, the probe and what is cached of each live-out."""
+    graph = compute.graph
+    env = dict(zip(operands, graph.find_nodes(op="placeholder"), strict=True))
+    output = next(iter(graph.find_nodes(op="output")))
+    results = list(output.args[0])  # type: ignore[arg-type]
+    cached = []
+    with graph.inserting_before(output):
+        for result, out, source, value in zip(results, live_outs, live_ins, cached_values, strict=True):
+            if source is None:
+                stored = graph.create_node("call_function", torch.clone, (result,), name=f"value_{out.name}")
+            else:
+                stored = graph.create_node("call_function", operator.sub, (result, env[source]), name=f"residual_{out.name}")
+            cached.append(mark(stored, None, value))
+    output.args = ((*results, env[probe], *cached),)
+    compute.recompile()
+
+
+def _reuse(
+    operands: tuple[fx.Node, ...], live_outs: list[fx.Node], live_ins: list[fx.Node | None], slots: list[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    env = {n: mark(graph.placeholder(n.name), None, value_of(n)) for n in operands}
+    results = []
+    for out, source, slot in zip(live_outs, live_ins, slots[1:], strict=True):
+        if source is None:
+            # A copy: the tail, or the caller who gets it as an output, may write to it.
+            result = graph.call_function(torch.clone, (env[slot],))
+        else:
+            result = graph.call_function(operator.add, (env[source], env[slot]))
+        results.append(mark(result, None, value_of(out)))
+    graph.output((*results, *(env[s] for s in slots)))
+    return fx.GraphModule({}, graph)
+
+
+def _measure(probe: fx.Node) -> fx.GraphModule:
+    """``mean|previous - probe| / mean|previous|``, as cache-dit and FBCache define the residual diff."""
+    graph = fx.Graph()
+    previous, now = graph.placeholder("previous"), graph.placeholder("probe")
+    for node in (previous, now):
+        mark(node, None, value_of(probe))
+    difference = mark(graph.call_function(operator.sub, (previous, now)), None, fake(operator.sub, probe, probe))
+    means = []
+    for node in (difference, previous):
+        absolute = mark(graph.call_method("abs", (node,)), None, fake(torch.abs, probe))
+        means.append(mark(graph.call_method("mean", (absolute,)), None, fake(torch.mean, probe)))
+    diff = graph.call_function(operator.truediv, tuple(means))
+    mark(diff, None, fake(torch.mean, probe))
+    graph.output((diff,))
+    return fx.GraphModule({}, graph)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from fx_cache.passes.outline import REGION, outline
+from fx_cache.passes.runner import RewriteContext
+
+
+def outline_blocks(gm: fx.GraphModule, context: RewriteContext) -> int:
+    """Makes a call of every block; like blocks share one sub-module and are told apart by their weights.
+
+    Before::
+
+        a = linear(x, blocks_0_weight);  ...;  b = linear(a, blocks_1_weight);  ...
+
+    After::
+
+        blocks_0 = self.blocks(x, blocks_0_weight, ...);  blocks_1 = self.blocks(blocks_0[0], blocks_1_weight, ...)
+
+    Requires: `mark_regions`, `protect_streams`, `insert_probes`.
+    Ensures: as many sub-modules as there are kinds of blocks, each compiled once whatever the depth.
+    """
+    assert context.plan is not None
+    cached = {name for span in context.plan.spans for name in span.stacks}
+    count = 0
+    for report in context.plan.stacks:
+        if report.stack.name not in cached:
+            continue
+        name = re.sub(r"\W+", "_", report.stack.name).strip("_")
+        for block in report.stack.blocks:
+            # A pass before this one may have moved nodes out of the block or put new ones into it.
+            region = max(n.meta[REGION] for n in block.nodes)
+            kept = [n for n in block.nodes if n.meta[REGION] == region]
+            nodes = [kept[0]]
+            while nodes[-1] is not kept[-1]:
+                nodes.append(nodes[-1].next)
+            outline(gm, nodes, f"{name}_block", context.templates, f"{name}_{block.index}")
+            count += 1
+    return count

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from fx_cache.passes.outline import REGION, Templates, outline
+from fx_cache.passes.runner import RewriteContext
+from fx_cache.patterns.graph import is_scalar
+from fx_cache.ops import check, cond
+
+
+def outline_glue(gm: fx.GraphModule, context: RewriteContext) -> int:
+    """Makes a call of every run of operations between blocks, so that a graph and its branches hold calls only.
+
+    Before::
+
+        x = conv(latent);  x = x + table;  blocks_0 = self.blocks(x, ...);  y = norm(blocks_0[0]);  return y
+
+    After::
+
+        head = self.head(latent, table);  blocks_0 = self.blocks(head[0], ...);  tail = self.tail(blocks_0[0])
+
+    Requires: `insert_conditionals`.
+    Ensures: every operation on tensors lies in a sub-module without sub-modules of its own: the pieces to compile.
+    """
+    assert context.plan is not None
+    last = 2 * len(context.plan.spans)
+    count = _outline_runs(gm, context, lambda r: "head" if r == 0 else "tail" if r == last else "between")
+    for k in range(len(context.plan.spans)):
+        compute, reuse = (getattr(gm, f"{b}_{k}") for b in ("compute", "reuse"))
+        count += _outline_runs(compute, context, lambda r: "glue")
+        count += _outline_runs(reuse, context, lambda r: "restore")
+    return count
+
+
+def _outline_runs(gm: fx.GraphModule, context: RewriteContext, name_of) -> int:  # type: ignore[no-untyped-def]
+    templates = Templates()
+    runs: list[list[fx.Node]] = []
+    current: list[fx.Node] = []
+    calls: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.op == "call_module" or node.target in (check, cond):
+            calls.add(node)
+        if node.op in ("output", "call_module") or node.target in (check, cond):
+            if current:
+                runs.append(current)
+            current = []
+        elif not (node.target is operator.getitem and node.args[0] in calls):
+            current.append(node)
+    for run in runs:
+        _outline_run(gm, run, templates, name_of(run[0].meta.get(REGION, 0)))
+    gm.graph.lint()
+    gm.recompile()
+    return len(runs)
+
+
+def _outline_run(gm, run, templates, name) -> None:  # type: ignore[no-untyped-def]
+    if all(is_scalar(n) for n in run):
+        return
+    # Elements taken of earlier calls may stand inside the run: they go in front of it.
+    inside, node, between = set(run), run[0], []
+    while node is not run[-1]:
+        node = node.next
+        if node not in inside:
+            between.append(node)
+    for node in between:
+        run[0].prepend(node)
+    outline(gm, run, name, templates, name)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fx_cache.passes.outline import REGION, fake, mark, region_nodes
+from fx_cache.passes.runner import RewriteContext
+from fx_cache.patterns.graph import storage_key, written_inputs
+
+
+def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
+    """Gives a span its own copy of a stream that its blocks write to in place.
+
+    Before::
+
+        span { x.add_(attention(x)) }   tail { out = f(x) }
+
+    After::
+
+        span { x_1 = x.clone();  x_1.add_(attention(x_1)) }   tail { out = f(x_1) }
+
+    Requires: `mark_regions`; a plan without writes to what others see.
+    Ensures: a span leaves the values it starts from as they were: out - in is the residual, and a hit skips no effect.
+    """
+    assert context.plan is not None
+    count = 0
+    for k, _ in enumerate(context.plan.spans):
+        nodes = region_nodes(gm.graph, 2 * k + 1)
+        inside = set(nodes)
+        written = {storage_key(a) for n in nodes for a in written_inputs(n)} - {None}
+        before = [n for n in gm.graph.nodes if n.meta.get(REGION, -1) < 2 * k + 1]
+        for node in before:
+            if node.op == "placeholder" or storage_key(node) not in written:
+                continue
+            readers = [u for u in node.users if u in inside or u.meta.get(REGION, 1 << 30) > 2 * k + 1]
+            if not readers:
+                continue
+            with gm.graph.inserting_before(nodes[0]):
+                clone = gm.graph.call_function(torch.clone, (node,))
+            mark(clone, 2 * k + 1, fake(torch.clone, node))
+            node.replace_all_uses_with(clone, delete_user_cb=lambda u, readers=readers: u in readers)
+            context.copies[clone] = node
+            count += 1
+    return count
+
+

@@ -1,0 +1,73 @@
+"""Runs the pipeline: times each pass, lints after it, writes the graph before and after, stops at a refusal."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fx_cache.config import CacheConfig
+from fx_cache.patterns.spans import Plan
+from fx_cache.passes.outline import Templates
+from fx_cache.passes.spec import check_rewritten
+
+
+@dataclass
+class RewriteContext:
+    """What passes share.
+
+    Attributes:
+        config: the user's configuration.
+        plan: what the analysis found; set by the planning pass.
+        templates: the sub-modules made so far.
+        copies: for each copy of a stream that a span writes to, the stream.
+    """
+
+    config: CacheConfig
+    plan: Plan | None = None
+    templates: Templates = field(default_factory=Templates)
+    copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+Pass = Callable[[fx.GraphModule, RewriteContext], int]
+Observer = Callable[[str, fx.GraphModule], None]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One line of the report: a pass, how many rewrites it made, and how long it took in seconds."""
+
+    name: str
+    rewrites: int
+    seconds: float
+
+
+def run_passes(
+    gm: fx.GraphModule, pipeline: Sequence[Pass], context: RewriteContext, observe: Observer | None = None
+) -> list[PassRecord]:
+    """Applies each pass of `pipeline` to `gm`, in place.
+
+    A plan that refuses ends the run. With ``FX_CACHE_CHECK=1`` the spec of the rewritten graph is checked after each
+    pass, as the tests do.
+    """
+    check = os.environ.get("FX_CACHE_CHECK") == "1"
+    records = []
+    if observe is not None:
+        observe("captured", gm)
+    for rewrite in pipeline:
+        begin = time.perf_counter()
+        count = rewrite(gm, context)
+        if count:
+            gm.graph.lint()
+            gm.recompile()
+        records.append(PassRecord(rewrite.__name__, count, time.perf_counter() - begin))
+        if check:
+            check_rewritten(gm)
+        if observe is not None and count:
+            observe(rewrite.__name__, gm)
+        if context.plan is not None and context.plan.refusal is not None:
+            break
+    return records

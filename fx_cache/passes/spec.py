@@ -1,0 +1,49 @@
+"""The spec of the rewritten graph, checked after every pass in tests and with ``FX_CACHE_CHECK=1``."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fx_cache.passes.outline import REGION
+from fx_cache.ops import check, cond
+
+
+def check_rewritten(gm: fx.GraphModule) -> None:
+    """Asserts what must hold between any two passes.
+
+    - Regions are numbered along the graph and never go back.
+    - A conditional takes one check, and two branches with the same inputs and equally many outputs.
+    - Whatever a call of a sub-module gets, the sub-module has an input for.
+    - Inputs come first; there is one output.
+    """
+    gm.graph.lint()
+    region = 0
+    body = False
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            assert not body, f"input {node} stands behind an operation"
+            continue
+        body = body or node.op != "get_attr"
+        if REGION in node.meta:
+            assert node.meta[REGION] >= region, f"{node} of region {node.meta[REGION]} stands behind region {region}"
+            region = node.meta[REGION]
+        if node.op == "call_module":
+            inputs = list(gm.get_submodule(str(node.target)).graph.find_nodes(op="placeholder"))  # type: ignore[union-attr]
+            assert len(inputs) == len(node.args), f"{node} hands over {len(node.args)} values, {len(inputs)} expected"
+        if node.target is cond:
+            _check_cond(gm, node)
+    assert len(list(gm.graph.find_nodes(op="output"))) == 1
+
+
+def _check_cond(gm: fx.GraphModule, node: fx.Node) -> None:
+    hit, reuse, compute, operands = node.args
+    assert isinstance(hit, fx.Node) and hit.target is check, f"{node} is not decided by a check"
+    results = []
+    for branch in (reuse, compute):
+        assert isinstance(branch, fx.Node) and isinstance(operands, tuple)
+        module = getattr(gm, str(branch.target))
+        inputs = list(module.graph.find_nodes(op="placeholder"))
+        assert len(inputs) == len(operands), f"branch {branch.target}: {len(inputs)} inputs, {len(operands)} operands"
+        results.append(len(next(iter(module.graph.find_nodes(op="output"))).args[0]))
+        check_rewritten(module)
+    assert results[0] == results[1], f"{node}: branches return {results[0]} and {results[1]} values"

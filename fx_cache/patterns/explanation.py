@@ -1,0 +1,140 @@
+"""What was found in a model's graphs, and why it is cached or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fx_cache.config import CacheConfig
+from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.spans import Plan, SpanPlan, StackReport
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StreamExplanation:
+    """A tensor at the boundaries of a stack.
+
+    Attributes:
+        role: ``"main"`` (carries the latent; its residual is the probe), ``"carried"``, ``"partial"`` (appears or
+            ends inside the stack), ``"invariant"`` (read by every block) or ``"long skip"``.
+        name: the graph's name of it where it enters the stack.
+        shape: sizes, symbols where dynamic.
+        dtype: its element type.
+    """
+
+    role: str
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class StackExplanation:
+    """A stack and how it is cut.
+
+    Attributes:
+        name: module path of the block list.
+        blocks: number of blocks.
+        kinds: number of different kinds of blocks, each compiled once.
+        pattern: cache-dit's patterns that look like it, and in words; ``custom n->m`` where none does.
+        streams: what crosses its block boundaries.
+        head, span, tail: block ranges (start, stop); None where the stack is not cached.
+        graph: number of the captured graph that holds it.
+    """
+
+    name: str
+    blocks: int
+    kinds: int
+    pattern: str
+    streams: tuple[StreamExplanation, ...]
+    head: Range | None
+    span: Range | None
+    tail: Range | None
+    graph: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of :func:`fx_cache.explain`; ``str()`` is for people.
+
+    Attributes:
+        stacks: every stack found, in order of execution.
+        reason: None if something is cached, else why nothing is.
+        spans: for each span, what is stored of each value that goes on behind it: (name, "residual" or "value").
+        inputs: names of the graph's inputs by role, without weights.
+        graphs: number of graphs that the forward was captured in.
+    """
+
+    stacks: tuple[StackExplanation, ...]
+    reason: str | None
+    spans: tuple[tuple[tuple[str, str], ...], ...]
+    inputs: dict[str, tuple[str, ...]]
+    graphs: int
+
+    @classmethod
+    def of(
+        cls, plans: Sequence[Plan], config: CacheConfig, inputs: dict[str, tuple[str, ...]] | None = None
+    ) -> Explanation:
+        """Puts together what the analysis found in each of a forward's graphs."""
+        del config
+        stacks = [_stack(r, p.spans, i) for i, p in enumerate(plans) for r in p.stacks]
+        spans = [
+            tuple((lo.value.name, lo.rule) for lo in span.live_outs) for p in plans for span in p.spans
+        ]
+        refusals = [p.refusal for p in plans if p.refusal is not None]
+        # Of several graphs, the one with a stack tells most.
+        told = [p.refusal for p in plans if p.refusal is not None and p.stacks] or refusals
+        reason = None if spans or not told else str(told[0])
+        if not plans:
+            reason = "the model: got no captured graph; expected a forward that Dynamo captures; look for graph breaks."
+        return cls(tuple(stacks), reason, tuple(spans), inputs or {}, len(plans))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.graphs} captured graph(s), {len(self.stacks)} stack(s), {len(self.spans)} span(s)"]
+        for stack in self.stacks:
+            lines.append(f"stack {stack.name}: {stack.blocks} blocks of {stack.kinds} kind(s), {stack.pattern}")
+            if stack.span is not None:
+                ranges = [f"{n} blocks[{r[0]}:{r[1]}]" for n in ("head", "span", "tail") if (r := getattr(stack, n))]
+                lines.append(f"  {', '.join(ranges)}")
+            else:
+                lines.append("  not cached")
+            lines += [f"  {s.role}: {s.name} {list(s.shape)} {s.dtype}".replace("'", "") for s in stack.streams]
+        for k, span in enumerate(self.spans):
+            lines.append(f"span {k} stores " + ", ".join(f"the {rule} of {name}" for name, rule in span))
+        lines += [f"{role}: {', '.join(names)}" for role, names in self.inputs.items() if names]
+        lines.append("cached" if self.reason is None else f"not cached: {self.reason}")
+        return "\n".join(lines)
+
+
+def _stack(report: StackReport, spans: Sequence[SpanPlan], graph: int) -> StackExplanation:
+    streams = report.streams
+    full = [s for s in streams.streams if s.full]
+    described = []
+    for i, stream in enumerate(streams.streams):
+        node = next(v for v in stream.values if v is not None)
+        role = "main" if i == report.main else "carried" if stream.full else "partial"
+        described.append(_value(role, node))
+    described += [_value("invariant", n) for n in streams.invariants]
+    described += [_value("long skip", n) for n in streams.long_skips]
+    name = report.stack.name
+    pattern = report.pattern
+    text = (
+        f"{'/'.join(pattern.cache_dit)}: {pattern.name}"
+        if pattern is not None
+        else f"custom {sum(s.values[0] is not None for s in streams.streams)}->{len(full) or len(streams.streams)}"
+    )
+    cut = next((s.blocks[name] for s in spans if name in s.blocks), (None, None, None))
+    return StackExplanation(
+        name, len(report.stack.blocks), len(set(streams.kinds)), text, tuple(described), *cut, graph
+    )
+
+
+def _value(role: str, node: Any) -> StreamExplanation:
+    value = value_of(node)
+    return StreamExplanation(role, node.name, tuple(map(str, value.shape)), str(value.dtype).removeprefix("torch."))

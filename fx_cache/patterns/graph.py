@@ -1,0 +1,219 @@
+"""Reading a captured graph: values, scalars, writes, dependencies. Nothing here changes a graph."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+_INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and f"__{n}__" in dir(operator)} - {
+    operator.index,
+    operator.invert,
+    operator.inv,
+}
+_INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value that the capture recorded for a node, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(value_of(node), torch.Tensor)
+
+
+def is_tensor_sequence(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, tuple | list) and any(isinstance(v, torch.Tensor) for v in value)
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """A number, SymInt, size or other host value that is computed from others, and is cheap to compute again."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    value = value_of(node)
+    return value is not None and not isinstance(value, torch.Tensor) and not is_tensor_sequence(node)
+
+
+def is_weight(node: fx.Node) -> bool:
+    """A graph input that belongs to the module: a parameter, a buffer or another tensor it holds."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "placeholder":
+        return False
+    if isinstance(value_of(node), torch.nn.Parameter):
+        return True
+    arg = node.meta.get("grapharg")
+    source = getattr(arg, "source", None) or getattr(node, "_dynamo_source", None)
+    if source is None:
+        return False
+    guard_source = source.guard_source
+    guard_source = guard_source() if callable(guard_source) else guard_source
+    return guard_source is not None and (guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module())
+
+
+def positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """Every node that depends on one of `roots`, and the roots, including through writes in place."""
+    reached = set(roots)
+    written = {storage_key(n) for n in reached} - {None}
+    for node in graph.nodes:
+        if node in reached:
+            continue
+        if any(a in reached for a in node.all_input_nodes) or (written and storage_key(node) in written):
+            reached.add(node)
+            written |= {storage_key(a) for a in written_inputs(node)} - {None}
+    return reached
+
+
+def ancestors(node: fx.Node, stop: set[fx.Node] | None = None) -> set[fx.Node]:
+    """Every node that `node` depends on, and itself; nodes in `stop` are included but not followed."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        if stop is None or n not in stop:
+            todo.extend(n.all_input_nodes)
+    return seen
+
+
+def written_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs that a node writes to in place."""
+    if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
+        return []
+    first = [a for a in node.args[:1] if isinstance(a, fx.Node)]
+    out = [a for a in tree_leaves(node.kwargs.get("out")) if isinstance(a, fx.Node)]
+    if node.op == "call_method":
+        name = str(node.target)
+        return (first if name.endswith("_") and not name.endswith("__") or name == "__setitem__" else []) + out
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema.arguments
+        return [
+            a
+            for spec, a in zip(schema, node.args, strict=False)
+            if spec.alias_info is not None and spec.alias_info.is_write and isinstance(a, fx.Node)
+        ] + out
+    if node.target in _INPLACE_OPERATORS:
+        return first + out
+    name = getattr(node.target, "__name__", "")
+    if (name.endswith("_") and not name.endswith("__")) or _asks_inplace(node):
+        return first + out
+    return out
+
+
+def _asks_inplace(node: fx.Node) -> bool:
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    if getattr(node.target, "__module__", None) != "torch.nn.functional":
+        return False
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return "inplace" in names and names.index("inplace") < len(node.args) and bool(node.args[names.index("inplace")])
+
+
+def storage_key(node: fx.Node) -> int | None:
+    """Identifies the storage of a node's value: views and in-place results share it."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What a run of nodes reads from outside, in the order of first use; scalars are replaced by what they need."""
+    inside = set(nodes)
+    found: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+
+    def visit(node: fx.Node) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        if is_scalar(node):
+            for a in node.all_input_nodes:
+                if a not in inside:
+                    visit(a)
+        else:
+            found[node] = None
+
+    for node in nodes:
+        for a in node.all_input_nodes:
+            if a not in inside:
+                visit(a)
+    return list(found)
+
+
+def structure(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> tuple[Any, ...]:
+    """A hashable description of a run of nodes that is equal for runs that compute the same function.
+
+    References inside the run become indices, those to outside become the index in `inputs`. Shapes, strides, dtypes
+    and devices of the inputs are part of it, since they decide what a compiler makes of the run.
+    """
+    index = {n: i for i, n in enumerate(nodes)}
+    outer = {n: i for i, n in enumerate(inputs)}
+
+    def ref(a: Any) -> Any:
+        if isinstance(a, fx.Node):
+            if a in index:
+                return ("%", index[a])
+            if a in outer:
+                return ("@", outer[a])
+            if is_scalar(a):
+                return ("scalar", _target(a), ref(a.args), ref(tuple(sorted(a.kwargs.items()))))
+            return ("attr", _target(a))
+        if isinstance(a, tuple | list):
+            return (type(a).__name__, *map(ref, a))
+        if isinstance(a, dict):
+            return ("dict", *((k, ref(v)) for k, v in a.items()))
+        if isinstance(a, slice):
+            return ("slice", ref(a.start), ref(a.stop), ref(a.step))
+        return (type(a).__name__, repr(a))
+
+    body = tuple((n.op, _target(n), ref(n.args), ref(tuple(sorted(n.kwargs.items())))) for n in nodes)
+    return body, tuple(describe(value_of(n)) for n in inputs)
+
+
+def _target(node: fx.Node) -> Any:
+    if node.op == "get_attr":
+        module: Any = node.graph.owning_module
+        for part in str(node.target).split("."):
+            module = getattr(module, part, None)
+        return module.code if isinstance(module, fx.GraphModule) else id(module)
+    return node.target
+
+
+def describe(value: Any) -> tuple[Any, ...]:
+    """Everything about an input value that compiled code may depend on."""
+    if isinstance(value, torch.Tensor):
+        stride = tuple(map(str, value.stride())) if value.layout is torch.strided else ()
+        return (
+            tuple(map(str, value.shape)),
+            stride,
+            value.dtype,
+            value.device,
+            isinstance(value, torch.nn.Parameter),
+            type(value),
+        )
+    return (type(value).__name__, str(value))
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    va, vb = value_of(a), value_of(b)
+    return tuple(map(str, va.shape)) == tuple(map(str, vb.shape)) and va.dtype == vb.dtype and va.device == vb.device

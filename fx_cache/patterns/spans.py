@@ -1,0 +1,403 @@
+"""Plans what is cached: which stacks, where head, span and tail are cut, what is stored for each live-out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from fx_cache.config import CacheConfig
+from fx_cache.errors import Refusal
+from fx_cache.patterns.forward_patterns import ForwardPattern, match_pattern
+from fx_cache.patterns.graph import (
+    ancestors,
+    descendants,
+    is_tensor,
+    is_weight,
+    positions,
+    same_shape,
+    storage_key,
+    value_of,
+    written_inputs,
+)
+from fx_cache.patterns.inputs import InputRoles, classify_inputs
+from fx_cache.patterns.stacks import Stack, find_stacks
+from fx_cache.patterns.streams import StackStreams, continues
+
+
+@dataclass(frozen=True)
+class LiveOut:
+    """A value made in a span and used behind it.
+
+    Attributes:
+        value: the node.
+        continues: the live-in whose stream it carries on: then the residual (out - in) is stored; None: the value is.
+    """
+
+    value: fx.Node
+    continues: fx.Node | None
+
+    @property
+    def rule(self) -> Literal["residual", "value"]:
+        return "value" if self.continues is None else "residual"
+
+
+@dataclass(frozen=True)
+class SpanPlan:
+    """One span and its probe.
+
+    Attributes:
+        stacks: names of the stacks it lies in.
+        head: nodes of the blocks that every step runs before it, from the first block's first node on.
+        nodes: the nodes that a hit skips.
+        probe: (value before the head's blocks, value after them) of the main stream.
+        live_outs: what is used behind the span.
+        blocks: for each stack, (head, span, tail) block ranges as (start, stop).
+    """
+
+    stacks: tuple[str, ...]
+    head: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    probe: tuple[fx.Node, fx.Node]
+    live_outs: tuple[LiveOut, ...]
+    blocks: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """A stack as found, for plans and people."""
+
+    streams: StackStreams
+    main: int | None
+    pattern: ForwardPattern | None
+    conditioned: bool
+
+    @property
+    def stack(self) -> Stack:
+        return self.streams.stack
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the analysis says about one graph."""
+
+    roles: InputRoles
+    stacks: tuple[StackReport, ...]
+    spans: tuple[SpanPlan, ...]
+    refusal: Refusal | None
+
+
+def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
+    """Reads a graph and says what to cache, or why nothing can be."""
+    roles = classify_inputs(graph)
+    reports = tuple(_report(graph, s, roles) for s in find_stacks(graph))
+    if not reports:
+        return Plan(roles, (), (), _no_stack(graph))
+    chain = _main_chain(graph, reports)
+    groups = [chain] if config.scope == "model" else [[r] for r in chain]
+    spans: list[SpanPlan] = []
+    refusals: list[Refusal] = []
+    for group in groups:
+        planned = _plan_group(graph, group, config)
+        if isinstance(planned, Refusal):
+            refusals.append(planned)
+        else:
+            spans.append(planned)
+    refusal = None if spans else refusals[0]
+    return Plan(roles, reports, tuple(spans), refusal)
+
+
+def _no_stack(graph: fx.Graph) -> Refusal:
+    count = sum(1 for n in graph.nodes if n.op in ("call_function", "call_method"))
+    return Refusal(
+        "the captured graph",
+        f"no stack of repeated blocks among its {count} operations",
+        "two or more sibling blocks run one after another in one graph",
+        "compile the whole transformer with torch.compile(transformer, backend='dit_cache') instead of single blocks "
+        "(regional compile), and look for graph breaks between its blocks",
+    )
+
+
+def _report(graph: fx.Graph, stack: Stack, roles: InputRoles) -> StackReport:
+    streams = StackStreams(graph, stack)
+    full = [s for s in streams.streams if s.full]
+    inputs = list(graph.find_nodes(op="placeholder"))
+    schedule = descendants(graph, [inputs[i] for i in roles.schedule])
+    conditioned = any(value_of(n).ndim == 3 and n not in schedule and _reads_tokens(n, inputs, roles) for n in streams.invariants)
+    main = _main_stream(graph, streams, roles)
+    pattern = match_pattern(len(full), len(streams.streams) - len(full), conditioned)
+    return StackReport(streams, main, pattern, conditioned)
+
+
+def _reads_tokens(node: fx.Node, inputs: list[fx.Node], roles: InputRoles) -> bool:
+    """Whether a value is floating-point and made from conditioning: an encoder's token sequence."""
+    made_from = ancestors(node)
+    return bool(value_of(node).is_floating_point()) and any(inputs[i] in made_from for i in roles.conditioning)
+
+
+def _main_stream(graph: fx.Graph, streams: StackStreams, roles: InputRoles) -> int | None:
+    """The stream that carries the latent: the probe is its residual.
+
+    Of the streams carried through the whole stack, one made from a latent before one that is not, one not made from
+    conditioning before one that is, and then the largest.
+    """
+    full = [i for i, s in enumerate(streams.streams) if s.full]
+    if not full:
+        return None
+    inputs = list(graph.find_nodes(op="placeholder"))
+    latents = {inputs[i] for i in roles.latents}
+    conditioning = {inputs[i] for i in roles.conditioning}
+
+    def key(i: int) -> tuple[bool, bool, int]:
+        first = streams.streams[i].values[0]
+        assert first is not None
+        made_from = token_sources(first)
+        return not made_from & latents, bool(made_from & conditioning), -_numel(first)
+
+    return min(full, key=key)
+
+
+def _numel(node: fx.Node) -> int:
+    value = value_of(node)
+    count = 1
+    for size in value.shape:
+        hint = getattr(getattr(size, "node", None), "hint", size)
+        count *= int(hint) if hint is not None else 1
+    return count
+
+
+def token_sources(node: fx.Node) -> set[fx.Node]:
+    """The graph inputs whose tokens a value holds.
+
+    Follows the data flow backwards; where a slice is taken out of a concatenation, only the operand that fills it.
+    """
+    sources: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        if n.op == "placeholder":
+            sources.add(n)
+        part = _sliced_operand(n)
+        todo.extend([part] if part is not None else n.all_input_nodes)
+    return sources
+
+
+def _sliced_operand(node: fx.Node) -> fx.Node | None:
+    """For ``cat([a, b], dim)[..., start:stop, ...]``, also through shape-preserving operations, the operand taken."""
+    import operator
+
+    import torch
+
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node) or not is_tensor(node):
+        return None
+    source, item = node.args
+    item = item if isinstance(item, tuple) else (item,)
+    cuts = [(d, s) for d, s in enumerate(item) if isinstance(s, slice) and (s.start, s.stop) != (None, None)]
+    if len(cuts) != 1 or any(not isinstance(s, slice) for s in item) or not isinstance(source, fx.Node):
+        return None
+    dim, cut = cuts[0]
+    while source.target not in (torch.cat, torch.concat):
+        parents = [a for a in source.all_input_nodes if is_tensor(a) and not is_weight(a) and same_shape(a, source)]
+        if len(parents) != 1:
+            return None
+        source = parents[0]
+    operands = source.args[0]
+    cat_dim = source.kwargs.get("dim", source.args[1] if len(source.args) > 1 else 0)
+    if not isinstance(operands, list | tuple) or not isinstance(cat_dim, int) or cat_dim % value_of(source).ndim != dim:
+        return None
+    sizes = [str(value_of(o).shape[dim]) for o in operands if isinstance(o, fx.Node)]
+    taken = str(value_of(node).shape[dim])
+    matching = [o for o, size in zip(operands, sizes, strict=False) if size == taken]
+    if len(matching) == 1:
+        return matching[0] if isinstance(matching[0], fx.Node) else None
+    if len(operands) == 2 and len(sizes) == 2:
+        chosen = operands[0] if cut.start is None else operands[1]
+        return chosen if isinstance(chosen, fx.Node) else None
+    return None
+
+
+def _main_chain(graph: fx.Graph, reports: Sequence[StackReport]) -> list[StackReport]:
+    """The adjacent stacks that hold the most operations: each continues the streams of the one before it."""
+    chains: list[list[StackReport]] = []
+    for report in reports:
+        if chains and _adjacent(graph, chains[-1][-1], report):
+            chains[-1].append(report)
+        else:
+            chains.append([report])
+    return max(chains, key=lambda c: sum(len(r.stack.nodes) for r in c))
+
+
+def _adjacent(graph: fx.Graph, before: StackReport, after: StackReport) -> bool:
+    """Whether `after` starts from what `before` ends with: no other token stream enters between them."""
+    order = positions(graph)
+    end = before.streams.starts[-1]
+    if after.streams.starts[0] < end:
+        return False
+    made = {s.values[-1] for s in before.streams.streams} - {None}
+    inside = {n for n in graph.nodes if before.streams.starts[0] <= order[n] < end}
+    firsts = [s.values[0] for s in after.streams.streams if s.full]
+    if not made or not firsts:
+        return False
+    for first in firsts:
+        assert first is not None
+        reached = {n for n in ancestors(first, stop=inside) if order[n] < end and is_tensor(n) and not is_weight(n)}
+        if not reached & made or any(n not in made and value_of(n).ndim >= 3 for n in reached):
+            return False
+    return True
+
+
+def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConfig) -> SpanPlan | Refusal:
+    order = positions(graph)
+    nodes = list(graph.nodes)
+    where = " + ".join(r.stack.name for r in group)
+    total = sum(len(r.stack.blocks) for r in group)
+    fn, bn = config.Fn_compute_blocks, config.Bn_compute_blocks
+    if fn + bn >= total:
+        return Refusal(
+            f"stack {where}",
+            f"Fn_compute_blocks={fn} and Bn_compute_blocks={bn} for {total} blocks",
+            f"Fn_compute_blocks + Bn_compute_blocks <= {total - 1}",
+            f"set options={{'Fn_compute_blocks': 1}} or another number below {total - bn}",
+        )
+    start_at, end_at = _boundary(group, fn, from_end=False), _boundary(group, total - bn, from_end=True)
+    start = group[start_at[0]].streams.starts[start_at[1]]
+    end = group[end_at[0]].streams.starts[end_at[1]]
+    first = group[0].streams.starts[0]
+    head, span = tuple(nodes[first:start]), tuple(nodes[start:end])
+
+    probe = _probe(graph, group, start_at)
+    if isinstance(probe, Refusal):
+        return probe
+    split = _split_context(nodes, (first, start, end), where)
+    if split is not None:
+        return split
+    varying = descendants(graph, [v for s in group[0].streams.streams if (v := s.values[0]) is not None])
+    live_outs = tuple(
+        LiveOut(n, _continued(graph, group, start_at, end_at, n))
+        for n in span
+        if is_tensor(n) and n in varying and any(order[u] >= end for u in n.users)
+    )
+    if not live_outs:
+        return Refusal(f"stack {where}", "no value that is used behind the blocks", "a stream that goes on", "nothing")
+    written = _outer_writes(nodes, start, end, where)
+    if written is not None:
+        return written
+    return SpanPlan(
+        tuple(r.stack.name for r in group), head, span, probe, live_outs, _ranges(group, fn, total - bn)
+    )
+
+
+def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:
+    """(stack of the group, boundary in it) behind `blocks` blocks; at a joint, the side that leaves glue in the span."""
+    for k, report in enumerate(group):
+        count = len(report.stack.blocks)
+        if blocks < count or (blocks == count and (k == len(group) - 1 or not from_end)):
+            return k, blocks
+        blocks -= count
+    raise AssertionError("more blocks than the group has")
+
+
+def _ranges(group: Sequence[StackReport], start: int, end: int) -> dict[str, tuple[tuple[int, int], ...]]:  # type: ignore[return]
+    ranges = {}
+    offset = 0
+    for report in group:
+        count = len(report.stack.blocks)
+        a, b = (min(max(x - offset, 0), count) for x in (start, end))
+        ranges[report.stack.name] = ((0, a), (a, b), (b, count))
+        offset += count
+    return ranges
+
+
+def _probe(graph: fx.Graph, group: Sequence[StackReport], at: tuple[int, int]) -> tuple[fx.Node, fx.Node] | Refusal:
+    main = group[at[0]].main
+    value = None if main is None else group[at[0]].streams.streams[main].values[at[1]]
+    before = None if value is None else _back(graph, group, at[0], at[1], value, 0, 0)
+    if value is None or before is None:
+        return Refusal(
+            f"stack {group[0].stack.name}",
+            "no tensor of one shape carried through its first blocks",
+            "a stream that keeps its shape from block to block",
+            "choose another Fn_compute_blocks, or leave this model uncached",
+        )
+    return before, value
+
+
+def _continued(
+    graph: fx.Graph, group: Sequence[StackReport], start: tuple[int, int], end: tuple[int, int], value: fx.Node
+) -> fx.Node | None:
+    return _back(graph, group, end[0], end[1], value, start[0], start[1])
+
+
+def _back(
+    graph: fx.Graph, group: Sequence[StackReport], k: int, boundary: int, value: fx.Node, to_k: int, to_boundary: int
+) -> fx.Node | None:
+    """Follows the stream of `value` from one boundary back to an earlier one, over the joints of adjacent stacks."""
+    streams = group[k].streams
+    stream = next((s for s in streams.streams if s.values[boundary] is value), None)
+    if stream is None:
+        return None
+    if k == to_k:
+        back = stream.values[to_boundary]
+        return back if back is not None and same_shape(back, value) else None
+    first = stream.values[0]
+    if first is None:
+        return None
+    before = group[k - 1].streams
+    ends = [v for s in before.streams if (v := s.values[-1]) is not None]
+    if first not in ends:
+        order = positions(graph)
+        glue = list(graph.nodes)[before.starts[-1] : streams.starts[0]]
+        joined = continues(first, ends, glue, order)
+        if joined is None:
+            return None
+        first = joined
+    return _back(graph, group, k - 1, len(before.stack.blocks), first, to_k, to_boundary)
+
+
+def _split_context(nodes: list[fx.Node], cuts: tuple[int, ...], where: str) -> Refusal | None:
+    """A context manager entered on one side of a cut and left on the other."""
+    order = {n: i for i, n in enumerate(nodes)}
+    for node in nodes:
+        for entered in node.all_input_nodes:
+            if "exit" not in str(node.target) or "enter" not in str(entered.target):
+                continue
+            if any(order[entered] < cut <= order[node] for cut in cuts):
+                return Refusal(
+                    f"stack {where}",
+                    f"a context ({entered.name}) entered before and left after a cut",
+                    "contexts such as autocast entered and left within one block, or around the whole model call",
+                    "move the context around the call of the compiled model",
+                )
+    return None
+
+
+def _outer_writes(nodes: list[fx.Node], start: int, end: int, where: str) -> Refusal | None:
+    """A span that writes in place to what somebody outside it sees, beyond a stream it takes over."""
+    outside: dict[int, list[fx.Node]] = {}
+    for node in nodes[:start]:
+        key = storage_key(node)
+        if key is not None:
+            outside.setdefault(key, []).append(node)
+    order = {n: i for i, n in enumerate(nodes)}
+    for node in nodes[start:end]:
+        for target in written_inputs(node):
+            owners = outside.get(storage_key(target) or -1, [])
+            visible = [o for o in owners if o.op in ("placeholder", "get_attr")]
+            live = [o for o in owners if any(order[u] >= start for u in o.users)]
+            if visible or len(live) > 1:
+                return Refusal(
+                    f"stack {where}",
+                    f"a write in place ({node.format_node()}) to {visible[0].name if visible else live[0].name}, "
+                    "which is made before the span and seen outside it",
+                    "blocks that write only to tensors of their own",
+                    "replace the write in place by an operation that returns a new tensor",
+                )
+    return None
+
+

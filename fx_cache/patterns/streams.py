@@ -1,0 +1,165 @@
+"""Classifies the values at block boundaries: which are streams, and which value a stream has at each boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from fx_cache.patterns.graph import external_inputs, is_tensor, is_weight, positions, same_shape, structure
+from fx_cache.patterns.stacks import Stack
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor carried from block to block.
+
+    Attributes:
+        values: its value at each of the n + 1 boundaries of a stack of n blocks; None where it does not exist.
+    """
+
+    values: tuple[fx.Node | None, ...]
+
+    @property
+    def full(self) -> bool:
+        return all(v is not None for v in self.values)
+
+
+class StackStreams:
+    """The streams of one stack.
+
+    Boundary i lies before block i, boundary n after the last block. The window of block i runs from boundary i to
+    boundary i + 1 and so includes the glue behind the block.
+
+    Attributes:
+        stack: the stack.
+        streams: the carried streams, the full ones first, then those that appear or disappear.
+        invariants: values from before the stack that every block reads (conditioning, modulation, rotary tables).
+        long_skips: values made in one window and used behind the next one.
+        kinds: for each block, the number of its kind; equal for blocks that compute the same function.
+    """
+
+    def __init__(self, graph: fx.Graph, stack: Stack) -> None:
+        self.stack = stack
+        self._order = positions(graph)
+        self._nodes = list(graph.nodes)
+        self._inputs = [external_inputs(b.nodes) for b in stack.blocks]
+        self._keys = [structure(b.nodes, e) for b, e in zip(stack.blocks, self._inputs, strict=True)]
+        kinds: dict[Any, int] = {}
+        self.kinds = [kinds.setdefault(k, len(kinds)) for k in self._keys]
+        self.starts = [self._order[b.nodes[0]] for b in stack.blocks] + [self._order[stack.blocks[-1].nodes[-1]] + 1]
+        self._made = [self._made_in(i) for i in range(len(stack.blocks))]
+        self.streams = self._chains()
+        self.invariants = self._invariants()
+        self.long_skips = self._long_skips()
+
+    def _made_in(self, i: int) -> list[fx.Node]:
+        """Tensors made in the window of block i and used behind it."""
+        end = self.starts[i + 1]
+        return [
+            n
+            for n in self._nodes[self.starts[i] : end]
+            if is_tensor(n) and any(self._order[u] >= end for u in n.users)
+        ]
+
+    def _chains(self) -> list[Stream]:
+        n = len(self.stack.blocks)
+        chains: list[list[fx.Node | None]] = []
+        open_at: dict[fx.Node, list[fx.Node | None]] = {}
+        for boundary in range(n, 0, -1):
+            made = self._made[boundary - 1]
+            following = {v: chain for v, chain in open_at.items() if v not in made}
+            for value, chain in following.items():
+                chain[boundary - 1] = value  # this window leaves the stream as it is
+            taken = set(following)
+            for value in made:
+                before = self._before(boundary, value, taken)
+                if value not in open_at:
+                    if before is None:
+                        continue
+                    open_at[value] = [None] * (n + 1)
+                    open_at[value][boundary] = value
+                    chains.append(open_at[value])
+                if before is not None:
+                    taken.add(before)
+                    open_at[value][boundary - 1] = before
+                    following[before] = open_at[value]
+            open_at = following
+        streams = [Stream(tuple(c)) for c in chains]
+        return sorted(streams, key=lambda s: not s.full)
+
+    def _before(self, boundary: int, value: fx.Node, taken: set[fx.Node]) -> fx.Node | None:
+        """The value at the boundary before that `value` at `boundary` continues, or None."""
+        i = boundary - 1
+        nodes = self._nodes[self.starts[i] : self.starts[i + 1]]
+        candidates = [c for c in external_inputs(nodes) if is_tensor(c) and not is_weight(c) and c not in taken]
+        aligned = self._aligned(boundary, value)
+        if aligned in candidates and same_shape(aligned, value):
+            return aligned
+        return continues(value, candidates, nodes, self._order)
+
+    def _aligned(self, boundary: int, value: fx.Node) -> fx.Node | None:
+        """By structure: what block i reads where the next like block reads `value`, or the like block before it made."""
+        i = boundary - 1
+        if boundary < len(self._inputs) and self._keys[i] == self._keys[boundary]:
+            following = self._inputs[boundary]
+            if value in following:
+                return self._inputs[i][following.index(value)]
+        nodes = self.stack.blocks[i].nodes
+        if i > 0 and self._keys[i] == self._keys[i - 1] and value in nodes:
+            earlier = self.stack.blocks[i - 1].nodes[nodes.index(value)]
+            if earlier in self._inputs[i]:
+                return earlier
+        return None
+
+    def _invariants(self) -> list[fx.Node]:
+        start = self.starts[0]
+        shared = [n for n in self._inputs[0] if all(n in e for e in self._inputs)]
+        streams = {s.values[0] for s in self.streams}
+        return [n for n in shared if is_tensor(n) and not is_weight(n) and self._order[n] < start and n not in streams]
+
+    def _long_skips(self) -> list[fx.Node]:
+        carried = {v for s in self.streams for v in s.values}
+        found = []
+        for i, made in enumerate(self._made[:-1]):
+            end = self.starts[i + 2]
+            found += [v for v in made if v not in carried and any(self._order[u] >= end for u in v.users)]
+        return found
+
+
+def continues(
+    value: fx.Node, candidates: Sequence[fx.Node], nodes: Sequence[fx.Node], order: dict[fx.Node, int]
+) -> fx.Node | None:
+    """Which of `candidates` the tensor `value` continues through `nodes`: same shape, nearest by data flow.
+
+    A residual stream reaches its next value through few operations (an add, a view), any other tensor through a whole
+    attention. Ties are broken by how both are read next, then by order of use.
+    """
+    inside = set(nodes)
+    distance = {value: 0}
+    frontier = [value]
+    while frontier:
+        following = []
+        for n in frontier:
+            if n in inside:
+                for a in n.all_input_nodes:
+                    if a not in distance:
+                        distance[a] = distance[n] + 1
+                        following.append(a)
+        frontier = following
+    near = [c for c in candidates if c in distance and same_shape(c, value)]
+    if not near:
+        return None
+    return min(near, key=lambda c: (distance[c], _next_use(c, order) != _next_use(value, order), near.index(c)))
+
+
+def _next_use(node: fx.Node, order: dict[fx.Node, int]) -> tuple[Any, ...]:
+    """How the first reader takes the value: its operation and the value's place among the arguments."""
+    user = min(node.users, key=lambda u: order[u])
+    places = [i for i, a in enumerate(tree_leaves(user.args)) if a is node]
+    return user.op, user.target, tuple(places)
+
+

@@ -1,0 +1,1 @@
+"""What happens at each step: sessions, the policy, the state of slots, statistics."""

@@ -1,0 +1,67 @@
+"""Reads from the schedule inputs (timestep, sigma, guidance) whether a call goes on with a request or starts another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+
+
+class Move(Enum):
+    """How a call's schedule values follow those of the call before."""
+
+    START = "first call"
+    NEXT = "one step on"
+    UNSURE = "one step on, in a direction not seen before"
+    REPEAT = "same timestep again"
+    BACK = "timestep went back"
+
+
+Direction = tuple[int, ...]
+
+
+class Clock:
+    """The schedule of one branch.
+
+    A request moves its values one way: those that move keep moving in their direction, those that rest keep resting.
+    Anything else is the start of another request.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[float, ...] | None = None
+        self.direction: Direction | None = None
+
+    def move(self, values: tuple[float, ...], known: Direction | None) -> Move:
+        """Takes the values of a call.
+
+        Args:
+            values: the schedule values of this call.
+            known: the direction that earlier requests of this graph had, if any.
+        """
+        last, self.last = self.last, values
+        if last is None or len(last) != len(values):
+            self.direction = None
+            return Move.START
+        step = tuple((now > before) - (now < before) for now, before in zip(values, last, strict=True))
+        if not any(step):
+            return Move.REPEAT
+        expected = self.direction or known
+        if expected is not None and step != expected:
+            self.direction = None
+            return Move.BACK
+        self.direction = step
+        return Move.NEXT if expected is not None else Move.UNSURE
+
+
+def read_schedule(inputs: Sequence[torch.Tensor]) -> tuple[float, ...] | torch.Tensor:
+    """The schedule values of a call: as numbers where they lie on the host, else as a tensor that is read later.
+
+    Of an input with several elements (a timestep for each sample or token) the least and the largest count.
+    Values on a device come as one float64 tensor of shape [n], so that no synchronisation happens here.
+    """
+    parts = [torch.stack(t.detach().reshape(-1).aminmax()) if t.numel() > 1 else t.detach().reshape(1) for t in inputs]
+    if all(p.device.type == "cpu" for p in parts):
+        return tuple(float(v) for p in parts for v in p.tolist())
+    device = next(p.device for p in parts if p.device.type != "cpu")
+    return torch.cat([p.to(device, torch.float64) for p in parts])

@@ -1,0 +1,40 @@
+"""Where the stores of a model are found: by its weights, which are the same whatever graph or wrapper runs them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fx_cache.config import CacheConfig
+from fx_cache.runtime.sessions import Store
+
+_by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_without_weight: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def store_of(anchor: torch.Tensor | None, config: CacheConfig) -> Store:
+    """The store of the model that holds the weight `anchor`, for one compile-time configuration."""
+    if anchor is None:
+        store = Store(config)
+        _without_weight.add(store)
+        return store
+    stores = _by_weight.setdefault(anchor, {})
+    if config not in stores:
+        stores[config] = Store(config)
+    found = stores[config]
+    assert isinstance(found, Store)
+    return found
+
+
+def stores(model: torch.nn.Module | None = None) -> Iterator[Store]:
+    """The stores of a model (compiled or not), or of all models."""
+    if model is None:
+        for by_config in list(_by_weight.values()):
+            yield from by_config.values()
+        yield from _without_weight
+        return
+    for weight in [*model.parameters(), *model.buffers()]:
+        yield from _by_weight.get(weight, {}).values()

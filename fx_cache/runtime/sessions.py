@@ -1,0 +1,283 @@
+"""Sessions, branches and slots: who owns what is cached, and when it ends. In doubt: compute."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fx_cache.config import CacheConfig
+from fx_cache.errors import SessionError
+from fx_cache.patterns.inputs import InputRoles
+from fx_cache.runtime.clock import Clock, Direction, Move, read_schedule
+from fx_cache.runtime.identity import StorageHold, identity_key, signature
+from fx_cache.runtime.policy import Counters
+
+MAX_BRANCHES = 32
+"""Branches of a model that may hold cached tensors at a time; the one used longest ago is dropped for a new one."""
+
+MAX_SESSIONS = 64
+"""Sessions of a model whose statistics are kept."""
+
+REPEATED = "same timestep twice: which request it belongs to is not known"
+NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
+
+
+@dataclass(frozen=True)
+class NamedSession:
+    """What `session` says about the calls inside it."""
+
+    name: str
+    branch: str | None
+
+
+_named: ContextVar[NamedSession | None] = ContextVar("fx_cache_session", default=None)
+
+
+@contextlib.contextmanager
+def session(name: str, branch: str | None = None) -> Iterator[None]:
+    """Says to which request, and to which of its branches, the calls inside belong. Per thread and task; nestable.
+
+    Args:
+        name: the request; its cached tensors are never used for another name.
+        branch: one of its passes (``"cond"``, ``"uncond"``); None: told apart by the conditioning inputs.
+
+    A timestep that goes back, or another shape, dtype or device, starts the request afresh.
+
+    Raises:
+        SessionError: a name that is no non-empty string.
+    """
+    for what, value in (("name", name), ("branch", branch)):
+        if not (isinstance(value, str) and value) and not (what == "branch" and value is None):
+            raise SessionError(f"session {what}: got {value!r}; expected a non-empty string; pass the request's id.")
+    token = _named.set(NamedSession(name, branch))
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+@dataclass
+class Slot:
+    """The cached state of one branch at one span: (probe, what is stored of each live-out), or None."""
+
+    tensors: tuple[torch.Tensor, ...] | None = None
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors or ())
+
+
+@dataclass
+class BranchRecord:
+    """One branch of one session, as statistics: its slots hold tensors only while the branch lives."""
+
+    key: Hashable
+    name: str
+    slots: list[Slot]
+    step: int = 0
+
+
+@dataclass
+class SessionRecord:
+    """One request, as statistics."""
+
+    name: str
+    named: bool
+    branches: list[BranchRecord] = field(default_factory=list)
+
+
+class Branch:
+    """A pass of a request that goes on from call to call, and its slots.
+
+    Attributes:
+        record: its statistics within the present session.
+        blind: whether it may reuse without measuring: only while its place in the request is certain.
+        doubt: why it computes from now on; None while there is no doubt.
+        pending: schedule values that lie on a device and were not read yet, one tensor a step.
+    """
+
+    def __init__(self, key: Hashable, form: Hashable, hold: StorageHold, spans: int) -> None:
+        self.key = key
+        self.form = form
+        self.hold = hold
+        self.clock = Clock()
+        self.spans = spans
+        self.record = BranchRecord(key, "", [])
+        self.blind = True
+        self.doubt: str | None = None
+        self.doubt_until = 0
+        self.pending: list[torch.Tensor] = []
+
+    @property
+    def slots(self) -> list[Slot]:
+        return self.record.slots
+
+    def drop(self) -> None:
+        for slot in self.slots:
+            slot.tensors = None
+
+
+class Store:
+    """All cached state of one model under one configuration.
+
+    Attributes:
+        config: the configuration in force; run-time values may be replaced at any time.
+    """
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+        self.sessions: deque[SessionRecord] = deque(maxlen=MAX_SESSIONS)
+        self._branches: OrderedDict[Hashable, Branch] = OrderedDict()
+        self._directions: dict[Hashable, Direction] = {}
+        self._count = 0
+
+    def reset(self) -> None:
+        """Forgets everything that could be reused. Statistics stay."""
+        for branch in self._branches.values():
+            branch.drop()
+        self._branches.clear()
+
+    def discard(self, branch: Branch) -> None:
+        branch.drop()
+        if self._branches.get(branch.key) is branch:
+            del self._branches[branch.key]
+
+    def begin(self, graph: Hashable, layout: Hashable, spans: int, roles: InputRoles, args: Sequence[Any]) -> Branch:
+        """Finds or opens the branch that a call belongs to, and counts the step.
+
+        Args:
+            graph: identifies the compiled graph.
+            layout: what the graph caches; graphs of one layout may go on with each other's named sessions.
+            spans: number of spans in the graph.
+            roles: the roles of `args`.
+            args: the graph's inputs.
+        """
+        self._purge()
+        fixed = [args[i] for i in (*roles.conditioning, *roles.scalars)]
+        schedule = [args[i] for i in roles.schedule]
+        form = signature([args[i] for i in (*roles.latents, *roles.schedule, *roles.conditioning)])
+        named = _named.get()
+        if named is None:
+            key: Hashable = (graph, form, identity_key(fixed))
+            held = fixed
+        else:
+            held = [] if named.branch is not None else fixed
+            key = (named, identity_key(held))
+            form = (layout, form)
+        branch = self._branches.get(key)
+        if branch is None or branch.form != form:
+            if branch is not None:
+                self.discard(branch)
+            branch = Branch(key, form, StorageHold(held), spans)
+            self._branches[key] = branch
+            while len(self._branches) > MAX_BRANCHES:
+                self.discard(next(iter(self._branches.values())))
+        self._branches.move_to_end(key)
+        self._advance(branch, graph, schedule, named)
+        return branch
+
+    def _advance(
+        self, branch: Branch, graph: Hashable, schedule: list[torch.Tensor], named: NamedSession | None
+    ) -> None:
+        values = read_schedule(schedule) if schedule else ()
+        if isinstance(values, torch.Tensor):
+            move = Move.NEXT if branch.slots else Move.START
+            branch.pending.append(values)
+        elif schedule:
+            move = self._move(branch, graph, values)
+        else:
+            move = Move.NEXT if branch.slots else Move.START
+            if named is None:
+                branch.doubt, branch.doubt_until = NO_SCHEDULE, 1 << 62
+        last = self.config.num_inference_steps
+        if last is not None and branch.slots and branch.record.step + 1 >= last:
+            move = Move.BACK
+        self._apply(branch, move, named)
+
+    def _move(self, branch: Branch, graph: Hashable, values: tuple[float, ...]) -> Move:
+        sure = branch.clock.direction
+        move = branch.clock.move(values, self._directions.get(graph))
+        if move is Move.NEXT and sure is not None:
+            self._directions[graph] = sure
+        return move
+
+    def _apply(self, branch: Branch, move: Move, named: NamedSession | None) -> None:
+        if move in (Move.START, Move.BACK):
+            branch.blind, branch.doubt = True, branch.doubt if branch.doubt == NO_SCHEDULE else None
+            self.restart(branch, named)
+            return
+        if move is Move.REPEAT and named is None:
+            if branch.record.step == 0:
+                # Most likely the first call was a try: start again, but let one more step pass to be sure.
+                self.restart(branch, named)
+                branch.doubt, branch.doubt_until = REPEATED, 1
+                return
+            branch.doubt, branch.doubt_until = REPEATED, 1 << 62
+        branch.record.step += 1
+        branch.blind = move is not Move.UNSURE or named is not None
+        if branch.doubt is not None and branch.record.step > branch.doubt_until:
+            branch.doubt = None
+
+    def restart(self, branch: Branch, named: NamedSession | None) -> None:
+        """Begins a request: empty slots and new statistics."""
+        branch.drop()
+        branch.record = BranchRecord(branch.key, "", [Slot() for _ in range(branch.spans)])
+        self._enlist(branch.record, named)
+
+    def resolve(self, branch: Branch, graph: Hashable, rows: list[list[float]]) -> None:
+        """Takes schedule values that have come from the device, one row for each step since the last reading.
+
+        All of these steps but the last were computed. If a request began at one of them, the statistics of the steps
+        since then move to it; what they computed stays usable, what was cached before them does not.
+        """
+        began: int | None = None
+        named = _named.get()
+        for i, row in enumerate(rows):
+            move = self._move(branch, graph, tuple(row))
+            if move is Move.BACK:
+                began = i
+            elif move is Move.REPEAT and named is None:
+                branch.doubt, branch.doubt_until = REPEATED, 1 << 62
+            branch.blind = move is not Move.UNSURE or named is not None
+        if began is None:
+            return
+        since = len(rows) - 1 - began
+        kept = [slot.tensors if since else None for slot in branch.slots]
+        old = branch.record
+        branch.record = BranchRecord(branch.key, "", [Slot(tensors) for tensors in kept])
+        branch.record.step = since
+        branch.doubt, branch.blind = None, True
+        for slot, before in zip(branch.slots, old.slots, strict=True):
+            before.tensors = None
+            for step in range(since):
+                reason = before.counters.misses.pop(old.step - since + step, "computed")
+                slot.counters.misses[step] = reason
+        self._enlist(branch.record, named)
+
+    def _enlist(self, record: BranchRecord, named: NamedSession | None) -> None:
+        """Puts a branch that begins into a session: the named one, or the last one if that has only just begun."""
+        last = next((s for s in reversed(self.sessions) if not s.named), None)
+        if named is not None:
+            own = next((s for s in reversed(self.sessions) if s.named and s.name == named.name), None)
+            fits = own is not None and all(b.key != record.key for b in own.branches)
+            home = own if fits else None
+        else:
+            fits = last is not None and all(b.key != record.key and b.step == 0 for b in last.branches)
+            home = last if fits else None
+        if home is None:
+            self._count += 1
+            home = SessionRecord(named.name if named else f"request-{self._count}", named is not None)
+            self.sessions.append(home)
+        record.name = (named.branch if named else None) or f"branch-{len(home.branches)}"
+        home.branches.append(record)
+
+    def _purge(self) -> None:
+        for branch in [b for b in self._branches.values() if b.hold.expired()]:
+            self.discard(branch)

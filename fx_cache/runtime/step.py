@@ -1,0 +1,138 @@
+"""Runs one step: finds the branch, hands its state to the rewritten graph, keeps the new state if all went well."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from fx_cache.config import CacheConfig
+from fx_cache.patterns.inputs import InputRoles
+from fx_cache.runtime.policy import UNMEASURED, Verdict, decide, judge
+from fx_cache.runtime.registry import store_of
+from fx_cache.runtime.sessions import Branch, Store
+
+_numbers = itertools.count()
+
+
+class SpanGate:
+    """The policy, bound to one span of one branch at one step."""
+
+    def __init__(self, store: Store, branch: Branch, graph: Hashable, span: int) -> None:
+        self._store = store
+        self._branch = branch
+        self._graph = graph
+        self._span = span
+        self.reason: str | None = "not reached"
+
+    def __call__(self, measure: Callable[..., Any], probe: torch.Tensor, previous: torch.Tensor | None) -> bool:
+        """Decides. The host waits for the device at most once, and not where the policy settles the step alone."""
+        verdict = self._settle()
+        if verdict.reuse is not False and self._branch.pending:
+            diff = measure(previous, probe)[0] if verdict.reuse is None else None
+            number = self._read(diff)
+            verdict = self._settle()
+            if verdict.reuse is None and number is not None:
+                verdict = self._judge(number)
+            elif verdict.reuse is None:
+                verdict = Verdict(False, "not measured")
+        elif verdict.reuse is None:
+            verdict = self._judge(float(measure(previous, probe)[0]))
+        if verdict.reuse and self._step not in self._counters.diffs:
+            self._counters.measured(self._step, UNMEASURED)
+        self.reason = verdict.reason
+        return bool(verdict.reuse)
+
+    @property
+    def _counters(self):  # type: ignore[no-untyped-def]
+        return self._branch.slots[self._span].counters
+
+    @property
+    def _step(self) -> int:
+        return self._branch.record.step
+
+    def _settle(self) -> Verdict:
+        branch, slot = self._branch, self._branch.slots[self._span]
+        verdict = decide(self._store.config, slot.counters, self._step, filled=slot.tensors is not None)
+        if verdict.reuse is not False and branch.doubt is not None:
+            return Verdict(False, branch.doubt)
+        if verdict.reuse and not branch.blind:
+            return Verdict(False, "direction of the timestep not known yet")
+        return verdict
+
+    def _judge(self, diff: float) -> Verdict:
+        self._counters.measured(self._step, diff)
+        return judge(self._store.config, diff)
+
+    def _read(self, diff: torch.Tensor | None) -> float | None:
+        """One copy to the host: the schedule values of the steps since the last reading, and the diff."""
+        branch = self._branch
+        count, width = len(branch.pending), branch.pending[0].numel()
+        parts = [*branch.pending] + ([] if diff is None else [diff.reshape(1).to(branch.pending[0])])
+        numbers = torch.cat(parts).tolist()
+        branch.pending.clear()
+        self._store.resolve(branch, self._graph, [numbers[i * width : (i + 1) * width] for i in range(count)])
+        return None if diff is None else float(numbers[-1])
+
+
+class CachedForward:
+    """A compiled graph with its cache: what the backend returns to Dynamo.
+
+    The rewritten graph is a function of (inputs, slot state); everything that is remembered is remembered here.
+    """
+
+    def __init__(
+        self,
+        rewritten: Callable[..., Any],
+        roles: InputRoles,
+        state_sizes: Sequence[int],
+        layout: Hashable,
+        anchor: int | None,
+        config: CacheConfig,
+    ) -> None:
+        """
+        Args:
+            rewritten: takes the graph's inputs, then for each span its gate, the previous probe and the cached values;
+                returns (outputs, state of each span).
+            roles: the roles of the graph's inputs.
+            state_sizes: for each span, how many tensors its state has.
+            layout: what is cached where; equal for graphs that can go on with each other's state.
+            anchor: position of an input that is a weight of the model, or None.
+            config: the configuration that the graph was compiled with.
+        """
+        self._rewritten = rewritten
+        self._roles = roles
+        self._sizes = tuple(state_sizes)
+        self._layout = layout
+        self._anchor = anchor
+        self._config = config
+        self._id = next(_numbers)
+        self._last: tuple[weakref.ref[Any] | None, Store] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        store = self._store(args)
+        branch = store.begin(self._id, self._layout, len(self._sizes), self._roles, args)
+        gates = [SpanGate(store, branch, self._id, k) for k in range(len(self._sizes))]
+        state: list[Any] = []
+        for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
+            state += [gate, *(slot.tensors if slot.tensors is not None else [None] * size)]
+        try:
+            outputs, new_state = self._rewritten(*args, *state)
+        except BaseException:
+            store.discard(branch)
+            raise
+        for gate, slot, tensors in zip(gates, branch.slots, new_state, strict=True):
+            slot.tensors = tensors
+            slot.counters.record(branch.record.step, gate.reason)
+        return outputs
+
+    def _store(self, args: Sequence[Any]) -> Store:
+        anchor = None if self._anchor is None else args[self._anchor]
+        if self._last is not None and (self._last[0] is None or self._last[0]() is anchor):
+            return self._last[1]
+        store = store_of(anchor, self._config)
+        self._last = (None if anchor is None else weakref.ref(anchor), store)
+        return store
