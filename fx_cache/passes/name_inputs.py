@@ -25,6 +25,8 @@ def name_inputs(gm: fx.GraphModule, context: RewriteContext) -> int:
             continue
         text = source.name if isinstance(source.name, str) else source.name()
         name = readable(text)
+        if name in taken:
+            name = f"{name}_input"
         if not name or name == node.name or name in taken:
             continue
         taken.add(name)
@@ -41,7 +43,7 @@ def readable(source: str) -> str:
     parts = [p for p in re.split(r"[^0-9A-Za-z]*[.\[\]'()]+[^0-9A-Za-z_]*", path) if p]
     if parts[:1] == ["L"]:
         parts = parts[1:]
-    if parts[:1] == ["self"] and len(parts) > 1:
+    if parts[:1] in (["self"], ["kwargs"]) and len(parts) > 1:
         parts = parts[1:]
     name = re.sub(r"\W+", "_", "_".join(parts)).strip("_")
     return f"_{name}" if name[:1].isdigit() else name

@@ -114,11 +114,10 @@ class Explanation:
 
 def _stack(report: StackReport, spans: Sequence[SpanPlan], graph: int) -> StackExplanation:
     streams = report.streams
-    full = [s for s in streams.streams if s.full]
     described = []
     for i, stream in enumerate(streams.streams):
         node = next(v for v in stream.values if v is not None)
-        role = "main" if i == report.main else "carried" if stream.full else "partial"
+        role = "main" if i == report.main else "carried" if stream.carried else "partial"
         described.append(_value(role, node))
     described += [_value("invariant", n) for n in streams.invariants]
     described += [_value("long skip", n) for n in streams.long_skips]
@@ -127,7 +126,7 @@ def _stack(report: StackReport, spans: Sequence[SpanPlan], graph: int) -> StackE
     text = (
         f"{'/'.join(pattern.cache_dit)}: {pattern.name}"
         if pattern is not None
-        else f"custom {sum(s.values[0] is not None for s in streams.streams)}->{len(full) or len(streams.streams)}"
+        else "custom {}->{}".format(*(sum(s.values[i] is not None for s in streams.streams) for i in (0, -1)))
     )
     cut = next((s.blocks[name] for s in spans if name in s.blocks), (None, None, None))
     return StackExplanation(

@@ -122,12 +122,12 @@ def _no_stack(graph: fx.Graph) -> Refusal:
 
 def _report(graph: fx.Graph, stack: Stack, roles: InputRoles) -> StackReport:
     streams = StackStreams(graph, stack)
-    full = [s for s in streams.streams if s.full]
+    carried = sum(s.carried for s in streams.streams)
     inputs = list(graph.find_nodes(op="placeholder"))
     schedule = descendants(graph, [inputs[i] for i in roles.schedule])
     conditioned = any(value_of(n).ndim == 3 and n not in schedule and _reads_tokens(n, inputs, roles) for n in streams.invariants)
     main = _main_stream(graph, streams, roles)
-    pattern = match_pattern(len(full), len(streams.streams) - len(full), conditioned)
+    pattern = match_pattern(carried, len(streams.streams) - carried, conditioned)
     return StackReport(streams, main, pattern, conditioned)
 
 

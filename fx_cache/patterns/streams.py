@@ -25,7 +25,13 @@ class Stream:
 
     @property
     def full(self) -> bool:
+        """Whether it goes through the whole stack and on behind it."""
         return all(v is not None for v in self.values)
+
+    @property
+    def carried(self) -> bool:
+        """Whether every block reads it; what the last one makes of it may be unused."""
+        return all(v is not None for v in self.values[:-1])
 
 
 class StackStreams:
@@ -36,7 +42,7 @@ class StackStreams:
 
     Attributes:
         stack: the stack.
-        streams: the carried streams, the full ones first, then those that appear or disappear.
+        streams: the streams, those that go on behind the stack first, then those that appear or end in it.
         invariants: values from before the stack that every block reads (conditioning, modulation, rotary tables).
         long_skips: values made in one window and used behind the next one.
         kinds: for each block, the number of its kind; equal for blocks that compute the same function.
@@ -47,7 +53,7 @@ class StackStreams:
         self._order = positions(graph)
         self._nodes = list(graph.nodes)
         self._inputs = [external_inputs(b.nodes) for b in stack.blocks]
-        self._keys = [structure(b.nodes, e) for b, e in zip(stack.blocks, self._inputs, strict=True)]
+        self._keys = [structure(b.nodes, e)[0] for b, e in zip(stack.blocks, self._inputs, strict=True)]
         kinds: dict[Any, int] = {}
         self.kinds = [kinds.setdefault(k, len(kinds)) for k in self._keys]
         self.starts = [self._order[b.nodes[0]] for b in stack.blocks] + [self._order[stack.blocks[-1].nodes[-1]] + 1]

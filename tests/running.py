@@ -1,0 +1,41 @@
+"""Runs a model through the backend and reads what happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import fx_cache
+
+
+@dataclass(frozen=True)
+class CachedRun:
+    """Outputs of every step, and for each span the steps that reused it and the diffs."""
+
+    outputs: list[torch.Tensor]
+    hits: list[list[int]]
+    diffs: list[dict[int, float]]
+    compiled: nn.Module
+
+
+def compile_cached(model: nn.Module, **options) -> nn.Module:
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, **options}
+    return torch.compile(model, backend="dit_cache", fullgraph=True, options=options)
+
+
+def run_cached(model: nn.Module, steps: list[dict], **options) -> CachedRun:
+    compiled = compile_cached(model, **options)
+    outputs = [compiled(**step)[0].clone() for step in steps]
+    spans = last_branch(model)["spans"]
+    return CachedRun(outputs, [s["hits"] for s in spans], [s["diffs"] for s in spans], compiled)
+
+
+def last_branch(model: nn.Module) -> dict:
+    return fx_cache.summary(model).to_dict()["sessions"][-1]["branches"][-1]
+
+
+def relative_error(reference: torch.Tensor, value: torch.Tensor) -> float:
+    reference, value = reference.double(), value.double()
+    return float((reference - value).norm() / reference.norm())
