@@ -11,21 +11,23 @@ import torch
 class Gate(Protocol):
     """Decides one span at one step."""
 
-    def __call__(
-        self, measure: Callable[..., Any], probe: torch.Tensor, previous: torch.Tensor | None
-    ) -> bool: ...
+    def __call__(self, measure: Callable[[], torch.Tensor]) -> bool: ...
 
 
-def check(gate: Gate, measure: Callable[..., Any], probe: torch.Tensor, previous: torch.Tensor | None) -> bool:
+def check(
+    gate: Gate, measure: Callable[..., Any], probe: torch.Tensor, previous: torch.Tensor | None, *sizes: int
+) -> bool:
     """Whether this step may reuse the span.
 
     Args:
         gate: the policy, bound to this step and slot; it asks for the diff only where it needs it.
-        measure: ``(previous, probe) -> (diff,)``, compiled; diff is 0-d, ``mean|previous - probe| / mean|previous|``.
+        measure: ``(previous, probe, *sizes) -> (diff,)``, compiled; diff is 0-d,
+            ``mean|previous - probe| / mean|previous|``.
         probe: residual of the head's blocks at this step, any shape.
         previous: the probe of the last computed step, same shape; None in an empty slot.
+        sizes: the integers that the probe's dynamic shape is made of.
     """
-    return gate(measure, probe, previous)
+    return gate(lambda: measure(previous, probe, *sizes)[0])
 
 
 def cond(hit: bool, reuse: Callable[..., Any], compute: Callable[..., Any], operands: tuple[Any, ...]) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
+import fx_cache
 from tests.models import NAMES, build, walk
 from tests.oracles import MEASURE_ONLY, run_cache_dit, run_first_block_cache, thresholds_with_both
-from tests.running import relative_error, run_cached
+from tests.running import compile_cached, last_branch, relative_error, run_cached
 
 STEPS = 10
 CONFIGS = {
@@ -17,51 +20,47 @@ CONFIGS = {
 }
 
 
-def options_of(config: dict, threshold: float) -> dict:
-    config = dict(config)
-    return {
-        "Fn_compute_blocks": config.pop("Fn"),
-        "Bn_compute_blocks": config.pop("Bn"),
-        "residual_diff_threshold": threshold,
-        **config,
-    }
-
-
 def two_thresholds(diffs: dict) -> list[float]:
     """A threshold at which hits and misses both occur, and one above it."""
     middle = thresholds_with_both(diffs)
     return [middle, 1.25 * middle]
 
 
-def check(expected, run, *, spans: list[str]) -> None:
-    assert run.hits == [expected.hits[name] for name in spans]
-    for reference, output in zip(expected.outputs, run.outputs, strict=True):
-        assert relative_error(reference, output) < 1e-5
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", NAMES)
-def test_scope_stack_is_cache_dit(name: str, config: str) -> None:
-    settings = CONFIGS[config]
-    model, steps = build(name), walk(name, STEPS)
-    measured = run_cache_dit(model, steps, threshold=MEASURE_ONLY, separate_lists=True, **settings)
+def check_against(model, steps, scope: str, settings: dict, compiled: dict, **oracle) -> int:
+    """Runs cache-dit and the backend at two thresholds; one compiled model serves all run-time settings."""
+    runtime = {"max_continuous_cached_steps": -1, **settings}
+    cut = runtime.pop("Fn"), runtime.pop("Bn")
+    if cut not in compiled:
+        compiled[cut] = compile_cached(
+            copy.deepcopy(model), scope=scope, Fn_compute_blocks=cut[0], Bn_compute_blocks=cut[1]
+        )
+        compiled[cut](**steps[0])
+    measured = run_cache_dit(model, steps, threshold=MEASURE_ONLY, **settings, **oracle)
     hits = 0
     for threshold in two_thresholds(measured.diffs):
-        expected = run_cache_dit(model, steps, threshold=threshold, separate_lists=True, **settings)
-        run = run_cached(model, steps, scope="stack", **options_of(settings, threshold))
-        check(expected, run, spans=list(expected.hits))
-        hits += sum(map(len, run.hits))
-    assert hits
+        expected = run_cache_dit(model, steps, threshold=threshold, **settings, **oracle)
+        fx_cache.reset(compiled[cut])
+        fx_cache.configure(compiled[cut], **runtime, residual_diff_threshold=threshold)
+        outputs = [compiled[cut](**step)[0].clone() for step in steps]
+        spans = last_branch(compiled[cut])["spans"]
+        assert [span["hits"] for span in spans] == list(expected.hits.values())
+        for reference, output in zip(expected.outputs, outputs, strict=True):
+            assert relative_error(reference, output) < 1e-5
+        hits += sum(len(span["hits"]) for span in spans)
+    return hits
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_scope_model_is_cache_dit_on_a_merged_list(config: str) -> None:
-    settings = CONFIGS[config]
-    model, steps = build("flux"), walk("flux", STEPS)
-    measured = run_cache_dit(model, steps, threshold=MEASURE_ONLY, **settings)
-    for threshold in two_thresholds(measured.diffs):
-        expected = run_cache_dit(model, steps, threshold=threshold, **settings)
-        check(expected, run_cached(model, steps, **options_of(settings, threshold)), spans=list(expected.hits))
+@pytest.mark.parametrize("name", NAMES)
+def test_scope_stack_is_cache_dit(name: str) -> None:
+    model, steps, compiled = build(name), walk(name, STEPS), {}
+    for settings in CONFIGS.values():
+        assert check_against(model, steps, "stack", settings, compiled, separate_lists=True)
+
+
+def test_scope_model_is_cache_dit_on_a_merged_list() -> None:
+    model, steps, compiled = build("flux"), walk("flux", STEPS), {}
+    for settings in CONFIGS.values():
+        assert check_against(model, steps, "model", settings, compiled)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,8 +69,10 @@ def test_scope_model_is_first_block_cache(name: str) -> None:
     measured = run_first_block_cache(model, steps, threshold=MEASURE_ONLY)
     if measured is None:
         pytest.skip(f"diffusers' FirstBlockCache does not support {name}")
-    for threshold in two_thresholds(measured.diffs):
-        expected = run_first_block_cache(model, steps, threshold=threshold)
-        run = run_cached(model, steps, residual_diff_threshold=threshold, max_warmup_steps=0)
-        check(expected, run, spans=list(expected.hits))
-        assert 0 < len(run.hits[0]) < STEPS
+    threshold = thresholds_with_both(measured.diffs)
+    expected = run_first_block_cache(model, steps, threshold=threshold)
+    run = run_cached(model, steps, residual_diff_threshold=threshold, max_warmup_steps=0)
+    assert run.hits == list(expected.hits.values())
+    assert 0 < len(run.hits[0]) < STEPS
+    for reference, output in zip(expected.outputs, run.outputs, strict=True):
+        assert relative_error(reference, output) < 1e-5

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_cache.passes.outline import build, fake, inputs_of, live_outputs, mark, region_nodes, replace_by_call
+from fx_cache.passes.outline import (
+    build,
+    fake,
+    inputs_of,
+    live_outputs,
+    mark,
+    region_nodes,
+    replace_by_call,
+    size_inputs,
+)
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import value_of
 from fx_cache.patterns.spans import SpanPlan
@@ -70,17 +79,19 @@ def _insert(
     slots = [new_input(f"slot_{k}_probe", value_of(probe))]
     slots += [new_input(f"slot_{k}_{o.name}", v) for o, v in zip(live_outs, cached_values, strict=True)]
     operands = (*inputs, probe, *slots)
+    operands += tuple(n for n in size_inputs(graph, operands) if n not in operands)
+    sizes = size_inputs(graph, [probe])
 
     compute = build(gm, nodes, operands, live_outs)
     _store(compute, operands, live_outs, live_ins, probe, cached_values)
     reuse = _reuse(operands, live_outs, live_ins, slots)
-    gm.add_submodule(f"measure_{k}", _measure(probe))
+    gm.add_submodule(f"measure_{k}", _measure(probe, sizes))
     gm.add_submodule(f"compute_{k}", compute)
     gm.add_submodule(f"reuse_{k}", reuse)
 
     with graph.inserting_before(nodes[0]):
         measure = mark(graph.get_attr(f"measure_{k}"), 2 * k)
-        hit = graph.create_node("call_function", check, (gate, measure, probe, slots[0]), name=f"hit_{k}")
+        hit = graph.create_node("call_function", check, (gate, measure, probe, slots[0], *sizes), name=f"hit_{k}")
         mark(hit, 2 * k)
     with graph.inserting_after(nodes[-1]):
         call = graph.create_node("call_function", cond, (), name=f"cond_{k}")
@@ -148,12 +159,14 @@ def _reuse(
     return fx.GraphModule({}, graph)
 
 
-def _measure(probe: fx.Node) -> fx.GraphModule:
+def _measure(probe: fx.Node, sizes: list[fx.Node]) -> fx.GraphModule:
     """``mean|previous - probe| / mean|previous|``, as cache-dit and FBCache define the residual diff."""
     graph = fx.Graph()
     previous, now = graph.placeholder("previous"), graph.placeholder("probe")
     for node in (previous, now):
         mark(node, None, value_of(probe))
+    for size in sizes:
+        mark(graph.placeholder(size.name), None, value_of(size))
     difference = mark(graph.call_function(operator.sub, (previous, now)), None, fake(operator.sub, probe, probe))
     means = []
     for node in (difference, previous):

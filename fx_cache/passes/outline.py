@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from fx_cache.patterns.graph import external_inputs, is_scalar, is_tensor, structure, value_of
 
@@ -109,7 +110,26 @@ def build(gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node
 
 
 def inputs_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    return [n for n in external_inputs(nodes) if not _is_subgraph(gm, n)]
+    """What a sub-module made of `nodes` has to be given, the sizes that its inputs' shapes are made of last."""
+    inputs = [n for n in external_inputs(nodes) if not _is_subgraph(gm, n)]
+    return inputs + [n for n in size_inputs(gm.graph, inputs) if n not in inputs]
+
+
+def size_inputs(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The graph's integer inputs whose symbols occur in the shapes of `nodes`.
+
+    A compiler binds a symbol to an input that has it as its size; in ``[1, s0 * s1 // 4]`` it could not.
+    """
+    symbols = set().union(*(_symbols(value_of(n)) for n in nodes))
+    return [
+        n
+        for n in graph.find_nodes(op="placeholder")
+        if isinstance(value_of(n), torch.SymInt) and _symbols(value_of(n)) & symbols
+    ]
+
+
+def _symbols(value: Any) -> set[Any]:
+    return set(free_symbols(value)) if isinstance(value, torch.Tensor | torch.SymInt) else set()
 
 
 def _is_subgraph(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -28,11 +28,11 @@ class SpanGate:
         self._span = span
         self.reason: str | None = "not reached"
 
-    def __call__(self, measure: Callable[..., Any], probe: torch.Tensor, previous: torch.Tensor | None) -> bool:
+    def __call__(self, measure: Callable[[], torch.Tensor]) -> bool:
         """Decides. The host waits for the device at most once, and not where the policy settles the step alone."""
         verdict = self._settle()
         if verdict.reuse is not False and self._branch.pending:
-            diff = measure(previous, probe)[0] if verdict.reuse is None else None
+            diff = measure() if verdict.reuse is None else None
             number = self._read(diff)
             verdict = self._settle()
             if verdict.reuse is None and number is not None:
@@ -40,7 +40,7 @@ class SpanGate:
             elif verdict.reuse is None:
                 verdict = Verdict(False, "not measured")
         elif verdict.reuse is None:
-            verdict = self._judge(float(measure(previous, probe)[0]))
+            verdict = self._judge(float(measure()))
         if verdict.reuse and self._step not in self._counters.diffs:
             self._counters.measured(self._step, UNMEASURED)
         self.reason = verdict.reason
