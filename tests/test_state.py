@@ -1,0 +1,281 @@
+"""Sessions and branches. The oracle of every case: the same calls made alone, on a copy of the model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+
+import fx_cache
+from tests.models import build, conditioning, walk
+from tests.running import compile_cached, relative_error
+
+REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
+
+
+class Alone:
+    """Runs walks each as a fresh process would: a copy of the weights, its own compilation, its own cache."""
+
+    def __init__(self, name: str, **options) -> None:
+        self.model = build(name)
+        self.options = {**REUSING, **options}
+
+    def compiled(self):
+        return compile_cached(copy.deepcopy(self.model), **self.options)
+
+    def run(self, steps: list[dict]) -> list[torch.Tensor]:
+        compiled = self.compiled()
+        outputs = [compiled(**step)[0].clone() for step in steps]
+        assert hits_of(compiled), "the oracle itself never reused"
+        return outputs
+
+
+def hits_of(compiled) -> list[list[int]]:
+    sessions = fx_cache.summary(compiled).to_dict()["sessions"]
+    hits = [span["hits"] for s in sessions for b in s["branches"] for span in b["spans"]]
+    return [h for h in hits if h]
+
+
+def assert_equal(expected: list[torch.Tensor], got: list[torch.Tensor]) -> None:
+    assert [torch.equal(a, b) for a, b in zip(expected, got, strict=True)] == [True] * len(expected)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+def test_cond_and_uncond_interleaved(name: str) -> None:
+    alone = Alone(name)
+    cond, uncond = walk(name, 8, seed=0), walk(name, 8, seed=1)
+    expected = [alone.run(cond), alone.run(uncond)]
+    compiled = alone.compiled()
+    got: list[list[torch.Tensor]] = [[], []]
+    for a, b in zip(cond, uncond, strict=True):
+        got[0].append(compiled(**a)[0].clone())
+        got[1].append(compiled(**b)[0].clone())
+    assert_equal(expected[0], got[0])
+    assert_equal(expected[1], got[1])
+    sessions = fx_cache.summary(compiled).to_dict()["sessions"]
+    assert [len(s["branches"]) for s in sessions] == [2]
+
+
+def test_order_of_branches_does_not_matter() -> None:
+    alone = Alone("dit")
+    walks = [walk("dit", 8, seed=s) for s in range(3)]
+    expected = [alone.run(w) for w in walks]
+    compiled = alone.compiled()
+    got: list[list[torch.Tensor]] = [[], [], []]
+    for i in range(8):
+        for k in [(0, 1, 2), (2, 0, 1), (1, 0, 2)][i % 3]:
+            got[k].append(compiled(**walks[k][i])[0].clone())
+    for e, g in zip(expected, got, strict=True):
+        assert_equal(e, g)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_prompts_one_after_another(name: str) -> None:
+    alone = Alone(name)
+    walks = [walk(name, 8, seed=s) for s in range(2)]
+    expected = [alone.run(w) for w in walks]
+    compiled = alone.compiled()
+    for steps, reference in zip(walks, expected, strict=True):
+        assert_equal(reference, [compiled(**s)[0].clone() for s in steps])
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_same_prompt_with_another_seed(name: str) -> None:
+    alone = Alone(name)
+    prompt = conditioning(name)
+    walks = [walk(name, 8, seed=s, conditioning=prompt) for s in range(3)]
+    expected = [alone.run(w) for w in walks]
+    compiled = alone.compiled()
+    for steps, reference in zip(walks, expected, strict=True):
+        assert_equal(reference, [compiled(**s)[0].clone() for s in steps])
+    assert len(fx_cache.summary(compiled).to_dict()["sessions"]) == 3
+
+
+def test_another_resolution_in_between() -> None:
+    alone = Alone("dit")
+    small, large = walk("dit", 8), walk("dit", 8, size=1)
+    expected = [alone.run(small), alone.run(large)]
+    compiled = alone.compiled()
+    got = [[compiled(**s)[0].clone() for s in steps] for steps in (small, large, small)]
+    assert_equal(expected[0], got[0])
+    assert_equal(expected[1], got[1])
+    assert_equal(expected[0], got[2])
+
+
+def test_an_exception_leaves_nothing_behind() -> None:
+    alone = Alone("dit")
+    prompt = conditioning("dit")
+    first, second = (walk("dit", 8, seed=s, conditioning=prompt) for s in range(2))
+    expected = alone.run(second)
+    compiled = alone.compiled()
+    for step in first[:4]:
+        compiled(**step)
+    branch = next(iter(next(fx_cache.runtime.registry.stores(compiled))._branches.values()))
+    assert branch.slots[0].tensors is not None
+    # A slot of another shape makes the reusing branch fail in the middle of the step.
+    branch.slots[0].tensors = tuple(torch.zeros(3, 3, 3) for _ in branch.slots[0].tensors)
+    with pytest.raises(RuntimeError):
+        compiled(**first[4])
+    assert branch.slots[0].tensors is None
+    assert_equal(expected, [compiled(**s)[0].clone() for s in second])
+
+
+def test_a_probe_that_is_not_finite_is_a_miss() -> None:
+    model = build("dit")
+    compiled = compile_cached(model, residual_diff_threshold=0.9, max_warmup_steps=1)
+    steps = walk("dit", 4)
+    for key, value in steps[2].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 4:
+            steps[2][key] = value * float("nan")
+    for step in steps:
+        compiled(**step)
+    span = fx_cache.summary(model).to_dict()["sessions"][0]["branches"][0]["spans"][0]
+    assert span["misses"][2] == "probe not finite"
+    # The probe that is compared with next is not finite either.
+    assert span["misses"][3] == "probe not finite"
+
+
+def test_named_sessions_with_one_prompt_interleaved() -> None:
+    alone = Alone("dit")
+    prompt = conditioning("dit")
+    walks = {f"request-{s}": walk("dit", 8, seed=s, conditioning=prompt) for s in range(3)}
+    expected = {name: alone.run(steps) for name, steps in walks.items()}
+    compiled = alone.compiled()
+    got: dict[str, list[torch.Tensor]] = {name: [] for name in walks}
+    for i in range(8):
+        for name, steps in walks.items():
+            with fx_cache.session(name):
+                got[name].append(compiled(**steps[i])[0].clone())
+    for name in walks:
+        assert_equal(expected[name], got[name])
+    assert {s["name"] for s in fx_cache.summary(compiled).to_dict()["sessions"]} == set(walks)
+
+
+def test_branches_by_name_with_one_prompt_object() -> None:
+    alone = Alone("dit")
+    prompt = conditioning("dit")
+    walks = [walk("dit", 8, seed=s, conditioning=prompt) for s in range(2)]
+    expected = [alone.run(w) for w in walks]
+    compiled = alone.compiled()
+    got: list[list[torch.Tensor]] = [[], []]
+    for i in range(8):
+        for k, branch in enumerate(["cond", "uncond"]):
+            with fx_cache.session("r", branch):
+                got[k].append(compiled(**walks[k][i])[0].clone())
+    assert_equal(expected[0], got[0])
+    assert_equal(expected[1], got[1])
+    branches = fx_cache.summary(compiled).to_dict()["sessions"][0]["branches"]
+    assert [b["name"] for b in branches] == ["cond", "uncond"]
+
+
+def test_one_prompt_object_for_two_requests_computes() -> None:
+    model, prompt = build("dit"), conditioning("dit")
+    walks = [walk("dit", 6, seed=s, conditioning=prompt) for s in range(2)]
+    compiled = compile_cached(model, residual_diff_threshold=1.0, max_warmup_steps=1)
+    for a, b in zip(*walks, strict=True):
+        for step in (a, b):
+            assert torch.equal(compiled(**step)[0], model(**step)[0])
+
+
+def test_conditioning_of_the_same_address_is_not_the_same() -> None:
+    model = build("wan")
+    compiled = compile_cached(model, residual_diff_threshold=1.0, max_warmup_steps=1)
+    first = walk("wan", 4)
+    name, text = next((k, v) for k, v in first[0].items() if isinstance(v, torch.Tensor) and v.ndim == 3)
+    for step in first:
+        compiled(**step)
+    same_place = text.data_ptr()
+    storage = text.untyped_storage()
+    # In place: same object, same address, other content; the timestep goes on.
+    text.mul_(2.0)
+    later = walk("wan", 8)[6]
+    later[name] = text
+    assert text.data_ptr() == same_place and text.untyped_storage()._cdata == storage._cdata
+    assert torch.equal(compiled(**later)[0], model(**later)[0])
+
+
+def test_slots_die_with_their_conditioning() -> None:
+    model = build("wan")
+    compiled = compile_cached(model, **REUSING)
+    steps = walk("wan", 3)
+    for step in steps:
+        compiled(**step)
+    assert held_bytes(model) > 0
+    del steps, step
+    gc.collect()
+    other = walk("wan", 1, seed=5)
+    compiled(**other[0])
+    sessions = fx_cache.summary(model).to_dict()["sessions"]
+    assert sessions[0]["branches"][0]["spans"][0]["bytes"] == 0
+    assert sessions[1]["branches"][0]["spans"][0]["bytes"] > 0
+
+
+def held_bytes(model) -> int:
+    sessions = fx_cache.summary(model).to_dict()["sessions"]
+    return sum(span["bytes"] for s in sessions for b in s["branches"] for span in b["spans"])
+
+
+def test_reset_forgets() -> None:
+    model = build("dit")
+    compiled = compile_cached(model, residual_diff_threshold=1.0, max_warmup_steps=1)
+    steps = walk("dit", 6)
+    for step in steps[:4]:
+        compiled(**step)
+    assert held_bytes(model) > 0
+    fx_cache.reset(model)
+    assert held_bytes(model) == 0
+    assert torch.equal(compiled(**steps[4])[0], model(**steps[4])[0])
+
+
+def test_two_models_of_one_class_share_code_but_no_state() -> None:
+    models = [build("dit", seed=s) for s in range(2)]
+    compiled = [compile_cached(m, **REUSING) for m in models]
+    steps = walk("dit", 8)
+    expected = [[compile_cached(copy.deepcopy(m), **REUSING)(**s)[0].clone() for s in steps[:1]] for m in models]
+    got: list[list[torch.Tensor]] = [[], []]
+    for step in steps:
+        for k in range(2):
+            got[k].append(compiled[k](**step)[0].clone())
+    assert_equal(expected[0], got[0][:1])
+    assert_equal(expected[1], got[1][:1])
+    for k in range(2):
+        steps_seen = [
+            span["steps"]
+            for s in fx_cache.summary(models[k]).to_dict()["sessions"]
+            for b in s["branches"]
+            for span in b["spans"]
+        ]
+        assert steps_seen == [8]
+
+
+def test_num_inference_steps_ends_a_request() -> None:
+    model = build("dit")
+    compiled = compile_cached(model, residual_diff_threshold=1.0, max_warmup_steps=1, num_inference_steps=4)
+    for step in walk("dit", 8):
+        compiled(**step)
+    sessions = fx_cache.summary(model).to_dict()["sessions"]
+    assert [s["branches"][0]["spans"][0]["hits"] for s in sessions] == [[2, 3], [1, 2, 3]]
+
+
+def test_diffs_are_those_of_the_oracle_formula() -> None:
+    model = build("dit")
+    compiled = compile_cached(model, residual_diff_threshold=1e-12, max_warmup_steps=1)
+    steps = walk("dit", 4)
+    probes = []
+
+    def keep(module, args, kwargs, output):
+        first = args[0] if args else kwargs["hidden_states"]
+        probes.append((output if isinstance(output, torch.Tensor) else output[0]) - first)
+
+    handle = model.transformer_blocks[0].register_forward_hook(keep, with_kwargs=True)
+    for step in steps:
+        model(**step)
+    handle.remove()
+    for step in steps:
+        compiled(**step)
+    diffs = fx_cache.summary(model).to_dict()["sessions"][0]["branches"][0]["spans"][0]["diffs"]
+    for i in range(1, 4):
+        reference = (probes[i - 1] - probes[i]).abs().mean() / probes[i - 1].abs().mean()
+        assert relative_error(reference, torch.tensor(diffs[i])) < 1e-6
