@@ -74,6 +74,8 @@ def _example(node: fx.Node) -> Any:
         return value
     with torch.no_grad(), mode:
         example = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    if value.item_memo is not None:
+        example.item_memo = value.item_memo  # a Python number that Dynamo made an input: it stays the same symbol
     is_parameter = isinstance(value, torch.nn.Parameter)
     return torch.nn.Parameter(example, requires_grad=value.requires_grad) if is_parameter else example
 
