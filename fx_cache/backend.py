@@ -13,11 +13,11 @@ from torch import fx
 
 from fx_cache.compiling import compile_pieces, inner_compiler
 from fx_cache.config import CacheConfig, split_options
-from fx_cache.passes.dump import Dump
-from fx_cache.patterns.explanation import Explanation
 from fx_cache.errors import CacheWarning, Refusal
 from fx_cache.passes import PIPELINE
+from fx_cache.passes.dump import Dump
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
+from fx_cache.patterns.explanation import Explanation
 from fx_cache.patterns.graph import is_weight, value_of
 from fx_cache.patterns.spans import Plan
 from fx_cache.runtime.step import CachedForward
@@ -63,7 +63,7 @@ def dit_cache(
         rewritten = rewrite(gm, config, dump)
         refusal = rewritten.plan.refusal
         if dump is not None:
-            dump.report(Explanation.of([rewritten.plan], config), rewritten.records)
+            dump.report(Explanation.of([rewritten.plan]), rewritten.records)
     if refusal is not None:
         warnings.warn(f"dit_cache runs this graph uncached. {refusal}", CacheWarning, stacklevel=2)
         return compiler(gm, list(example_inputs))

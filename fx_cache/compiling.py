@@ -11,8 +11,8 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fx_cache.errors import OptionError
-from fx_cache.patterns.graph import value_of
 from fx_cache.ops import cond
+from fx_cache.patterns.graph import value_of
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -73,7 +73,7 @@ def _example(node: fx.Node) -> Any:
     if mode is None or not isinstance(value, FakeTensor) or value.fake_mode is mode:
         return value
     with torch.no_grad(), mode:
-        example = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        example: Any = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     if value.item_memo is not None:
         example.item_memo = value.item_memo  # a Python number that Dynamo made an input: it stays the same symbol
     is_parameter = isinstance(value, torch.nn.Parameter)

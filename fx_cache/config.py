@@ -32,7 +32,7 @@ class CacheConfig:
     Attributes:
         residual_diff_threshold: a step reuses the span if ``mean|prev - now| / mean|prev|`` of the probe is below it.
             ``<= 0``: never; ``>= 1``: always, without looking.
-        max_accumulated_residual_diff_threshold: sum of the diffs of a request from which on it computes; None: no limit.
+        max_accumulated_residual_diff_threshold: sum of a request's diffs from which on it computes; None: no limit.
         max_warmup_steps: steps at the start of a request that are computed, counted in steps.
         warmup_interval: within the warm-up, only every n-th step is forced to compute.
         max_cached_steps: reused steps a request may have; -1: no limit.

@@ -44,7 +44,7 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     target = getattr(model, "_orig_mod", model)
     with torch.no_grad():
         torch.compile(target, backend=look)(*args, **kwargs)
-    return Explanation.of(plans, config, {k: tuple(v) for k, v in names.items()})
+    return Explanation.of(plans, {k: tuple(v) for k, v in names.items()})
 
 
 def _config_of(model: torch.nn.Module) -> CacheConfig:
@@ -58,5 +58,3 @@ def _config_of(model: torch.nn.Module) -> CacheConfig:
             return split_options(options)[0]
         callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(callback, "compiler_fn", None)
     return CacheConfig()
-
-

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import fx
 
-from fx_cache.patterns.explanation import Explanation
 from fx_cache.passes.runner import PassRecord
+from fx_cache.patterns.explanation import Explanation
 
 
 @dataclass

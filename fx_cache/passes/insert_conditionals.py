@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fx_cache.ops import check, cond
 from fx_cache.passes.outline import (
     build,
     fake,
@@ -19,7 +20,6 @@ from fx_cache.passes.outline import (
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import value_of
 from fx_cache.patterns.spans import SpanPlan
-from fx_cache.ops import check, cond
 
 
 def insert_conditionals(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -74,7 +74,8 @@ def _insert(
 
     gate = new_input(f"gate_{k}", None)
     cached_values = [
-        fake(torch.clone, o) if u is None else fake(operator.sub, o, u) for o, u in zip(live_outs, live_ins, strict=True)
+        fake(torch.clone, o) if u is None else fake(operator.sub, o, u)
+        for o, u in zip(live_outs, live_ins, strict=True)
     ]
     slots = [new_input(f"slot_{k}_probe", value_of(probe))]
     slots += [new_input(f"slot_{k}_{o.name}", v) for o, v in zip(live_outs, cached_values, strict=True)]
@@ -104,7 +105,9 @@ def _insert(
     state = []
     for i, slot in enumerate(slots):
         with graph.inserting_before(following):
-            item = graph.create_node("call_function", operator.getitem, (call, len(live_outs) + i), name=f"new_{slot.name}")
+            item = graph.create_node(
+                "call_function", operator.getitem, (call, len(live_outs) + i), name=f"new_{slot.name}"
+            )
         state.append(mark(item, 2 * k + 1, value_of(slot)))
     return last_input, tuple(state)
 
@@ -129,14 +132,16 @@ def _store(
     graph = compute.graph
     env = dict(zip(operands, graph.find_nodes(op="placeholder"), strict=True))
     output = next(iter(graph.find_nodes(op="output")))
-    results = list(output.args[0])  # type: ignore[arg-type]
+    results = list(output.args[0])
     cached = []
     with graph.inserting_before(output):
         for result, out, source, value in zip(results, live_outs, live_ins, cached_values, strict=True):
             if source is None:
                 stored = graph.create_node("call_function", torch.clone, (result,), name=f"value_{out.name}")
             else:
-                stored = graph.create_node("call_function", operator.sub, (result, env[source]), name=f"residual_{out.name}")
+                stored = graph.create_node(
+                    "call_function", operator.sub, (result, env[source]), name=f"residual_{out.name}"
+                )
             cached.append(mark(stored, None, value))
     output.args = ((*results, env[probe], *cached),)
     compute.recompile()

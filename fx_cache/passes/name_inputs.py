@@ -47,5 +47,3 @@ def readable(source: str) -> str:
         parts = parts[1:]
     name = re.sub(r"\W+", "_", "_".join(parts)).strip("_")
     return f"_{name}" if name[:1].isdigit() else name
-
-

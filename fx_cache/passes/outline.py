@@ -47,11 +47,8 @@ class Templates:
         return self.targets[key]
 
 
-def region_of(node: fx.Node) -> int:
-    return int(node.meta[REGION])
-
-
 def region_nodes(graph: fx.Graph, region: int) -> list[fx.Node]:
+    """The nodes of one region, in order."""
     return [n for n in graph.nodes if n.meta.get(REGION) == region]
 
 
@@ -83,7 +80,9 @@ def live_outputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes if is_tensor(n) and used_outside(n)]
 
 
-def build(gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
+def build(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> fx.GraphModule:
     """A module of copies of `nodes`; takes `inputs`, returns the tuple of `outputs`.
 
     Scalars from outside are computed again inside. Callable sub-graphs that are read as attributes come along.

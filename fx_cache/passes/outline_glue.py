@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 from torch import fx
 
+from fx_cache.ops import check, cond
 from fx_cache.passes.outline import REGION, Templates, outline
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import is_scalar
-from fx_cache.ops import check, cond
 
 
 def outline_glue(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -26,15 +27,16 @@ def outline_glue(gm: fx.GraphModule, context: RewriteContext) -> int:
     """
     assert context.plan is not None
     last = 2 * len(context.plan.spans)
-    count = _outline_runs(gm, context, lambda r: "head" if r == 0 else "tail" if r == last else "between")
+    count = _outline_runs(gm, lambda r: "head" if r == 0 else "tail" if r == last else "between")
     for k in range(len(context.plan.spans)):
         compute, reuse = (getattr(gm, f"{b}_{k}") for b in ("compute", "reuse"))
-        count += _outline_runs(compute, context, lambda r: "glue")
-        count += _outline_runs(reuse, context, lambda r: "restore")
+        count += _outline_runs(compute, lambda r: "glue")
+        count += _outline_runs(reuse, lambda r: "restore")
     return count
 
 
-def _outline_runs(gm: fx.GraphModule, context: RewriteContext, name_of) -> int:  # type: ignore[no-untyped-def]
+def _outline_runs(gm: fx.GraphModule, name_of: Callable[[int], str]) -> int:
+    """Outlines the runs of `gm`, each under the name that `name_of` gives its region."""
     templates = Templates()
     runs: list[list[fx.Node]] = []
     current: list[fx.Node] = []
@@ -57,11 +59,12 @@ def _outline_runs(gm: fx.GraphModule, context: RewriteContext, name_of) -> int: 
     return len(runs)
 
 
-def _outline_run(gm, run, templates, name) -> None:  # type: ignore[no-untyped-def]
+def _outline_run(gm: fx.GraphModule, run: list[fx.Node], templates: Templates, name: str) -> None:
     if all(is_scalar(n) for n in run):
         return
     # Elements taken of earlier calls may stand inside the run: they go in front of it.
-    inside, node, between = set(run), run[0], []
+    inside, node = set(run), run[0]
+    between: list[fx.Node] = []
     while node is not run[-1]:
         node = node.next
         if node not in inside:

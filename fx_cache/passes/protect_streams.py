@@ -42,5 +42,3 @@ def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
             context.copies[clone] = node
             count += 1
     return count
-
-

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fx_cache.config import CacheConfig
-from fx_cache.patterns.spans import Plan
 from fx_cache.passes.outline import Templates
 from fx_cache.passes.spec import check_rewritten
+from fx_cache.patterns.spans import Plan
 
 
 @dataclass

@@ -54,8 +54,14 @@ def separate_sequences(gm: fx.GraphModule, context: RewriteContext) -> int:
                         count += 1
                     items[i] = last = user
             else:
-                whole = tuple(item(i) for i in range(len(values)))
-                user.args = fx.map_arg(user.args, lambda a: whole if a is node else a)  # type: ignore[arg-type,return-value]
-                user.kwargs = fx.map_arg(user.kwargs, lambda a: whole if a is node else a)  # type: ignore[arg-type,return-value]
+                for i in range(len(values)):
+                    item(i)
+                _replace(user, node, tuple(items[i] for i in range(len(values))))
                 count += 1
     return count
+
+
+def _replace(user: fx.Node, node: fx.Node, whole: tuple[fx.Node, ...]) -> None:
+    """Lets `user` read a tuple of nodes in place of the node `node`."""
+    user.args = fx.map_arg(user.args, lambda a: whole if a is node else a)
+    user.kwargs = fx.map_arg(user.kwargs, lambda a: whole if a is node else a)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from fx_cache.passes.outline import REGION
 from fx_cache.ops import check, cond
+from fx_cache.passes.outline import REGION
 
 
 def check_rewritten(gm: fx.GraphModule) -> None:
@@ -28,7 +28,7 @@ def check_rewritten(gm: fx.GraphModule) -> None:
             assert node.meta[REGION] >= region, f"{node} of region {node.meta[REGION]} stands behind region {region}"
             region = node.meta[REGION]
         if node.op == "call_module":
-            inputs = list(gm.get_submodule(str(node.target)).graph.find_nodes(op="placeholder"))  # type: ignore[union-attr]
+            inputs = list(getattr(gm, str(node.target)).graph.find_nodes(op="placeholder"))
             assert len(inputs) == len(node.args), f"{node} hands over {len(node.args)} values, {len(inputs)} expected"
         if node.target is cond:
             _check_cond(gm, node)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fx_cache.config import CacheConfig
 from fx_cache.patterns.graph import value_of
 from fx_cache.patterns.spans import Plan, SpanPlan, StackReport
 
@@ -75,15 +74,10 @@ class Explanation:
     graphs: int
 
     @classmethod
-    def of(
-        cls, plans: Sequence[Plan], config: CacheConfig, inputs: dict[str, tuple[str, ...]] | None = None
-    ) -> Explanation:
+    def of(cls, plans: Sequence[Plan], inputs: dict[str, tuple[str, ...]] | None = None) -> Explanation:
         """Puts together what the analysis found in each of a forward's graphs."""
-        del config
         stacks = [_stack(r, p.spans, i) for i, p in enumerate(plans) for r in p.stacks]
-        spans = [
-            tuple((lo.value.name, lo.rule) for lo in span.live_outs) for p in plans for span in p.spans
-        ]
+        spans = [tuple((lo.value.name, lo.rule) for lo in span.live_outs) for p in plans for span in p.spans]
         refusals = [p.refusal for p in plans if p.refusal is not None]
         # Of several graphs, the one with a stack tells most.
         told = [p.refusal for p in plans if p.refusal is not None and p.stacks] or refusals
@@ -128,9 +122,9 @@ def _stack(report: StackReport, spans: Sequence[SpanPlan], graph: int) -> StackE
         if pattern is not None
         else "custom {}->{}".format(*(sum(s.values[i] is not None for s in streams.streams) for i in (0, -1)))
     )
-    cut = next((s.blocks[name] for s in spans if name in s.blocks), (None, None, None))
+    head, span, tail = next((s.blocks[name] for s in spans if name in s.blocks), (None, None, None))
     return StackExplanation(
-        name, len(report.stack.blocks), len(set(streams.kinds)), text, tuple(described), *cut, graph
+        name, len(report.stack.blocks), len(set(streams.kinds)), text, tuple(described), head, span, tail, graph
     )
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-_INPLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and f"__{n}__" in dir(operator)} - {
+_INPLACE_OPERATORS = {
+    getattr(operator, n) for n in dir(operator) if n.startswith("i") and f"__{n}__" in dir(operator)
+} - {
     operator.index,
     operator.invert,
     operator.inv,
@@ -25,10 +27,12 @@ def value_of(node: fx.Node) -> Any:
 
 
 def is_tensor(node: fx.Node) -> bool:
+    """Whether the node's value is one tensor."""
     return isinstance(value_of(node), torch.Tensor)
 
 
 def is_tensor_sequence(node: fx.Node) -> bool:
+    """Whether the node's value is a tuple or list with tensors in it."""
     value = value_of(node)
     return isinstance(value, tuple | list) and any(isinstance(v, torch.Tensor) for v in value)
 
@@ -55,10 +59,13 @@ def is_weight(node: fx.Node) -> bool:
         return False
     guard_source = source.guard_source
     guard_source = guard_source() if callable(guard_source) else guard_source
-    return guard_source is not None and (guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module())
+    return guard_source is not None and (
+        guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
+    )
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Each node's place in the graph."""
     return {node: i for i, node in enumerate(graph.nodes)}
 
 
@@ -97,7 +104,7 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     out = [a for a in tree_leaves(node.kwargs.get("out")) if isinstance(a, fx.Node)]
     if node.op == "call_method":
         name = str(node.target)
-        return (first if name.endswith("_") and not name.endswith("__") or name == "__setitem__" else []) + out
+        return (first if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" else []) + out
     if isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema.arguments
         return [
@@ -215,5 +222,6 @@ def describe(value: Any) -> tuple[Any, ...]:
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two tensors agree in shape, dtype and device."""
     va, vb = value_of(a), value_of(b)
     return tuple(map(str, va.shape)) == tuple(map(str, vb.shape)) and va.dtype == vb.dtype and va.device == vb.device

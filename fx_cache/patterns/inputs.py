@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.patterns.graph import is_tensor, is_weight, value_of
+from fx_cache.patterns.graph import is_tensor, is_weight, same_shape, value_of
 
 _SINUSOIDS = {torch.sin, torch.cos, "sin", "cos", torch.polar}
 _LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, torch.addmm, torch.mm, operator.matmul}
@@ -45,6 +45,7 @@ class InputRoles:
 
 
 def classify_inputs(graph: fx.Graph) -> InputRoles:
+    """The roles of a graph's inputs."""
     inputs = list(graph.find_nodes(op="placeholder"))
     weights = [i for i, n in enumerate(inputs) if is_weight(n)]
     scalars = [i for i, n in enumerate(inputs) if i not in weights and not is_tensor(n)]
@@ -124,3 +125,53 @@ def _differing(node: fx.Node, shape: torch.Size) -> int:
     if len(mine) != len(shape):
         return -1
     return sum(a != str(b) for a, b in zip(mine, shape, strict=True))
+
+
+def token_sources(node: fx.Node) -> set[fx.Node]:
+    """The graph inputs whose tokens a value holds.
+
+    Follows the data flow backwards; where a slice is taken out of a concatenation, only the operand that fills it.
+    """
+    sources: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        if n.op == "placeholder":
+            sources.add(n)
+        part = _sliced_operand(n)
+        todo.extend([part] if part is not None else n.all_input_nodes)
+    return sources
+
+
+def _sliced_operand(node: fx.Node) -> fx.Node | None:
+    """For ``cat([a, b], dim)[..., start:stop, ...]``, also through shape-preserving operations, the operand taken."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node) or not is_tensor(node):
+        return None
+    source, item = node.args
+    item = item if isinstance(item, tuple) else (item,)
+    cuts = [(d, s) for d, s in enumerate(item) if isinstance(s, slice) and (s.start, s.stop) != (None, None)]
+    if len(cuts) != 1 or any(not isinstance(s, slice) for s in item) or not isinstance(source, fx.Node):
+        return None
+    dim, cut = cuts[0]
+    while source.target not in (torch.cat, torch.concat):
+        parents = [a for a in source.all_input_nodes if is_tensor(a) and not is_weight(a) and same_shape(a, source)]
+        if len(parents) != 1:
+            return None
+        source = parents[0]
+    operands = source.args[0]
+    cat_dim = source.kwargs.get("dim", source.args[1] if len(source.args) > 1 else 0)
+    if not isinstance(operands, list | tuple) or not isinstance(cat_dim, int) or cat_dim % value_of(source).ndim != dim:
+        return None
+    sizes = [str(value_of(o).shape[dim]) for o in operands if isinstance(o, fx.Node)]
+    taken = str(value_of(node).shape[dim])
+    matching = [o for o, size in zip(operands, sizes, strict=False) if size == taken]
+    if len(matching) == 1:
+        return matching[0] if isinstance(matching[0], fx.Node) else None
+    if len(operands) == 2 and len(sizes) == 2:
+        chosen = operands[0] if cut.start is None else operands[1]
+        return chosen if isinstance(chosen, fx.Node) else None
+    return None

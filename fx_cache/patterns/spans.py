@@ -22,9 +22,12 @@ from fx_cache.patterns.graph import (
     value_of,
     written_inputs,
 )
-from fx_cache.patterns.inputs import InputRoles, classify_inputs
+from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
 from fx_cache.patterns.stacks import Stack, find_stacks
 from fx_cache.patterns.streams import StackStreams, continues
+
+Range = tuple[int, int]
+Ranges = tuple[Range, Range, Range]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class SpanPlan:
     nodes: tuple[fx.Node, ...]
     probe: tuple[fx.Node, fx.Node]
     live_outs: tuple[LiveOut, ...]
-    blocks: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]
+    blocks: dict[str, Ranges]
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ def _report(graph: fx.Graph, stack: Stack, roles: InputRoles) -> StackReport:
     carried = sum(s.carried for s in streams.streams)
     inputs = list(graph.find_nodes(op="placeholder"))
     schedule = descendants(graph, [inputs[i] for i in roles.schedule])
-    conditioned = any(value_of(n).ndim == 3 and n not in schedule and _reads_tokens(n, inputs, roles) for n in streams.invariants)
+    conditioned = any(
+        value_of(n).ndim == 3 and n not in schedule and _reads_tokens(n, inputs, roles) for n in streams.invariants
+    )
     main = _main_stream(graph, streams, roles)
     pattern = match_pattern(carried, len(streams.streams) - carried, conditioned)
     return StackReport(streams, main, pattern, conditioned)
@@ -166,60 +171,6 @@ def _numel(node: fx.Node) -> int:
         hint = getattr(getattr(size, "node", None), "hint", size)
         count *= int(hint) if hint is not None else 1
     return count
-
-
-def token_sources(node: fx.Node) -> set[fx.Node]:
-    """The graph inputs whose tokens a value holds.
-
-    Follows the data flow backwards; where a slice is taken out of a concatenation, only the operand that fills it.
-    """
-    sources: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        if n.op == "placeholder":
-            sources.add(n)
-        part = _sliced_operand(n)
-        todo.extend([part] if part is not None else n.all_input_nodes)
-    return sources
-
-
-def _sliced_operand(node: fx.Node) -> fx.Node | None:
-    """For ``cat([a, b], dim)[..., start:stop, ...]``, also through shape-preserving operations, the operand taken."""
-    import operator
-
-    import torch
-
-    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node) or not is_tensor(node):
-        return None
-    source, item = node.args
-    item = item if isinstance(item, tuple) else (item,)
-    cuts = [(d, s) for d, s in enumerate(item) if isinstance(s, slice) and (s.start, s.stop) != (None, None)]
-    if len(cuts) != 1 or any(not isinstance(s, slice) for s in item) or not isinstance(source, fx.Node):
-        return None
-    dim, cut = cuts[0]
-    while source.target not in (torch.cat, torch.concat):
-        parents = [a for a in source.all_input_nodes if is_tensor(a) and not is_weight(a) and same_shape(a, source)]
-        if len(parents) != 1:
-            return None
-        source = parents[0]
-    operands = source.args[0]
-    cat_dim = source.kwargs.get("dim", source.args[1] if len(source.args) > 1 else 0)
-    if not isinstance(operands, list | tuple) or not isinstance(cat_dim, int) or cat_dim % value_of(source).ndim != dim:
-        return None
-    sizes = [str(value_of(o).shape[dim]) for o in operands if isinstance(o, fx.Node)]
-    taken = str(value_of(node).shape[dim])
-    matching = [o for o, size in zip(operands, sizes, strict=False) if size == taken]
-    if len(matching) == 1:
-        return matching[0] if isinstance(matching[0], fx.Node) else None
-    if len(operands) == 2 and len(sizes) == 2:
-        chosen = operands[0] if cut.start is None else operands[1]
-        return chosen if isinstance(chosen, fx.Node) else None
-    return None
 
 
 def _main_chain(graph: fx.Graph, reports: Sequence[StackReport]) -> list[StackReport]:
@@ -288,13 +239,11 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     written = _outer_writes(nodes, start, end, where)
     if written is not None:
         return written
-    return SpanPlan(
-        tuple(r.stack.name for r in group), head, span, probe, live_outs, _ranges(group, fn, total - bn)
-    )
+    return SpanPlan(tuple(r.stack.name for r in group), head, span, probe, live_outs, _ranges(group, fn, total - bn))
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:
-    """(stack of the group, boundary in it) behind `blocks` blocks; at a joint, the side that leaves glue in the span."""
+    """(stack of the group, boundary in it) behind `blocks` blocks; at a joint, the side with the glue in the span."""
     for k, report in enumerate(group):
         count = len(report.stack.blocks)
         if blocks < count or (blocks == count and (k == len(group) - 1 or not from_end)):
@@ -303,8 +252,9 @@ def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> t
     raise AssertionError("more blocks than the group has")
 
 
-def _ranges(group: Sequence[StackReport], start: int, end: int) -> dict[str, tuple[tuple[int, int], ...]]:  # type: ignore[return]
-    ranges = {}
+def _ranges(group: Sequence[StackReport], start: int, end: int) -> dict[str, Ranges]:
+    """For each stack, the blocks of head, span and tail, for a span from block `start` to block `end` of the group."""
+    ranges: dict[str, Ranges] = {}
     offset = 0
     for report in group:
         count = len(report.stack.blocks)
@@ -399,5 +349,3 @@ def _outer_writes(nodes: list[fx.Node], start: int, end: int, where: str) -> Ref
                     "replace the write in place by an operation that returns a new tensor",
                 )
     return None
-
-

@@ -66,9 +66,7 @@ class StackStreams:
         """Tensors made in the window of block i and used behind it."""
         end = self.starts[i + 1]
         return [
-            n
-            for n in self._nodes[self.starts[i] : end]
-            if is_tensor(n) and any(self._order[u] >= end for u in n.users)
+            n for n in self._nodes[self.starts[i] : end] if is_tensor(n) and any(self._order[u] >= end for u in n.users)
         ]
 
     def _chains(self) -> list[Stream]:
@@ -108,7 +106,7 @@ class StackStreams:
         return continues(value, candidates, nodes, self._order)
 
     def _aligned(self, boundary: int, value: fx.Node) -> fx.Node | None:
-        """By structure: what block i reads where the next like block reads `value`, or the like block before it made."""
+        """By structure: what block i reads where the next like block reads `value`, or the one before it made."""
         i = boundary - 1
         if boundary < len(self._inputs) and self._keys[i] == self._keys[boundary]:
             following = self._inputs[boundary]
@@ -167,5 +165,3 @@ def _next_use(node: fx.Node, order: dict[fx.Node, int]) -> tuple[Any, ...]:
     user = min(node.users, key=lambda u: order[u])
     places = [i for i, a in enumerate(tree_leaves(user.args)) if a is node]
     return user.op, user.target, tuple(places)
-
-

@@ -1,4 +1,4 @@
-"""Reads from the schedule inputs (timestep, sigma, guidance) whether a call goes on with a request or starts another."""
+"""Tells from the schedule inputs (timestep, sigma, guidance) whether a call goes on with a request."""
 
 from __future__ import annotations
 

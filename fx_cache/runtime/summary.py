@@ -51,6 +51,7 @@ def _row(span: dict[str, Any]) -> list[str]:
 
 
 def summarize(found: Iterable[Store]) -> Summary:
+    """The statistics of some stores."""
     sessions = []
     for store in found:
         for record in store.sessions:
