@@ -63,7 +63,7 @@ def dit_cache(
         rewritten = rewrite(gm, config, dump)
         refusal = rewritten.plan.refusal
         if dump is not None:
-            dump.report(Explanation.of([rewritten.plan]), rewritten.records)
+            dump.report(rewritten.gm, Explanation.of([rewritten.plan]), rewritten.records)
     if refusal is not None:
         warnings.warn(f"dit_cache runs this graph uncached. {refusal}", CacheWarning, stacklevel=2)
         return compiler(gm, list(example_inputs))

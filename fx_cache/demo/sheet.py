@@ -114,6 +114,7 @@ def run_demo(out: Path, *, steps: int = 50, repeats: int = 3, compiler: str = "i
     last = max(graphs.glob("graph_*/[0-9]*.py"))
     shutil.copy(graphs / "graph_0" / "00_captured.py", out / "graph_before.py")
     shutil.copy(last, out / "graph_after.py")
+    shutil.copy(graphs / "graph_0" / "skeleton.py", out / "skeleton.py")
     (out / "explain.txt").write_text((graphs / "graph_0" / "explain.txt").read_text())
     (out / "summary.json").write_text(json.dumps({"result": asdict(result), "summary": summary}, indent=2))
     _report(console, result, out)
@@ -128,7 +129,7 @@ def _report(console: Console, result: DemoResult, out: Path) -> None:
         f"cached  {result.cached_seconds:6.2f} s\n"
         f"compilation: {compiling}\n"
         f"speed-up {result.speedup:.2f}x, hits: {hits}, PSNR {result.psnr_db:.1f} dB\n"
-        f"written to {out}/: grid.png diffs.png graph_before.py graph_after.py explain.txt summary.json graphs/",
+        f"written to {out}/: {' '.join(sorted(p.name for p in out.iterdir()))}",
         highlight=False,
     )
 

@@ -31,9 +31,9 @@ def insert_conditionals(gm: fx.GraphModule, context: RewriteContext) -> int:
 
     After::
 
-        def forward(..., gate_0, slot_0_probe, slot_0_y):
+        def forward(..., slot_0_gate, slot_0_probe, slot_0_y):
             probe_0 = x1 - x0
-            hit_0 = check(gate_0, self.measure_0, probe_0, slot_0_probe)
+            hit_0 = check(slot_0_gate, self.measure_0, probe_0, slot_0_probe)
             y, probe, cached_y = cond(hit_0, self.reuse_0, self.compute_0, (x1, ..., probe_0, slot_0_probe, slot_0_y))
             return (tail(y),), ((probe, cached_y),)
 
@@ -60,7 +60,7 @@ def _insert(
 ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     graph = gm.graph
     nodes = region_nodes(graph, 2 * k + 1)
-    probe = next(n for n in graph.nodes if n.name == f"probe_{k}")
+    probe = context.probes[k]
     live_outs = live_outputs(nodes)
     live_ins = _live_ins(context, span, live_outs)
     inputs = inputs_of(gm, nodes)
@@ -72,7 +72,7 @@ def _insert(
             last_input = mark(graph.create_node("placeholder", name, name=name), None, value)
         return last_input
 
-    gate = new_input(f"gate_{k}", None)
+    gate = new_input(f"slot_{k}_gate", None)
     cached_values = [
         fake(torch.clone, o) if u is None else fake(operator.sub, o, u)
         for o, u in zip(live_outs, live_ins, strict=True)

@@ -37,5 +37,5 @@ def insert_probes(gm: fx.GraphModule, context: RewriteContext) -> int:
         first = next(n for n in gm.graph.nodes if n.meta.get(REGION) == 2 * k + 1)
         with gm.graph.inserting_before(first):
             probe = gm.graph.create_node("call_function", operator.sub, (after, before), name=f"probe_{k}")
-        mark(probe, 2 * k, fake(operator.sub, after, before))
+        context.probes.append(mark(probe, 2 * k, fake(operator.sub, after, before)))
     return len(context.plan.spans)

@@ -81,16 +81,20 @@ def live_outputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def build(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    gm: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    prefix: str = "",
 ) -> fx.GraphModule:
-    """A module of copies of `nodes`; takes `inputs`, returns the tuple of `outputs`.
+    """A module of copies of `nodes`; takes `inputs`, named without `prefix`, returns the tuple of `outputs`.
 
     Scalars from outside are computed again inside. Callable sub-graphs that are read as attributes come along.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        placeholder = graph.placeholder(node.name)
+        placeholder = graph.placeholder(node.name.removeprefix(prefix) or node.name)
         placeholder.meta = {"example_value": value_of(node)}
         env[node] = placeholder
 
@@ -143,7 +147,7 @@ def outline(gm: fx.GraphModule, nodes: Sequence[fx.Node], name: str, templates: 
     inputs, outputs = inputs_of(gm, nodes), live_outputs(nodes)
     index = {n: i for i, n in enumerate(nodes)}
     key = (structure(nodes, inputs), tuple(index[o] for o in outputs))
-    target = templates.target(gm, key, name, lambda: build(gm, nodes, inputs, outputs))
+    target = templates.target(gm, key, name, lambda: build(gm, nodes, inputs, outputs, f"{call_name}_"))
     region = nodes[0].meta.get(REGION)
     with gm.graph.inserting_after(nodes[-1]):
         call = gm.graph.create_node("call_module", target, tuple(inputs), name=call_name)

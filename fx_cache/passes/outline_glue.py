@@ -71,4 +71,6 @@ def _outline_run(gm: fx.GraphModule, run: list[fx.Node], templates: Templates, n
             between.append(node)
     for node in between:
         run[0].prepend(node)
+    if all(n.name.startswith("probe_") for n in run):
+        name = f"residual_of_{name}"
     outline(gm, run, name, templates, name)

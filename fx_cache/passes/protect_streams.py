@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from fx_cache.passes.outline import REGION, fake, mark, region_nodes
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import storage_key, written_inputs
+from fx_cache.patterns.graph import storage_key, view_key, written_inputs
 
 
 def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -28,17 +30,19 @@ def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
         nodes = region_nodes(gm.graph, 2 * k + 1)
         inside = set(nodes)
         written = {storage_key(a) for n in nodes for a in written_inputs(n)} - {None}
-        before = [n for n in gm.graph.nodes if n.meta.get(REGION, -1) < 2 * k + 1]
-        for node in before:
-            if node.op == "placeholder" or storage_key(node) not in written:
-                continue
+        before = [n for n in gm.graph.nodes if n.meta.get(REGION, -1) < 2 * k + 1 and n.op != "placeholder"]
+        clones: dict[tuple[Any, ...], fx.Node] = {}
+        # The youngest name of a tensor first: that is the stream's value at the cut.
+        for node in reversed([n for n in before if storage_key(n) in written]):
             readers = [u for u in node.users if u in inside or u.meta.get(REGION, 1 << 30) > 2 * k + 1]
             if not readers:
                 continue
-            with gm.graph.inserting_before(nodes[0]):
-                clone = gm.graph.call_function(torch.clone, (node,))
-            mark(clone, 2 * k + 1, fake(torch.clone, node))
-            node.replace_all_uses_with(clone, delete_user_cb=lambda u, readers=readers: u in readers)
-            context.copies[clone] = node
+            key = view_key(node)
+            if key not in clones:
+                with gm.graph.inserting_before(nodes[0]):
+                    clones[key] = gm.graph.call_function(torch.clone, (node,))
+                mark(clones[key], 2 * k + 1, fake(torch.clone, node))
+                context.copies[clones[key]] = node
+            node.replace_all_uses_with(clones[key], delete_user_cb=lambda u, readers=readers: u in readers)
             count += 1
     return count

@@ -23,6 +23,7 @@ class RewriteContext:
         config: the user's configuration.
         plan: what the analysis found; set by the planning pass.
         templates: the sub-modules made so far.
+        probes: for each span, the node of its probe.
         copies: for each copy of a stream that a span writes to, the stream.
     """
 
@@ -30,6 +31,7 @@ class RewriteContext:
     plan: Plan | None = None
     templates: Templates = field(default_factory=Templates)
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    probes: list[fx.Node] = field(default_factory=list)
 
 
 Pass = Callable[[fx.GraphModule, RewriteContext], int]

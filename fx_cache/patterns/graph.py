@@ -143,6 +143,12 @@ def storage_key(node: fx.Node) -> int | None:
         return None
 
 
+def view_key(node: fx.Node) -> tuple[Any, ...]:
+    """Identifies a view of a storage: nodes with the same key are the same tensor, whatever is written to it."""
+    value = value_of(node)
+    return storage_key(node), tuple(map(str, value.shape)), tuple(map(str, value.stride())), str(value.storage_offset())
+
+
 def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """What a run of nodes reads from outside, in the order of first use; scalars are replaced by what they need."""
     inside = set(nodes)

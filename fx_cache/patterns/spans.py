@@ -20,6 +20,7 @@ from fx_cache.patterns.graph import (
     same_shape,
     storage_key,
     value_of,
+    view_key,
     written_inputs,
 )
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
@@ -340,7 +341,7 @@ def _outer_writes(nodes: list[fx.Node], start: int, end: int, where: str) -> Ref
             owners = outside.get(storage_key(target) or -1, [])
             visible = [o for o in owners if o.op in ("placeholder", "get_attr")]
             live = [o for o in owners if any(order[u] >= start for u in o.users)]
-            if visible or len(live) > 1:
+            if visible or len({view_key(o) for o in live}) > 1:
                 return Refusal(
                     f"stack {where}",
                     f"a write in place ({node.format_node()}) to {visible[0].name if visible else live[0].name}, "

@@ -38,7 +38,7 @@ class StackStreams:
     """The streams of one stack.
 
     Boundary i lies before block i, boundary n after the last block. The window of block i runs from boundary i to
-    boundary i + 1 and so includes the glue behind the block.
+    boundary i + 1 and so includes the glue behind the block; behind the last block, as much of it as is repeated there.
 
     Attributes:
         stack: the stack.
@@ -56,11 +56,28 @@ class StackStreams:
         self._keys = [structure(b.nodes, e)[0] for b, e in zip(stack.blocks, self._inputs, strict=True)]
         kinds: dict[Any, int] = {}
         self.kinds = [kinds.setdefault(k, len(kinds)) for k in self._keys]
-        self.starts = [self._order[b.nodes[0]] for b in stack.blocks] + [self._order[stack.blocks[-1].nodes[-1]] + 1]
-        self._made = [self._made_in(i) for i in range(len(stack.blocks))]
-        self.streams = self._chains()
+        begin = [self._order[b.nodes[0]] for b in stack.blocks]
+        last = self._order[stack.blocks[-1].nodes[-1]] + 1
+        for glue in range(self._trailing_glue(), -1, -1):
+            self.starts = [*begin, last + glue]
+            self._made = [self._made_in(i) for i in range(len(stack.blocks))]
+            self.streams = self._chains()
+            if any(s.full for s in self.streams):
+                break
         self.invariants = self._invariants()
         self.long_skips = self._long_skips()
+
+    def _trailing_glue(self) -> int:
+        """How many nodes behind the last block repeat the glue behind the block before it (a residual add, say)."""
+        before, last = (b.nodes[-1] for b in self.stack.blocks[-2:])
+        between = self._nodes[self._order[before] + 1 : self._order[self.stack.blocks[-1].nodes[0]]]
+        behind = self._nodes[self._order[last] + 1 :]
+        for count in range(min(len(between), len(behind)), 0, -1):
+            runs = (between[:count], behind[:count])
+            bodies = [structure(run, external_inputs(run))[0] for run in runs]
+            if bodies[0] == bodies[1]:
+                return count
+        return 0
 
     def _made_in(self, i: int) -> list[fx.Node]:
         """Tensors made in the window of block i and used behind it."""

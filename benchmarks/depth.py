@@ -1,0 +1,133 @@
+"""Cold compilation and step times of a deep DiT: plain `torch.compile` against `dit_cache`, paired, medians.
+
+    python benchmarks/depth.py --blocks 28 --json benchmarks/results/depth.json
+
+Each compilation runs in a process of its own with an empty Inductor cache. Steps alternate within one process:
+plain, computed by `dit_cache`, reused by `dit_cache`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import DiTTransformer2DModel
+from rich.console import Console
+from rich.table import Table
+
+import fx_cache
+
+OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.0}
+
+
+def model_of(blocks: int) -> DiTTransformer2DModel:
+    """A DiT of width 384 on 16x16 = 256 tokens, with random weights."""
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=4,
+        num_layers=blocks,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    ).eval()
+
+
+def inputs_of(step: int, labels: torch.Tensor) -> dict:
+    """Inputs of one step; `labels` stays the same object."""
+    latent = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(step))
+    timestep = torch.tensor([1000 - step])
+    return {"hidden_states": latent, "timestep": timestep, "class_labels": labels, "return_dict": False}
+
+
+def compile_of(model: torch.nn.Module, kind: str) -> torch.nn.Module:
+    """The model compiled as a whole, or through the backend."""
+    if kind == "plain":
+        return torch.compile(model, fullgraph=True)
+    return torch.compile(model, backend="dit_cache", fullgraph=True, options=dict(OPTIONS))
+
+
+def cold(kind: str, blocks: int) -> float:
+    """Seconds of the first call in a new process with an empty cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
+        command = [sys.executable, __file__, "--blocks", str(blocks), "--only", kind]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return float(done.stdout.split()[-1])
+
+
+def steps(blocks: int, count: int) -> dict[str, list[float]]:
+    """Seconds of each step, the three kinds alternating."""
+    model, labels = model_of(blocks), torch.tensor([7])
+    plain, cached = compile_of(model, "plain"), compile_of(model, "dit_cache")
+    times: dict[str, list[float]] = {"plain": [], "computed": [], "reused": []}
+    with torch.no_grad(), fx_cache.session("benchmark"):
+        for step in range(count + 3):
+            kinds = [("plain", plain, None), ("computed", cached, 0.0), ("reused", cached, 1.0)]
+            for k, (kind, run, threshold) in enumerate(kinds):
+                if threshold is not None and step:
+                    fx_cache.configure(cached, residual_diff_threshold=threshold)
+                inputs = inputs_of(3 * step + k, labels)
+                begin = time.perf_counter()
+                run(**inputs)
+                if step >= 3:
+                    times[kind].append(time.perf_counter() - begin)
+    span = fx_cache.summary(cached).to_dict()["sessions"][0]["branches"][0]["spans"][0]
+    assert len(span["hits"]) >= count and len(span["misses"]) >= count
+    return times
+
+
+def main(
+    blocks: Annotated[int, typer.Option(help="Depth of the model.")] = 28,
+    count: Annotated[int, typer.Option(help="Steps of each kind.")] = 20,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+    only: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Runs the benchmark."""
+    if only is not None:
+        compiled = compile_of(model_of(blocks), only)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            compiled(**inputs_of(0, torch.tensor([7])))
+        print(time.perf_counter() - begin)
+        return
+    compile_seconds = {kind: cold(kind, blocks) for kind in ("plain", "dit_cache")}
+    times = steps(blocks, count)
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    quartiles = {kind: statistics.quantiles(values, n=4) for kind, values in times.items()}
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "fx_cache")},
+        "blocks": blocks,
+        "steps": count,
+        "cold_compile_seconds": compile_seconds,
+        "step_seconds_median": medians,
+        "step_seconds_quartiles": quartiles,
+        "computed_to_plain": medians["computed"] / medians["plain"],
+        "plain_to_reused": medians["plain"] / medians["reused"],
+    }
+    table = Table("", "plain", "dit_cache computed", "dit_cache reused")
+    table.add_row("cold compile, s", f"{compile_seconds['plain']:.1f}", f"{compile_seconds['dit_cache']:.1f}", "")
+    table.add_row("step, ms", *(f"{1e3 * medians[k]:.1f}" for k in ("plain", "computed", "reused")))
+    Console().print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

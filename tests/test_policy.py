@@ -1,0 +1,137 @@
+"""The policy alone. Oracles: cache-dit's own context and manager fed the same diffs, and counts of host reads."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cache_dit.caching.cache_contexts.cache_config import DBCacheConfig
+from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
+from torch.profiler import ProfilerActivity, profile
+
+import fx_cache
+from fx_cache.runtime import sessions
+from fx_cache.runtime.clock import Clock, Move
+from fx_cache.runtime.policy import Counters, decide, judge
+from tests.models import build, conditioning, walk
+from tests.running import compile_cached
+
+
+def ours(config: fx_cache.CacheConfig, diffs: list[float]) -> list[int]:
+    counters = Counters()
+    filled = False
+    for step, diff in enumerate(diffs):
+        verdict = decide(config, counters, step, filled=filled)
+        if verdict.reuse is None:
+            counters.measured(step, diff)
+            verdict = judge(config, diff)
+        counters.record(step, verdict.reason)
+        filled = filled or not verdict.reuse
+    return counters.hits
+
+
+def theirs(config: fx_cache.CacheConfig, diffs: list[float]) -> list[int]:
+    """cache-dit's `can_cache` on probes whose diff to the stored probe of ones is what `diffs` says."""
+    names = [n for n in fx_cache.CacheConfig.__dataclass_fields__ if n not in ("scope", "compiler", "dump_dir")]
+    manager = CachedContextManager("policy")
+    manager.new_context(name="c", cache_config=DBCacheConfig(**{n: getattr(config, n) for n in names}))
+    manager.set_context("c")
+    for diff in diffs:
+        manager.mark_step_begin()
+        probe = torch.ones(4, dtype=torch.float64)
+        if manager.can_cache(probe * (1.0 + diff), prefix="Fn"):
+            manager.add_cached_step()
+        else:
+            manager.set_Fn_buffer(probe, prefix="Fn")
+    return manager.get_cached_steps()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_decisions_are_those_of_cache_dit(seed: int) -> None:
+    rng = random.Random(seed)
+    config = fx_cache.CacheConfig(
+        residual_diff_threshold=rng.choice([0.0, 0.1, 0.3, 0.6, 1.0]),
+        max_warmup_steps=rng.choice([0, 1, 4, 8]),
+        warmup_interval=rng.choice([1, 2, 3]),
+        max_cached_steps=rng.choice([-1, -1, 0, 3, 8]),
+        max_continuous_cached_steps=rng.choice([-1, 0, 1, 2, 3]),
+        max_accumulated_residual_diff_threshold=rng.choice([None, 0.0, 0.5, 2.0]),
+    )
+    diffs = [rng.uniform(0.0, 0.7) for _ in range(30)]
+    assert ours(config, diffs) == theirs(config, diffs)
+
+
+def test_a_nan_is_never_a_hit() -> None:
+    for value in (float("nan"), float("inf")):
+        assert judge(fx_cache.CacheConfig(residual_diff_threshold=0.5), value).reason == "probe not finite"
+
+
+def test_the_clock_knows_a_request_from_the_next() -> None:
+    clock = Clock()
+    moves = [clock.move((t, 3.5), None) for t in (9.0, 8.0, 7.0, 7.0, 6.0, 9.0, 8.0)]
+    expected = [Move.START, Move.UNSURE, Move.NEXT, Move.REPEAT, Move.NEXT, Move.BACK, Move.UNSURE]
+    assert moves == expected
+    # A guidance value that changes on the way is another request's.
+    assert clock.move((7.0, 4.0), None) is Move.BACK
+    rising = Clock()
+    assert [rising.move((t,), (1,)) for t in (0.1, 0.2, 0.3, 0.1)] == [Move.START, Move.NEXT, Move.NEXT, Move.BACK]
+
+
+def host_reads(compiled, steps: list[dict]) -> list[int]:
+    """For each step, how often the host waited for a number of a tensor."""
+    reads = []
+    for step in steps:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            compiled(**step)
+        reads.append(sum(e.count for e in profiler.key_averages() if e.key == "aten::item"))
+    return reads
+
+
+def test_at_most_one_host_read_a_step() -> None:
+    model, steps = build("wan"), walk("wan", 8)
+    compiled = compile_cached(model, residual_diff_threshold=0.6, max_warmup_steps=3, max_continuous_cached_steps=1)
+    compiled(**steps[0])
+    reads = host_reads(compiled, steps[1:])
+    span = fx_cache.summary(model).to_dict()["sessions"][0]["branches"][0]["spans"][0]
+    assert [i + 1 for i, n in enumerate(reads) if n] == sorted(span["diffs"])
+    assert max(reads) == 1 and span["hits"]
+    assert {span["misses"][i] for i in range(8) if i not in span["diffs"]} == {"warm-up", "max_continuous_cached_steps"}
+
+
+def schedule_on_a_device(monkeypatch) -> None:
+    """Lets the schedule inputs look as if they lay on a device: their values come as a tensor."""
+    read = sessions.read_schedule
+    monkeypatch.setattr(sessions, "read_schedule", lambda t: torch.tensor(read(t), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("warmup", [1, 3])
+def test_a_schedule_on_a_device_is_read_late_and_decides_the_same(monkeypatch, warmup: int) -> None:
+    prompt = conditioning("dit")
+    # A whole request, one aborted in its warm-up, and two more, all with one prompt object.
+    walks = [walk("dit", n, seed=s, conditioning=prompt) for s, n in enumerate((8, 2, 8, 8))]
+    results = []
+    for device in (False, True):
+        if device:
+            schedule_on_a_device(monkeypatch)
+        model = build("dit")
+        compiled = compile_cached(model, residual_diff_threshold=0.6, max_warmup_steps=warmup)
+        outputs = [compiled(**s)[0].clone() for steps in walks for s in steps]
+        results.append((outputs, fx_cache.summary(model).to_dict()["sessions"]))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    spans = [[s["branches"][0]["spans"][0] for s in r[1]] for r in results]
+    assert [s["hits"] for s in spans[0]] == [s["hits"] for s in spans[1]]
+    assert [s["diffs"] for s in spans[0]] == [s["diffs"] for s in spans[1]]
+    assert any(s["hits"] for s in spans[0])
+
+
+def test_changing_thresholds_recompiles_nothing() -> None:
+    model, steps = build("dit"), walk("dit", 8)
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    compiled(**steps[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, threshold in zip(steps[1:], [0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0], strict=True):
+            fx_cache.configure(model, residual_diff_threshold=threshold)
+            compiled(**step)
+    span = fx_cache.summary(model).to_dict()["sessions"][0]["branches"][0]["spans"][0]
+    assert span["hits"] == [2, 4, 5, 7]
