@@ -114,7 +114,7 @@ def run_demo(out: Path, *, steps: int = 50, repeats: int = 3, compiler: str = "i
     last = max(graphs.glob("graph_*/[0-9]*.py"))
     shutil.copy(graphs / "graph_0" / "00_captured.py", out / "graph_before.py")
     shutil.copy(last, out / "graph_after.py")
-    shutil.copy(graphs / "graph_0" / "skeleton.py", out / "skeleton.py")
+    shutil.copy(graphs / "graph_0" / "skeleton.txt", out / "skeleton.txt")
     (out / "explain.txt").write_text((graphs / "graph_0" / "explain.txt").read_text())
     (out / "summary.json").write_text(json.dumps({"result": asdict(result), "summary": summary}, indent=2))
     _report(console, result, out)
@@ -142,7 +142,7 @@ def _write_sheet(path: Path, plain: torch.Tensor, cached: torch.Tensor) -> None:
     for k, (images, name) in enumerate(kinds):
         for i in range(10 * ROWS):
             axis = axes[k * ROWS + i // 10][i % 10]
-            axis.imshow(images[i, 0], cmap="gray", vmin=0.0, vmax=1.0, interpolation="bicubic")
+            axis.imshow(images[i, 0].numpy(), cmap="gray", vmin=0.0, vmax=1.0, interpolation="bicubic")
             axis.set_xticks([])
             axis.set_yticks([])
             if i % 10 == 0:

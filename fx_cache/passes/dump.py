@@ -22,7 +22,7 @@ class Dump:
     """A folder for one captured graph.
 
     Holds ``00_captured.py``, ``NN_<pass>.py`` after each pass that changed something, ``pieces/<name>.py``,
-    ``explain.txt``, ``skeleton.py`` (the rewritten graph without its weights) and ``report.json``.
+    ``explain.txt``, ``skeleton.txt`` (the rewritten graph without its weights) and ``report.json``.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class Dump:
     def report(self, gm: fx.GraphModule, explanation: Explanation, records: Sequence[PassRecord]) -> None:
         """Writes what was found, the rewritten graph without its weights, and how long each pass took."""
         (self.folder / "explain.txt").write_text(f"{explanation}\n")
-        (self.folder / "skeleton.py").write_text(skeleton(gm))
+        (self.folder / "skeleton.txt").write_text(skeleton(gm))
         passes = [{"pass": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 6)} for r in records]
         report = {"passes": passes, "explanation": explanation.to_dict()}
         (self.folder / "report.json").write_text(json.dumps(report, indent=2))

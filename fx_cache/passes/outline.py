@@ -102,7 +102,7 @@ def build(
         if node not in env:
             assert is_scalar(node) or node.op == "get_attr", f"{node} is not an input of the run that reads it"
             env[node] = graph.node_copy(node, bring)
-            env[node].meta = copy.copy(node.meta)
+            env[node].meta = {k: v for k, v in node.meta.items() if k != REGION}
         return env[node]
 
     for node in nodes:

@@ -1,0 +1,89 @@
+"""Inner compilers: any Dynamo backend compiles the pieces, like blocks once, both branches at the first call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo import register_backend
+from torch._dynamo.utils import counters
+
+import fx_cache
+from tests.models import build, walk
+from tests.running import compile_cached, last_branch, relative_error
+
+seen: list[torch.fx.GraphModule] = []
+
+
+@register_backend
+def counting(gm, example_inputs):
+    seen.append(gm)
+    return gm.forward
+
+
+@pytest.mark.parametrize("depth", [6, 12])
+def test_like_blocks_are_compiled_once_whatever_the_depth(depth: int) -> None:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    small = build("wan").config
+    model = WanTransformer3DModel.from_config({**small, "num_layers": depth}).eval()
+    seen.clear()
+    compiled = compile_cached(model, compiler="counting", residual_diff_threshold=1.0)
+    steps = walk("wan", 6)
+    compiled(**steps[0])
+    pieces = len(seen)
+    # Prologue, block, probe, measure, residual, restore, epilogue.
+    assert pieces == 7
+    for step in steps[1:]:
+        compiled(**step)
+    assert len(seen) == pieces
+    assert last_branch(model)["spans"][0]["hits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "sd3", "cogvideox"])
+def test_inductor(name: str) -> None:
+    model, steps = build(name), walk(name, 6)
+    compiled = compile_cached(model, compiler="inductor", residual_diff_threshold=0.0, scope="stack")
+    for step in steps:
+        assert relative_error(model(**step)[0], compiled(**step)[0]) < 1e-5
+    eager = compile_cached(build(name), compiler="eager", residual_diff_threshold=1.0, scope="stack")
+    fx_cache.configure(model, residual_diff_threshold=1.0)
+    fx_cache.reset(model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        outputs = [compiled(**step)[0].clone() for step in steps]
+    hits = last_branch(model)["spans"][0]["hits"]
+    assert hits
+    with fx_cache.session("same"):
+        references = [eager(**step)[0].clone() for step in steps]
+    assert relative_error(references[-1], outputs[-1]) < 1e-4
+
+
+def test_aot_eager_and_options_for_the_inner_compiler() -> None:
+    model, steps = build("sana"), walk("sana", 4)
+    counters.clear()
+    compiled = compile_cached(model, compiler="aot_eager", residual_diff_threshold=0.0)
+    for step in steps:
+        assert relative_error(model(**step)[0], compiled(**step)[0]) < 1e-6
+    assert not counters["graph_break"]
+
+
+def test_the_backend_is_found_by_name_without_an_import() -> None:
+    code = (
+        "import torch, sys\n"
+        "assert 'fx_cache' not in sys.modules\n"
+        "assert 'dit_cache' in torch._dynamo.list_backends()\n"
+        "print(torch._dynamo.lookup_backend('dit_cache').__module__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "fx_cache.backend"
+
+
+def test_public_surface() -> None:
+    expected = {"CacheConfig", "explain", "summary", "reset", "session", "configure"}
+    errors = {"FxCacheError", "OptionError", "SessionError", "CacheWarning"}
+    assert set(fx_cache.__all__) == expected | errors
+    assert all(getattr(fx_cache, name).__doc__ for name in fx_cache.__all__)
