@@ -118,7 +118,7 @@ def test_configure_refuses_what_is_fixed_and_what_is_unknown() -> None:
     with pytest.raises(fx_cache.OptionError, match="compile the model again"):
         fx_cache.configure(model, Fn_compute_blocks=2)
     with pytest.raises(fx_cache.OptionError, match="'residual_diff_threshold'"):
-        fx_cache.configure(model, residual_diff_treshold=0.1)
+        fx_cache.configure(model, residual_diff_thresholds=0.1)
     with pytest.raises(fx_cache.OptionError, match="a number"):
         fx_cache.configure(model, residual_diff_threshold=None)
 

@@ -105,8 +105,10 @@ def schedule_on_a_device(monkeypatch) -> None:
     monkeypatch.setattr(sessions, "read_schedule", lambda t: torch.tensor(read(t), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("most", [sessions.MAX_PENDING, 2])
 @pytest.mark.parametrize("warmup", [1, 3])
-def test_a_schedule_on_a_device_is_read_late_and_decides_the_same(monkeypatch, warmup: int) -> None:
+def test_a_schedule_on_a_device_is_read_late_and_decides_the_same(monkeypatch, warmup: int, most: int) -> None:
+    monkeypatch.setattr(sessions, "MAX_PENDING", most)
     prompt = conditioning("dit")
     # A whole request, one aborted in its warm-up, and two more, all with one prompt object.
     walks = [walk("dit", n, seed=s, conditioning=prompt) for s, n in enumerate((8, 2, 8, 8))]

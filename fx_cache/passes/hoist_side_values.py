@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
+from fx_cache.errors import Refusal
 from fx_cache.passes.outline import REGION, region_nodes
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import ancestors, is_tensor, storage_key, written_inputs
@@ -30,8 +33,16 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
         live = {lo.value for lo in span.live_outs}
         side = [n for n in nodes if is_tensor(n) and n not in live and any(u not in inside for u in n.users)]
         moving = {a for n in side for a in ancestors(n) if a in inside}
-        if any(storage_key(n) in written for n in moving):
-            raise AssertionError(f"a value written in place is used behind span {k} and does not depend on its streams")
+        stuck = next((n for n in moving if storage_key(n) in written), None)
+        if stuck is not None:
+            refusal = Refusal(
+                f"stack {' + '.join(span.stacks)}",
+                f"{stuck.name}, which is written in place, made inside the blocks and used behind them",
+                "values from the blocks that nobody writes to in place",
+                "replace the write in place by an operation that returns a new tensor",
+            )
+            context.plan = replace(context.plan, refusal=refusal)
+            return count
         anchor = nodes[0].prev
         for node in nodes:
             if node in moving:

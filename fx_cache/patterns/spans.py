@@ -226,7 +226,9 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     probe = _probe(graph, group, start_at)
     if isinstance(probe, Refusal):
         return probe
-    split = _split_context(nodes, (first, start, end), where)
+    cuts = [order[b.nodes[0]] for r in group for b in r.stack.blocks]
+    cuts += [order[b.nodes[-1]] + 1 for r in group for b in r.stack.blocks]
+    split = _split_context(nodes, (first, start, end, *cuts), where)
     if split is not None:
         return split
     varying = descendants(graph, [v for s in group[0].streams.streams if (v := s.values[0]) is not None])

@@ -24,6 +24,9 @@ MAX_BRANCHES = 32
 MAX_SESSIONS = 64
 """Sessions of a model whose statistics are kept."""
 
+MAX_PENDING = 128
+"""Steps that may pass before schedule values on a device are read although nobody needs them."""
+
 REPEATED = "same timestep twice: which request it belongs to is not known"
 NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
 
@@ -181,6 +184,8 @@ class Store:
                 self.discard(next(iter(self._branches.values())))
         self._branches.move_to_end(key)
         self._advance(branch, graph, schedule, named)
+        if len(branch.pending) >= MAX_PENDING:
+            self.read_pending(branch, graph)
         return branch
 
     def _advance(
@@ -230,6 +235,15 @@ class Store:
         branch.drop()
         branch.record = BranchRecord(branch.key, "", [Slot() for _ in range(branch.spans)])
         self._enlist(branch.record, named)
+
+    def read_pending(self, branch: Branch, graph: Hashable, diff: torch.Tensor | None = None) -> float | None:
+        """One copy to the host: the schedule values of the steps since the last reading, and a diff."""
+        count, width = len(branch.pending), branch.pending[0].numel()
+        parts = [*branch.pending] + ([] if diff is None else [diff.reshape(1).to(branch.pending[0])])
+        numbers = torch.cat(parts).tolist()
+        branch.pending.clear()
+        self.resolve(branch, graph, [numbers[i * width : (i + 1) * width] for i in range(count)])
+        return None if diff is None else float(numbers[-1])
 
     def resolve(self, branch: Branch, graph: Hashable, rows: list[list[float]]) -> None:
         """Takes schedule values that have come from the device, one row for each step since the last reading.

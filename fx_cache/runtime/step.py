@@ -11,7 +11,7 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.patterns.inputs import InputRoles
-from fx_cache.runtime.policy import UNMEASURED, Verdict, decide, judge
+from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.sessions import Branch, Store
 
@@ -33,7 +33,7 @@ class SpanGate:
         verdict = self._settle()
         if verdict.reuse is not False and self._branch.pending:
             diff = measure() if verdict.reuse is None else None
-            number = self._read(diff)
+            number = self._store.read_pending(self._branch, self._graph, diff)
             verdict = self._settle()
             if verdict.reuse is None and number is not None:
                 verdict = self._judge(number)
@@ -47,7 +47,7 @@ class SpanGate:
         return bool(verdict.reuse)
 
     @property
-    def _counters(self):  # type: ignore[no-untyped-def]
+    def _counters(self) -> Counters:
         return self._branch.slots[self._span].counters
 
     @property
@@ -66,16 +66,6 @@ class SpanGate:
     def _judge(self, diff: float) -> Verdict:
         self._counters.measured(self._step, diff)
         return judge(self._store.config, diff)
-
-    def _read(self, diff: torch.Tensor | None) -> float | None:
-        """One copy to the host: the schedule values of the steps since the last reading, and the diff."""
-        branch = self._branch
-        count, width = len(branch.pending), branch.pending[0].numel()
-        parts = [*branch.pending] + ([] if diff is None else [diff.reshape(1).to(branch.pending[0])])
-        numbers = torch.cat(parts).tolist()
-        branch.pending.clear()
-        self._store.resolve(branch, self._graph, [numbers[i * width : (i + 1) * width] for i in range(count)])
-        return None if diff is None else float(numbers[-1])
 
 
 class CachedForward:
