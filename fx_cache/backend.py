@@ -18,7 +18,7 @@ from fx_cache.passes import PIPELINE
 from fx_cache.passes.dump import Dump
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
 from fx_cache.patterns.explanation import Explanation
-from fx_cache.patterns.graph import is_weight, value_of
+from fx_cache.patterns.graph import is_weight, program_signature, value_of
 from fx_cache.patterns.spans import Plan
 from fx_cache.runtime.step import CachedForward
 
@@ -73,6 +73,7 @@ def dit_cache(
         compile_pieces(rewritten.gm, compiler).forward,
         plan.roles,
         _state_sizes(rewritten.gm),
+        program_signature(gm.graph),
         tuple((s.stacks, tuple(s.blocks.values()), tuple(lo.rule for lo in s.live_outs)) for s in spans),
         _anchor(gm, plan),
         replace(config, dump_dir=None),

@@ -26,7 +26,10 @@ def inner_compiler(name: str, mode: str | None, options: Mapping[str, Any]) -> C
     try:
         if name == "inductor":
             return torch._TorchCompileInductorWrapper(mode, dict(options), None)
-        return torch._TorchCompileWrapper(name, mode, dict(options), None)
+        wrapper = torch._TorchCompileWrapper(name, mode, dict(options), None)
+        if options and wrapper.compiler_fn.__module__ == "torch._dynamo.backends.debugging":
+            raise RuntimeError("it takes none")
+        return wrapper
     except torch._dynamo.exc.InvalidBackend:
         known = ", ".join(torch._dynamo.list_backends())
         raise OptionError(f"option 'compiler': got {name!r}; expected one of {known}; install or correct it.") from None

@@ -101,7 +101,12 @@ def test_unknown_options_belong_to_the_inner_compiler() -> None:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"compiler": "no_such_backend"}, "no_such_backend"), ({"compiler": "inductor", "no_such_option": 1}, "no_such")],
+    [
+        ({"compiler": "no_such_backend"}, "no_such_backend"),
+        ({"compiler": "inductor", "no_such_option": 1}, "no_such"),
+        ({"compiler": "eager", "no_such_option": 1}, "no_such"),
+        ({"compiler": "aot_eager", "no_such_option": 1}, "no_such"),
+    ],
 )
 def test_what_no_compiler_knows_is_an_error(options: dict, match: str) -> None:
     compiled = compile_cached(Stack([Block(8) for _ in range(3)]), **options)

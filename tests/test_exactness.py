@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import fx_cache
 from tests.models import NAMES, build, walk
 from tests.oracles import run_eager
-from tests.running import compile_cached, last_branch, run_cached
+from tests.running import compile_cached, last_branch, relative_error, run_cached
 
 
 @pytest.mark.parametrize("scope", ["model", "stack"])
@@ -34,3 +35,15 @@ def test_no_breaks_and_no_recompiles(name: str) -> None:
     assert span["hits"] and len(span["misses"]) > 1
     assert counters["stats"]["unique_graphs"] == graphs == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("scope", ["model", "stack"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hit_on_the_same_inputs_gives_the_same_output(name: str, scope: str) -> None:
+    model, step = build(name), walk(name, 1)[0]
+    compiled = compile_cached(model, scope=scope, residual_diff_threshold=1.0, Fn_compute_blocks=2, Bn_compute_blocks=1)
+    expected = model(**step)[0]
+    with fx_cache.session("replay"):
+        outputs = [compiled(**step)[0].clone() for _ in range(3)]
+    assert all(relative_error(expected, output) < 1e-5 for output in outputs)
+    assert all(span["hits"] == [1, 2] for span in last_branch(model)["spans"])

@@ -279,3 +279,45 @@ def test_diffs_are_those_of_the_oracle_formula() -> None:
     for i in range(1, 4):
         reference = (probes[i - 1] - probes[i]).abs().mean() / probes[i - 1].abs().mean()
         assert relative_error(reference, torch.tensor(diffs[i])) < 1e-6
+
+
+def test_branches_told_apart_by_a_python_number() -> None:
+    """Graphs specialised on a number, and the dynamic one that follows, are different branches by its value."""
+
+    class Indexed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(3, 8))
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(4)])
+
+        def forward(self, x, t, index: int):
+            shift = self.table[index] * torch.sin(t)[:, None, None]
+            for block in self.blocks:
+                x = x + torch.tanh(block(x) + shift)
+            return (x,)
+
+    torch.manual_seed(0)
+    model = Indexed()
+    latents = [torch.randn(1, 5, 8) + 0.1 * i for i in range(8)]
+    options = {"residual_diff_threshold": 1.0, "max_warmup_steps": 2}
+
+    def steps(index: int) -> list[tuple]:
+        return [(latents[i], torch.tensor([9.0 - i]), index) for i in range(8)]
+
+    expected = []
+    for index in range(3):
+        torch._dynamo.reset()
+        alone = compile_cached(copy.deepcopy(model), **options)
+        expected.append([alone(*s)[0].clone() for s in steps(index)])
+    torch._dynamo.reset()
+    compiled = compile_cached(model, **options)
+    for index in range(3):  # every graph there will be
+        compiled(*steps(index)[0])
+    fx_cache.reset(model)
+    got: list[list[torch.Tensor]] = [[], [], []]
+    for i in range(8):
+        for index in range(3):
+            got[index].append(compiled(*steps(index)[i])[0].clone())
+    for e, g in zip(expected, got, strict=True):
+        assert_equal(e, g)
+    assert hits_of(compiled)

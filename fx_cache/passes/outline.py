@@ -94,7 +94,9 @@ def build(
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        placeholder = graph.placeholder(node.name.removeprefix(prefix) or node.name)
+        placeholder = graph.placeholder(
+            short if (short := node.name.removeprefix(prefix)).isidentifier() else node.name
+        )
         placeholder.meta = {"example_value": value_of(node)}
         env[node] = placeholder
 

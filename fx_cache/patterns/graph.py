@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import operator
 from collections.abc import Iterable, Sequence
@@ -231,3 +232,22 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether two tensors agree in shape, dtype and device."""
     va, vb = value_of(a), value_of(b)
     return tuple(map(str, va.shape)) == tuple(map(str, vb.shape)) and va.dtype == vb.dtype and va.device == vb.device
+
+
+def program_signature(graph: fx.Graph) -> str:
+    """A digest of what a captured graph computes, but for its sizes.
+
+    Equal for the static and the dynamic graph of one forward, which may go on with each other's requests; different for
+    graphs specialised on other Python values. Integers count only as plain indices, since others may be sizes.
+    """
+    digest = hashlib.sha256()
+    for node in graph.nodes:
+        if node.op == "placeholder" or is_scalar(node):
+            continue
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", type(node.target))
+        constants: list[Any] = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, float | bool | str)]
+        if node.target is operator.getitem:
+            items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            constants += [i for i in items if isinstance(i, int)]
+        digest.update(repr((node.op, str(target), constants)).encode())
+    return digest.hexdigest()

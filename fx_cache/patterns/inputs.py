@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._dynamo.source import TensorPropertySource
 from torch.utils._pytree import tree_leaves
 
 from fx_cache.patterns.graph import is_tensor, is_weight, same_shape, value_of
@@ -33,7 +34,7 @@ class InputRoles:
         latents: change at every step.
         schedule: small inputs that are compared by value; the timestep among them moves one way within a request.
         conditioning: stay the same objects within a request and branch.
-        scalars: host numbers, compared by value.
+        scalars: host numbers, compared by value; not the sizes of other inputs.
         weights: belong to the module.
     """
 
@@ -48,13 +49,20 @@ def classify_inputs(graph: fx.Graph) -> InputRoles:
     """The roles of a graph's inputs."""
     inputs = list(graph.find_nodes(op="placeholder"))
     weights = [i for i, n in enumerate(inputs) if is_weight(n)]
-    scalars = [i for i, n in enumerate(inputs) if i not in weights and not is_tensor(n)]
+    numbers = [i for i, n in enumerate(inputs) if i not in weights and not is_tensor(n)]
+    scalars = [i for i in numbers if not _is_size(inputs[i])]
     tensors = [i for i, n in enumerate(inputs) if i not in weights and is_tensor(n)]
     schedule = [i for i in tensors if _is_schedule(inputs[i])]
     others = [i for i in tensors if i not in schedule]
     latents = _latents(graph, inputs, others)
     conditioning = [i for i in others if i not in latents]
     return InputRoles(*map(tuple, (latents, schedule, conditioning, scalars, weights)))
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a number is the size of an input: the input's shape says the same."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return isinstance(source, TensorPropertySource)
 
 
 def _is_schedule(node: fx.Node) -> bool:

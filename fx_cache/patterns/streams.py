@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.patterns.graph import external_inputs, is_tensor, is_weight, positions, same_shape, structure
+from fx_cache.patterns.graph import ancestors, external_inputs, is_tensor, is_weight, positions, same_shape, structure
 from fx_cache.patterns.stacks import Stack
 
 
@@ -109,8 +109,20 @@ class StackStreams:
                     open_at[value][boundary - 1] = before
                     following[before] = open_at[value]
             open_at = following
-        streams = [Stream(tuple(c)) for c in chains]
+        streams = [Stream(tuple(c)) for c in chains if self._made_by_blocks(c)]
         return sorted(streams, key=lambda s: not s.full)
+
+    def _made_by_blocks(self, chain: list[fx.Node | None]) -> bool:
+        """Whether a block has a part in the values; what only glue carries on (a running sum) is no stream."""
+        for i, block in enumerate(self.stack.blocks):
+            value, before = chain[i + 1], chain[i]
+            if value is None or value is before:
+                continue
+            window = set(self._nodes[self.starts[i] : self.starts[i + 1]])
+            outside = {a for n in window for a in n.all_input_nodes if a not in window}
+            if ancestors(value, stop=outside) & set(block.nodes):
+                return True
+        return False
 
     def _before(self, boundary: int, value: fx.Node, taken: set[fx.Node]) -> fx.Node | None:
         """The value at the boundary before that `value` at `boundary` continues, or None."""

@@ -152,12 +152,11 @@ class Store:
         if self._branches.get(branch.key) is branch:
             del self._branches[branch.key]
 
-    def begin(self, graph: Hashable, layout: Hashable, spans: int, roles: InputRoles, args: Sequence[Any]) -> Branch:
+    def begin(self, program: Hashable, spans: int, roles: InputRoles, args: Sequence[Any]) -> Branch:
         """Finds or opens the branch that a call belongs to, and counts the step.
 
         Args:
-            graph: identifies the compiled graph.
-            layout: what the graph caches; graphs of one layout may go on with each other's named sessions.
+            program: what the graph computes and caches; graphs of one program go on with each other's requests.
             spans: number of spans in the graph.
             roles: the roles of `args`.
             args: the graph's inputs.
@@ -168,12 +167,12 @@ class Store:
         form = signature([args[i] for i in (*roles.latents, *roles.schedule, *roles.conditioning)])
         named = _named.get()
         if named is None:
-            key: Hashable = (graph, form, identity_key(fixed))
+            key: Hashable = (program, form, identity_key(fixed))
             held = fixed
         else:
             held = [] if named.branch is not None else fixed
             key = (named, identity_key(held))
-            form = (layout, form)
+            form = (program, form)
         branch = self._branches.get(key)
         if branch is None or branch.form != form:
             if branch is not None:
@@ -183,20 +182,20 @@ class Store:
             while len(self._branches) > MAX_BRANCHES:
                 self.discard(next(iter(self._branches.values())))
         self._branches.move_to_end(key)
-        self._advance(branch, graph, schedule, named)
+        self._advance(branch, program, schedule, named)
         if len(branch.pending) >= MAX_PENDING:
-            self.read_pending(branch, graph)
+            self.read_pending(branch, program)
         return branch
 
     def _advance(
-        self, branch: Branch, graph: Hashable, schedule: list[torch.Tensor], named: NamedSession | None
+        self, branch: Branch, program: Hashable, schedule: list[torch.Tensor], named: NamedSession | None
     ) -> None:
         values = read_schedule(schedule) if schedule else ()
         if isinstance(values, torch.Tensor):
             move = Move.NEXT if branch.slots else Move.START
             branch.pending.append(values)
         elif schedule:
-            move = self._move(branch, graph, values)
+            move = self._move(branch, program, values)
         else:
             move = Move.NEXT if branch.slots else Move.START
             if named is None:
@@ -206,11 +205,11 @@ class Store:
             move = Move.BACK
         self._apply(branch, move, named)
 
-    def _move(self, branch: Branch, graph: Hashable, values: tuple[float, ...]) -> Move:
+    def _move(self, branch: Branch, program: Hashable, values: tuple[float, ...]) -> Move:
         sure = branch.clock.direction
-        move = branch.clock.move(values, self._directions.get(graph))
+        move = branch.clock.move(values, self._directions.get(program))
         if move is Move.NEXT and sure is not None:
-            self._directions[graph] = sure
+            self._directions[program] = sure
         return move
 
     def _apply(self, branch: Branch, move: Move, named: NamedSession | None) -> None:
@@ -236,16 +235,16 @@ class Store:
         branch.record = BranchRecord(branch.key, "", [Slot() for _ in range(branch.spans)])
         self._enlist(branch.record, named)
 
-    def read_pending(self, branch: Branch, graph: Hashable, diff: torch.Tensor | None = None) -> float | None:
+    def read_pending(self, branch: Branch, program: Hashable, diff: torch.Tensor | None = None) -> float | None:
         """One copy to the host: the schedule values of the steps since the last reading, and a diff."""
         count, width = len(branch.pending), branch.pending[0].numel()
         parts = [*branch.pending] + ([] if diff is None else [diff.reshape(1).to(branch.pending[0])])
         numbers = torch.cat(parts).tolist()
         branch.pending.clear()
-        self.resolve(branch, graph, [numbers[i * width : (i + 1) * width] for i in range(count)])
+        self.resolve(branch, program, [numbers[i * width : (i + 1) * width] for i in range(count)])
         return None if diff is None else float(numbers[-1])
 
-    def resolve(self, branch: Branch, graph: Hashable, rows: list[list[float]]) -> None:
+    def resolve(self, branch: Branch, program: Hashable, rows: list[list[float]]) -> None:
         """Takes schedule values that have come from the device, one row for each step since the last reading.
 
         All of these steps but the last were computed. If a request began at one of them, the statistics of the steps
@@ -254,7 +253,7 @@ class Store:
         began: int | None = None
         named = _named.get()
         for i, row in enumerate(rows):
-            move = self._move(branch, graph, tuple(row))
+            move = self._move(branch, program, tuple(row))
             if move is Move.BACK:
                 began = i
             elif move is Move.REPEAT and named is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -15,16 +14,14 @@ from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.sessions import Branch, Store
 
-_numbers = itertools.count()
-
 
 class SpanGate:
     """The policy, bound to one span of one branch at one step."""
 
-    def __init__(self, store: Store, branch: Branch, graph: Hashable, span: int) -> None:
+    def __init__(self, store: Store, branch: Branch, program: Hashable, span: int) -> None:
         self._store = store
         self._branch = branch
-        self._graph = graph
+        self._program = program
         self._span = span
         self.reason: str | None = "not reached"
 
@@ -33,7 +30,7 @@ class SpanGate:
         verdict = self._settle()
         if verdict.reuse is not False and self._branch.pending:
             diff = measure() if verdict.reuse is None else None
-            number = self._store.read_pending(self._branch, self._graph, diff)
+            number = self._store.read_pending(self._branch, self._program, diff)
             verdict = self._settle()
             if verdict.reuse is None and number is not None:
                 verdict = self._judge(number)
@@ -79,6 +76,7 @@ class CachedForward:
         rewritten: Callable[..., Any],
         roles: InputRoles,
         state_sizes: Sequence[int],
+        program: str,
         layout: Hashable,
         anchor: int | None,
         config: CacheConfig,
@@ -89,23 +87,23 @@ class CachedForward:
                 returns (outputs, state of each span).
             roles: the roles of the graph's inputs.
             state_sizes: for each span, how many tensors its state has.
-            layout: what is cached where; equal for graphs that can go on with each other's state.
+            program: digest of what the graph computes, but for its sizes.
+            layout: what is cached where; state fits only a graph of the same layout.
             anchor: position of an input that is a weight of the model, or None.
             config: the configuration that the graph was compiled with.
         """
         self._rewritten = rewritten
         self._roles = roles
         self._sizes = tuple(state_sizes)
-        self._layout = layout
+        self._program = (program, layout)
         self._anchor = anchor
         self._config = config
-        self._id = next(_numbers)
         self._last: tuple[weakref.ref[Any] | None, Store] | None = None
 
     def __call__(self, *args: Any) -> Any:
         store = self._store(args)
-        branch = store.begin(self._id, self._layout, len(self._sizes), self._roles, args)
-        gates = [SpanGate(store, branch, self._id, k) for k in range(len(self._sizes))]
+        branch = store.begin(self._program, len(self._sizes), self._roles, args)
+        gates = [SpanGate(store, branch, self._program, k) for k in range(len(self._sizes))]
         state: list[Any] = []
         for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
             state += [gate, *(slot.tensors if slot.tensors is not None else [None] * size)]
