@@ -280,5 +280,5 @@ def test_explain_reads_the_options_of_a_compiled_model() -> None:
         ("transformer_blocks", 4, (0, 2), (2, 3), (3, 4)),
         ("single_transformer_blocks", 4, (0, 2), (2, 3), (3, 4)),
     ]
-    bare = fx_cache.explain(model, **step)
+    bare = fx_cache.explain(build("flux"), **step)
     assert "Fn_compute_blocks=8" in bare.reason and len(bare.stacks) == 2

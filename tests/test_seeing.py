@@ -142,6 +142,14 @@ def test_the_demo_writes_what_it_promises(tmp_path) -> None:
     assert "speed-up" in result.output
 
 
+def test_a_model_compiled_in_place() -> None:
+    model, step = build("dit"), walk("dit", 1)[0]
+    model.compile(backend="dit_cache", fullgraph=True, options={"compiler": "eager", "Fn_compute_blocks": 2})
+    model(**step)
+    assert [s.span for s in fx_cache.explain(model, **step).stacks] == [(2, 4)]
+    assert len(fx_cache.summary(model).to_dict()["sessions"]) == 1
+
+
 def test_version() -> None:
     result = CliRunner().invoke(app, ["version"])
     assert result.output.strip() == "0.1.0"

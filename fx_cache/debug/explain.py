@@ -12,14 +12,15 @@ from fx_cache.backend import refuse_gradients, rewrite
 from fx_cache.config import CacheConfig, split_options
 from fx_cache.patterns.explanation import Explanation
 from fx_cache.patterns.spans import Plan
+from fx_cache.runtime.registry import stores
 
 
 def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Runs a forward once, uncached, and says what the backend finds in its graphs.
 
     Args:
-        model: a module, or the result of ``torch.compile(module, backend="dit_cache", ...)``, whose options count;
-            for a bare module the defaults do.
+        model: a module, or the result of ``torch.compile(module, backend="dit_cache", ...)``, whose options count.
+            For a module as such, those count with which it has run; without any, the defaults.
         args, kwargs: inputs of its forward.
 
     Returns:
@@ -42,13 +43,15 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         return gm.forward
 
     target = getattr(model, "_orig_mod", model)
+    if getattr(target, "_compiled_call_impl", None) is not None:
+        target = target.forward  # compiled in place: its own call would go to that backend
     with torch.no_grad():
         torch.compile(target, backend=look)(*args, **kwargs)
     return Explanation.of(plans, {k: tuple(v) for k, v in names.items()})
 
 
 def _config_of(model: torch.nn.Module) -> CacheConfig:
-    """The configuration that a compiled model was given; the default one for a bare module."""
+    """The configuration that a compiled model was given or has run with; the default one for a bare module."""
     callback = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
     for _ in range(8):
         if callback is None:
@@ -57,4 +60,5 @@ def _config_of(model: torch.nn.Module) -> CacheConfig:
         if options is not None:
             return split_options(options)[0]
         callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(callback, "compiler_fn", None)
-    return CacheConfig()
+    store = next(iter(stores(model)), None)
+    return CacheConfig() if store is None else store.config
