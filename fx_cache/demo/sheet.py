@@ -22,8 +22,8 @@ from fx_cache.demo.digits import generate, load_digits_dit
 OPTIONS: dict[str, Any] = {
     "Fn_compute_blocks": 1,
     "residual_diff_threshold": 0.12,
-    "max_warmup_steps": 4,
-    "max_continuous_cached_steps": 4,
+    "max_warmup_steps": 2,
+    "max_continuous_cached_steps": 5,
 }
 ROWS = 2
 """Rows of ten digits on the sheet."""
