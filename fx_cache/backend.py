@@ -44,7 +44,8 @@ def dit_cache(
     Args:
         gm: the forward as Dynamo captured it.
         example_inputs: its inputs.
-        mode: handed to the inner compiler.
+        mode: handed to the inner compiler. ``torch.compile`` takes either it or options; ``options={"mode": ...}``
+            gives both.
         options: fields of :class:`fx_cache.CacheConfig`; all others are handed to the inner compiler.
 
     Returns:
@@ -56,6 +57,7 @@ def dit_cache(
     config, inner_options = split_options(options)
     if config.dump_dir is None and os.environ.get("FX_CACHE_DUMP_DIR"):
         config = replace(config, dump_dir=os.environ["FX_CACHE_DUMP_DIR"])
+    mode = inner_options.pop("mode", mode)
     compiler = inner_compiler(config.compiler, mode, inner_options)
     dump = Dump.open(config.dump_dir)
     refusal = refuse_gradients(gm)

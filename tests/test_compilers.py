@@ -71,6 +71,25 @@ def test_aot_eager_and_options_for_the_inner_compiler() -> None:
     assert not counters["graph_break"]
 
 
+@register_backend
+def noting(gm, example_inputs, *, mode=None, options=None):
+    noted.append((mode, options))
+    return gm.forward
+
+
+noted: list[tuple] = []
+
+
+def test_mode_and_foreign_options_reach_the_inner_compiler() -> None:
+    model, step = build("dit"), walk("dit", 1)[0]
+    compile_cached(model, compiler="noting", mode="fast", precision=16)(**step)
+    assert set(map(str, noted)) == {"('fast', {'precision': 16})"}
+    noted.clear()
+    model = build("dit")
+    with pytest.warns(fx_cache.CacheWarning, match="for 4 blocks"):
+        torch.compile(model, backend="dit_cache", mode="default")(**step)
+
+
 def test_the_backend_is_found_by_name_without_an_import() -> None:
     code = (
         "import torch, sys\n"
