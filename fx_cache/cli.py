@@ -16,7 +16,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("out/demo"),
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     repeats: Annotated[int, typer.Option(min=1, help="Generations each way; the median counts.")] = 3,
-    compiler: Annotated[str, typer.Option(help="Inner compiler, and that of the plain model.")] = "inductor",
+    compiler: Annotated[str | None, typer.Option(help="Inner compiler, and that of the plain model.")] = None,
 ) -> None:
     """Draws digits with a trained transformer, plainly compiled and cached, and compares them."""
     try:

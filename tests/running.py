@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 
 import fx_cache
+from fx_cache.demo.sheet import default_compiler
+
+needs_inductor = pytest.mark.skipif(default_compiler() != "inductor", reason="Inductor needs a C++ compiler")
 
 
 @dataclass(frozen=True)

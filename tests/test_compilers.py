@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import fx_cache
 from tests.models import build, walk
-from tests.running import compile_cached, last_branch, relative_error
+from tests.running import compile_cached, last_branch, needs_inductor, relative_error
 
 seen: list[torch.fx.GraphModule] = []
 
@@ -43,6 +43,7 @@ def test_like_blocks_are_compiled_once_whatever_the_depth(depth: int) -> None:
     assert last_branch(model)["spans"][0]["hits"]
 
 
+@needs_inductor
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "sd3", "cogvideox"])
 def test_inductor(name: str) -> None:
@@ -85,9 +86,6 @@ def test_mode_and_foreign_options_reach_the_inner_compiler() -> None:
     compile_cached(model, compiler="noting", mode="fast", precision=16)(**step)
     assert set(map(str, noted)) == {"('fast', {'precision': 16})"}
     noted.clear()
-    model = build("dit")
-    with pytest.warns(fx_cache.CacheWarning, match="for 4 blocks"):
-        torch.compile(model, backend="dit_cache", mode="default")(**step)
 
 
 def test_the_backend_is_found_by_name_without_an_import() -> None:

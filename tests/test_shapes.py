@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import fx_cache
 from tests.models import build, walk
-from tests.running import relative_error
+from tests.running import needs_inductor, relative_error
 
 
 def run(name: str, compiler: str, dynamic: bool | None, tolerance: float) -> None:
@@ -39,6 +39,7 @@ def test_resolutions(name: str, dynamic: bool | None) -> None:
     run(name, "eager", dynamic, 0.0)
 
 
+@needs_inductor
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dynamic"), [("dit", None), ("wan", True)])
 def test_resolutions_with_inductor(name: str, dynamic: bool | None) -> None:

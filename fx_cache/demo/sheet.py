@@ -58,16 +58,32 @@ def psnr(reference: torch.Tensor, image: torch.Tensor) -> float:
     return float("inf") if error == 0.0 else float(-10.0 * torch.log10(torch.tensor(error, dtype=torch.float64)))
 
 
-def run_demo(out: Path, *, steps: int = 50, repeats: int = 3, compiler: str = "inductor") -> DemoResult:
+def default_compiler() -> str:
+    """``"inductor"``, or ``"eager"`` where there is no C++ compiler for it."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "eager"
+    return "inductor"
+
+
+def run_demo(out: Path, *, steps: int = 50, repeats: int = 3, compiler: str | None = None) -> DemoResult:
     """Generates the sheet both ways, alternating, and writes figures, graphs, explanation and summary to `out`.
 
     Args:
         out: folder to write to; graphs of an earlier run in it are replaced.
         steps: denoising steps.
         repeats: generations each way; the median counts.
-        compiler: the inner compiler, and that of the plain model.
+        compiler: the inner compiler, and that of the plain model; None: what the machine has.
     """
     console = Console()
+    if compiler is None:
+        compiler = default_compiler()
+        if compiler != "inductor":
+            console.print("No C++ compiler found, which Inductor needs: both ways run with compiler 'eager'.")
     graphs = out / "graphs"
     shutil.rmtree(graphs, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
