@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -83,8 +83,12 @@ def descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def ancestors(node: fx.Node, stop: set[fx.Node] | None = None) -> set[fx.Node]:
-    """Every node that `node` depends on, and itself; nodes in `stop` are included but not followed."""
+def ancestors(
+    node: fx.Node,
+    stop: Collection[fx.Node] = (),
+    reads: Callable[[fx.Node], Iterable[fx.Node]] = lambda n: n.all_input_nodes,
+) -> set[fx.Node]:
+    """Every node that `node` depends on by `reads`, and itself; nodes in `stop` are included but not followed."""
     seen: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -92,8 +96,8 @@ def ancestors(node: fx.Node, stop: set[fx.Node] | None = None) -> set[fx.Node]:
         if n in seen:
             continue
         seen.add(n)
-        if stop is None or n not in stop:
-            todo.extend(n.all_input_nodes)
+        if n not in stop:
+            todo.extend(reads(n))
     return seen
 
 

@@ -18,7 +18,7 @@ from torch import fx
 from torch._dynamo.source import TensorPropertySource
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.patterns.graph import is_tensor, is_weight, same_shape, value_of
+from fx_cache.patterns.graph import ancestors, is_tensor, is_weight, same_shape, value_of
 
 _SINUSOIDS = {torch.sin, torch.cos, "sin", "cos", torch.polar}
 _LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, torch.addmm, torch.mm, operator.matmul}
@@ -140,19 +140,12 @@ def token_sources(node: fx.Node) -> set[fx.Node]:
 
     Follows the data flow backwards; where a slice is taken out of a concatenation, only the operand that fills it.
     """
-    sources: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        if n.op == "placeholder":
-            sources.add(n)
+
+    def reads(n: fx.Node) -> list[fx.Node]:
         part = _sliced_operand(n)
-        todo.extend([part] if part is not None else n.all_input_nodes)
-    return sources
+        return n.all_input_nodes if part is None else [part]
+
+    return {n for n in ancestors(node, reads=reads) if n.op == "placeholder"}
 
 
 def _sliced_operand(node: fx.Node) -> fx.Node | None:

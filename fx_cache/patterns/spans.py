@@ -76,7 +76,6 @@ class StackReport:
     streams: StackStreams
     main: int | None
     pattern: ForwardPattern | None
-    conditioned: bool
 
     @property
     def stack(self) -> Stack:
@@ -134,7 +133,7 @@ def _report(graph: fx.Graph, stack: Stack, roles: InputRoles) -> StackReport:
     )
     main = _main_stream(graph, streams, roles)
     pattern = match_pattern(carried, len(streams.streams) - carried, conditioned)
-    return StackReport(streams, main, pattern, conditioned)
+    return StackReport(streams, main, pattern)
 
 
 def _reads_tokens(node: fx.Node, inputs: list[fx.Node], roles: InputRoles) -> bool:
