@@ -12,9 +12,7 @@ demo: $(VENV)/ready
 	$(BIN)/fx-cache demo --out out/demo
 
 test: $(VENV)/ready
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --durations=10
-	$(BIN)/coverage report
+	$(BIN)/pytest -n 2 --dist worksteal --durations=10 --cov --cov-report=term:skip-covered
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Walk = Sequence[Mapping[str, Any]]
 
@@ -61,8 +62,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in order: of a tuple, an output class, or lists of tensors."""
+    leaves = tree_leaves(output.to_tuple() if hasattr(output, "to_tuple") else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 def _sample(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
+    return tensors(output)[0]
 
 
 def run_eager(model: nn.Module, walk: Walk) -> OracleRun:

@@ -36,6 +36,8 @@ def graph_of(*calls: tuple) -> fx.Graph:
         (("call_method", "__setitem__", ("x", 0, "y"), {}), ["x"]),
         (("call_function", operator.iadd, ("x", "y"), {}), ["x"]),
         (("call_function", operator.add, ("x", "y"), {}), []),
+        (("call_function", operator.and_, ("x", "y"), {}), []),
+        (("call_function", operator.iand, ("x", "y"), {}), ["x"]),
         (("call_function", operator.setitem, ("x", 0, "y"), {}), ["x"]),
         (("call_function", operator.getitem, ("x", 0), {}), []),
         (("call_function", torch.relu_, ("x",), {}), ["x"]),

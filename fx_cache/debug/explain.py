@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,19 +35,22 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         del example_inputs
         found = rewrite(gm, config)
         refusal = refuse_gradients(gm) or found.plan.refusal
-        plan = Plan(found.plan.roles, found.plan.stacks, () if refusal else found.plan.spans, refusal)
+        plan = replace(found.plan, spans=() if refusal else found.plan.spans, refusal=refusal)
         plans.append(plan)
         if plan.spans or len(plans) == 1:
             inputs = list(found.gm.graph.find_nodes(op="placeholder"))
             for role in ("latents", "schedule", "conditioning", "scalars"):
                 names[role] = [inputs[i].name for i in getattr(plan.roles, role)]
+            alone = {i for of_span in plan.roles.controls for i in of_span}
+            names["controls"] = [inputs[i].name for i in sorted(alone)]
         return gm.forward
 
     target = getattr(model, "_orig_mod", model)
     if getattr(target, "_compiled_call_impl", None) is not None:
         target = target.forward  # compiled in place: its own call would go to that backend
     with torch.no_grad():
-        torch.compile(target, backend=look)(*args, **kwargs)
+        fullgraph = bool(getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False))
+        torch.compile(target, backend=look, fullgraph=fullgraph)(*args, **kwargs)
     return Explanation.of(plans, {k: tuple(v) for k, v in names.items()})
 
 

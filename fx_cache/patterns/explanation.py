@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fx_cache.patterns.chains import StackReport
 from fx_cache.patterns.graph import value_of
-from fx_cache.patterns.spans import Plan, SpanPlan, StackReport
+from fx_cache.patterns.spans import Plan
 
 Range = tuple[int, int]
 
@@ -42,6 +43,7 @@ class StackExplanation:
         streams: what crosses its block boundaries.
         head, span, tail: block ranges (start, stop); None where the stack is not cached.
         graph: number of the captured graph that holds it.
+        reason: why it is not cached; None where it is.
     """
 
     name: str
@@ -53,6 +55,7 @@ class StackExplanation:
     span: Range | None
     tail: Range | None
     graph: int
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Explanation:
         stacks: every stack found, in order of execution.
         reason: None if something is cached, else why nothing is.
         spans: for each span, what is stored of each value that goes on behind it: (name, "residual" or "value").
+        shares: for each span, the part of its graph's FLOPs that a hit saves; None where none were counted.
         inputs: names of the graph's inputs by role, without weights.
         graphs: number of graphs that the forward was captured in.
     """
@@ -70,13 +74,15 @@ class Explanation:
     stacks: tuple[StackExplanation, ...]
     reason: str | None
     spans: tuple[tuple[tuple[str, str], ...], ...]
+    shares: tuple[float | None, ...]
     inputs: dict[str, tuple[str, ...]]
     graphs: int
 
     @classmethod
     def of(cls, plans: Sequence[Plan], inputs: dict[str, tuple[str, ...]] | None = None) -> Explanation:
         """Puts together what the analysis found in each of a forward's graphs."""
-        stacks = [_stack(r, p.spans, i) for i, p in enumerate(plans) for r in p.stacks]
+        stacks = [_stack(r, p, i) for i, p in enumerate(plans) for r in p.stacks]
+        shares = tuple(span.share for p in plans for span in p.spans)
         spans = [tuple((lo.value.name, lo.rule) for lo in span.live_outs) for p in plans for span in p.spans]
         refusals = [p.refusal for p in plans if p.refusal is not None]
         # Of several graphs, the one with a stack tells most.
@@ -84,7 +90,7 @@ class Explanation:
         reason = None if spans or not told else str(told[0])
         if not plans:
             reason = "the model: got no captured graph; expected a forward that Dynamo captures; look for graph breaks."
-        return cls(tuple(stacks), reason, tuple(spans), inputs or {}, len(plans))
+        return cls(tuple(stacks), reason, tuple(spans), shares, inputs or {}, len(plans))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,16 +103,18 @@ class Explanation:
                 ranges = [f"{n} blocks[{r[0]}:{r[1]}]" for n in ("head", "span", "tail") if (r := getattr(stack, n))]
                 lines.append(f"  {', '.join(ranges)}")
             else:
-                lines.append("  not cached")
+                lines.append(f"  not cached: {stack.reason}")
             lines += [f"  {s.role}: {s.name} {list(s.shape)} {s.dtype}".replace("'", "") for s in stack.streams]
         for k, span in enumerate(self.spans):
-            lines.append(f"span {k} stores " + ", ".join(f"the {rule} of {name}" for name, rule in span))
+            share = self.shares[k]
+            held = "" if share is None else f"holds {share:.1%} of the graph's FLOPs and "
+            lines.append(f"span {k} {held}stores " + ", ".join(f"the {rule} of {name}" for name, rule in span))
         lines += [f"{role}: {', '.join(names)}" for role, names in self.inputs.items() if names]
         lines.append("cached" if self.reason is None else f"not cached: {self.reason}")
         return "\n".join(lines)
 
 
-def _stack(report: StackReport, spans: Sequence[SpanPlan], graph: int) -> StackExplanation:
+def _stack(report: StackReport, plan: Plan, graph: int) -> StackExplanation:
     streams = report.streams
     described = []
     for i, stream in enumerate(streams.streams):
@@ -122,9 +130,13 @@ def _stack(report: StackReport, spans: Sequence[SpanPlan], graph: int) -> StackE
         if pattern is not None
         else "custom {}->{}".format(*(sum(s.values[i] is not None for s in streams.streams) for i in (0, -1)))
     )
-    head, span, tail = next((s.blocks[name] for s in spans if name in s.blocks), (None, None, None))
+    head, span, tail = next((s.blocks[name] for s in plan.spans if name in s.blocks), (None, None, None))
+    reason = None
+    if span is None:
+        refusal = plan.reasons.get(name) or plan.refusal
+        reason = "another stack is the one worth caching" if refusal is None else str(refusal)
     return StackExplanation(
-        name, len(report.stack.blocks), len(set(streams.kinds)), text, tuple(described), head, span, tail, graph
+        name, len(report.stack.blocks), len(set(streams.kinds)), text, tuple(described), head, span, tail, graph, reason
     )
 
 

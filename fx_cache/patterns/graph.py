@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch.utils._pytree import tree_leaves
 
 _INPLACE_OPERATORS = {
@@ -20,6 +21,9 @@ _INPLACE_OPERATORS = {
     operator.inv,
 }
 _INPLACE_OPERATORS |= {operator.setitem, operator.delitem}
+
+
+_NUMPY_WRAPPERS = (numpy_to_tensor_wrapper, numpy_method_wrapper, numpy_operator_wrapper)
 
 
 def value_of(node: fx.Node) -> Any:
@@ -83,10 +87,28 @@ def descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
+Reads = Callable[[fx.Node], Iterable[fx.Node]]
+
+
+def writes_too(graph: fx.Graph) -> Reads:
+    """What a node depends on: its inputs, and what is written in place to its storage."""
+    writers: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for target in written_inputs(node):
+            key = storage_key(target)
+            if key is not None:
+                writers.setdefault(key, []).append(node)
+
+    def reads(node: fx.Node) -> Iterable[fx.Node]:
+        if not writers or node.op == "placeholder":
+            return node.all_input_nodes
+        return [*node.all_input_nodes, *writers.get(storage_key(node) or -1, ())]
+
+    return reads
+
+
 def ancestors(
-    node: fx.Node,
-    stop: Collection[fx.Node] = (),
-    reads: Callable[[fx.Node], Iterable[fx.Node]] = lambda n: n.all_input_nodes,
+    node: fx.Node, stop: Collection[fx.Node] = (), reads: Reads = lambda n: n.all_input_nodes
 ) -> set[fx.Node]:
     """Every node that `node` depends on by `reads`, and itself; nodes in `stop` are included but not followed."""
     seen: set[fx.Node] = set()
@@ -117,8 +139,8 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
             for spec, a in zip(schema, node.args, strict=False)
             if spec.alias_info is not None and spec.alias_info.is_write and isinstance(a, fx.Node)
         ] + out
-    if node.target in _INPLACE_OPERATORS:
-        return first + out
+    if getattr(node.target, "__module__", None) == "_operator":  # `and_` ends as in-place functions do, and is none
+        return first if node.target in _INPLACE_OPERATORS else []
     name = getattr(node.target, "__name__", "")
     if (name.endswith("_") and not name.endswith("__")) or _asks_inplace(node):
         return first + out
@@ -194,8 +216,8 @@ def structure(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> tuple[Any,
             if a in outer:
                 return ("@", outer[a])
             if is_scalar(a):
-                return ("scalar", _target(a), ref(a.args), ref(tuple(sorted(a.kwargs.items()))))
-            return ("attr", _target(a))
+                return ("scalar", callee(a), ref(a.args), ref(tuple(sorted(a.kwargs.items()))))
+            return ("attr", callee(a))
         if isinstance(a, tuple | list):
             return (type(a).__name__, *map(ref, a))
         if isinstance(a, dict):
@@ -204,16 +226,19 @@ def structure(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> tuple[Any,
             return ("slice", ref(a.start), ref(a.stop), ref(a.step))
         return (type(a).__name__, repr(a))
 
-    body = tuple((n.op, _target(n), ref(n.args), ref(tuple(sorted(n.kwargs.items())))) for n in nodes)
+    body = tuple((n.op, callee(n), ref(n.args), ref(tuple(sorted(n.kwargs.items())))) for n in nodes)
     return body, tuple(describe(value_of(n)) for n in inputs)
 
 
-def _target(node: fx.Node) -> Any:
+def callee(node: fx.Node) -> Any:
+    """What a node calls or reads, equal for two nodes that call the same."""
     if node.op == "get_attr":
         module: Any = node.graph.owning_module
         for part in str(node.target).split("."):
             module = getattr(module, part, None)
         return module.code if isinstance(module, fx.GraphModule) else id(module)
+    if isinstance(node.target, _NUMPY_WRAPPERS):  # made anew for every call
+        return type(node.target), *vars(node.target).values()
     return node.target
 
 

@@ -4,21 +4,32 @@ No name of an argument is looked at:
 
 - a *weight* is held by the module;
 - the *schedule* (timestep, sigma, guidance) is what goes through a sinusoid into a linear layer, and every scalar;
-- a *latent* has the shape of an output (up to the channel dimension), one for each output;
+- a *latent* has the shape of an output (up to the channel dimension), one for each output; where no input has, it is
+  the one whose tokens the blocks' main stream holds;
 - all other inputs are *conditioning*.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 from torch._dynamo.source import TensorPropertySource
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.patterns.graph import ancestors, is_tensor, is_weight, same_shape, value_of
+from fx_cache.patterns.graph import (
+    Reads,
+    ancestors,
+    descendants,
+    is_tensor,
+    is_weight,
+    same_shape,
+    value_of,
+    writes_too,
+)
 
 _SINUSOIDS = {torch.sin, torch.cos, "sin", "cos", torch.polar}
 _LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, torch.addmm, torch.mm, operator.matmul}
@@ -34,6 +45,8 @@ class InputRoles:
         latents: change at every step.
         schedule: small inputs that are compared by value; the timestep among them moves one way within a request.
         conditioning: stay the same objects within a request and branch.
+        controls: for each span, the conditioning that reaches nothing but spans (ControlNet samples, inputs of single
+            layers): a step with others computes, since no probe shows them.
         scalars: host numbers, compared by value; not the sizes of other inputs.
         weights: belong to the module.
     """
@@ -43,6 +56,7 @@ class InputRoles:
     conditioning: tuple[int, ...]
     scalars: tuple[int, ...]
     weights: tuple[int, ...]
+    controls: tuple[tuple[int, ...], ...] = ()
 
 
 def classify_inputs(graph: fx.Graph) -> InputRoles:
@@ -56,7 +70,46 @@ def classify_inputs(graph: fx.Graph) -> InputRoles:
     others = [i for i in tensors if i not in schedule]
     latents = _latents(graph, inputs, others)
     conditioning = [i for i in others if i not in latents]
-    return InputRoles(*map(tuple, (latents, schedule, conditioning, scalars, weights)))
+    return InputRoles(tuple(latents), tuple(schedule), tuple(conditioning), tuple(scalars), tuple(weights))
+
+
+def with_latents_from(roles: InputRoles, graph: fx.Graph, streams: Sequence[fx.Node]) -> InputRoles:
+    """The roles, with the input whose tokens some streams hold as the latent if no input has the shape of an output.
+
+    Where several inputs are joined in a stream, which of them is denoised is not known: then none is.
+    """
+    if roles.latents:
+        return roles
+    inputs = list(graph.find_nodes(op="placeholder"))
+    reads = writes_too(graph)
+    held = {i for s in streams for i in roles.conditioning if inputs[i] in token_sources(s, reads)}
+    held = {i for i in held if value_of(inputs[i]).is_floating_point()}
+    if len(held) != 1:
+        return roles
+    return replace(roles, latents=tuple(held), conditioning=tuple(i for i in roles.conditioning if i not in held))
+
+
+def with_controls(
+    roles: InputRoles, graph: fx.Graph, spans: Sequence[Sequence[fx.Node]], probes: Sequence[fx.Node]
+) -> InputRoles:
+    """The roles, with what feeds only spans told apart.
+
+    Args:
+        graph: the captured graph.
+        spans: the nodes of each span.
+        probes: for each span, the value that is compared from step to step.
+    """
+    inputs = list(graph.find_nodes(op="placeholder"))
+    skipped = {n: k for k, span in enumerate(spans) for n in span}
+    reads = writes_too(graph)
+    seen = {n for probe in probes for n in ancestors(probe, reads=reads)}
+    seen |= ancestors(next(iter(graph.find_nodes(op="output"))), stop=set(skipped), reads=reads)
+    controls: list[list[int]] = [[] for _ in spans]
+    for i in roles.conditioning:
+        if inputs[i] not in seen:
+            for k in {skipped[n] for n in descendants(graph, [inputs[i]]) if n in skipped}:
+                controls[k].append(i)
+    return replace(roles, controls=tuple(map(tuple, controls)))
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -71,7 +124,7 @@ def _is_schedule(node: fx.Node) -> bool:
         return True
     if value.is_floating_point() and value.ndim == 1:
         return True
-    return value.ndim <= 2 and _through_sinusoid_to_linear(node)
+    return _through_sinusoid_to_linear(node)
 
 
 def _through_sinusoid_to_linear(node: fx.Node) -> bool:
@@ -107,45 +160,45 @@ def _widens(node: fx.Node, user: fx.Node) -> bool:
 
 
 def _latents(graph: fx.Graph, inputs: list[fx.Node], candidates: list[int]) -> list[int]:
-    output = next(iter(graph.find_nodes(op="output")))
+    """For each output the input of its shape; failing that, the one that differs from it in channels only."""
+    floats = [i for i in candidates if value_of(inputs[i]).is_floating_point()]
     found: list[int] = []
-    for result in tree_leaves(output.args):
+    for result in tree_leaves(next(iter(graph.find_nodes(op="output"))).args):
         if not isinstance(result, fx.Node) or not is_tensor(result):
             continue
-        shape = value_of(result).shape
-        free = [i for i in candidates if i not in found and value_of(inputs[i]).is_floating_point()]
-        exact = [i for i in free if _shape(inputs[i]) == tuple(map(str, shape))]
-        near = [i for i in free if _differing(inputs[i], shape) == 1]
-        if exact or near:
+        shape = tuple(map(str, value_of(result).shape))
+        free = [i for i in floats if i not in found]
+        exact = [i for i in free if _shape(inputs[i]) == shape]
+        near = [i for i in free if differs_in_channels(_shape(inputs[i]), shape)]
+        if exact or len(near) == 1:
             found.append((exact or near)[0])
-    if not found:
-        floats = [i for i in candidates if value_of(inputs[i]).is_floating_point()]
-        found = floats[:1]
     return found
+
+
+def differs_in_channels(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two shapes differ in one dimension, which holds channels and not tokens, pixels or frames."""
+    if len(a) != len(b):
+        return False
+    different = [d for d, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+    return len(different) == 1 and different[0] in ({len(a) - 1} if len(a) <= 3 else {1, 2, len(a) - 1})
 
 
 def _shape(node: fx.Node) -> tuple[str, ...]:
     return tuple(map(str, value_of(node).shape))
 
 
-def _differing(node: fx.Node, shape: torch.Size) -> int:
-    mine = _shape(node)
-    if len(mine) != len(shape):
-        return -1
-    return sum(a != str(b) for a, b in zip(mine, shape, strict=True))
-
-
-def token_sources(node: fx.Node) -> set[fx.Node]:
+def token_sources(node: fx.Node, reads: Reads) -> set[fx.Node]:
     """The graph inputs whose tokens a value holds.
 
-    Follows the data flow backwards; where a slice is taken out of a concatenation, only the operand that fills it.
+    Follows the data flow backwards by `reads`; where a slice is taken out of a concatenation, only the operand that
+    fills it.
     """
 
-    def reads(n: fx.Node) -> list[fx.Node]:
+    def holds(n: fx.Node) -> Iterable[fx.Node]:
         part = _sliced_operand(n)
-        return n.all_input_nodes if part is None else [part]
+        return reads(n) if part is None else [part]
 
-    return {n for n in ancestors(node, reads=reads) if n.op == "placeholder"}
+    return {n for n in ancestors(node, reads=holds) if n.op == "placeholder"}
 
 
 def _sliced_operand(node: fx.Node) -> fx.Node | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,22 +10,25 @@ from torch import fx
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Refusal
-from fx_cache.patterns.forward_patterns import ForwardPattern, match_pattern
+from fx_cache.patterns.chains import Chain, StackReport, chains, read_stacks
 from fx_cache.patterns.graph import (
-    ancestors,
     descendants,
     is_tensor,
-    is_weight,
     positions,
     same_shape,
     storage_key,
-    value_of,
     view_key,
     written_inputs,
 )
-from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
-from fx_cache.patterns.stacks import Stack, find_stacks
-from fx_cache.patterns.streams import StackStreams, continues
+from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls, with_latents_from
+from fx_cache.patterns.streams import continues
+from fx_cache.patterns.work import Work
+
+MIN_SHARE = 0.05
+"""The part of a forward's FLOPs that a span must hold to be worth a check at every step."""
+
+MIN_OTHER_WORK = 0.75
+"""The work that a chain of stacks must hold to get spans of its own, as a part of what the main chain holds."""
 
 Range = tuple[int, int]
 Ranges = tuple[Range, Range, Range]
@@ -59,6 +62,7 @@ class SpanPlan:
         probe: (value before the head's blocks, value after them) of the main stream.
         live_outs: what is used behind the span.
         blocks: for each stack, (head, span, tail) block ranges as (start, stop).
+        share: the part of the graph's FLOPs that a hit saves; None where none were counted.
     """
 
     stacks: tuple[str, ...]
@@ -67,49 +71,63 @@ class SpanPlan:
     probe: tuple[fx.Node, fx.Node]
     live_outs: tuple[LiveOut, ...]
     blocks: dict[str, Ranges]
-
-
-@dataclass(frozen=True)
-class StackReport:
-    """A stack as found, for plans and people."""
-
-    streams: StackStreams
-    main: int | None
-    pattern: ForwardPattern | None
-
-    @property
-    def stack(self) -> Stack:
-        return self.streams.stack
+    share: float | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the analysis says about one graph."""
+    """Everything the analysis says about one graph.
+
+    Attributes:
+        roles: the roles of the graph's inputs.
+        stacks: every stack found.
+        spans: what is cached, in graph order.
+        refusal: why nothing is; None otherwise.
+        reasons: for stacks that are not cached, by name, why, where there is more to say than that others are.
+    """
 
     roles: InputRoles
     stacks: tuple[StackReport, ...]
     spans: tuple[SpanPlan, ...]
     refusal: Refusal | None
+    reasons: Mapping[str, Refusal]
 
 
 def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
     """Reads a graph and says what to cache, or why nothing can be."""
     roles = classify_inputs(graph)
-    reports = tuple(_report(graph, s, roles) for s in find_stacks(graph))
+    reports = read_stacks(graph, roles)
     if not reports:
-        return Plan(roles, (), (), _no_stack(graph))
-    chain = _main_chain(graph, reports)
-    groups = [chain] if config.scope == "model" else [[r] for r in chain]
-    spans: list[SpanPlan] = []
-    refusals: list[Refusal] = []
-    for group in groups:
-        planned = _plan_group(graph, group, config)
-        if isinstance(planned, Refusal):
-            refusals.append(planned)
-        else:
-            spans.append(planned)
-    refusal = None if spans else refusals[0]
-    return Plan(roles, reports, tuple(spans), refusal)
+        return Plan(roles, (), (), _no_stack(graph), {})
+    work = Work(graph)
+    main, *others = chains(graph, reports, work)
+    streams = [r.streams.streams[r.main].values[0] for r in main if r.main is not None]
+    roles = with_latents_from(roles, graph, [s for s in streams[:1] if s is not None])
+    groups = _groups(main, config)
+    planned = [_plan_group(graph, group, config, work) for group in groups]
+    if any(planned):
+        # Another decision costs another look at the device: only stacks that do about as much work are worth it.
+        least = MIN_OTHER_WORK * _work(main, work)
+        more = [group for chain in others if _work(chain, work) >= least for group in _groups(chain, config)]
+        groups += more
+        planned += [_plan_group(graph, group, config, work) for group in more]
+    spans = [p for p in planned if isinstance(p, SpanPlan)]
+    refused = [(group, p) for group, p in zip(groups, planned, strict=True) if isinstance(p, Refusal)]
+    reasons = {r.stack.name: p for group, p in refused for r in group}
+    order = positions(graph)
+    spans.sort(key=lambda s: order[s.nodes[0]])
+    roles = with_controls(roles, graph, [s.nodes for s in spans], [s.probe[1] for s in spans])
+    refusal = None if spans else next(iter(reasons.values()))
+    return Plan(roles, tuple(reports), tuple(spans), refusal, reasons)
+
+
+def _groups(chain: Chain, config: CacheConfig) -> list[Chain]:
+    """The stacks that share a span."""
+    return [chain] if config.scope == "model" else [[r] for r in chain]
+
+
+def _work(chain: Chain, work: Work) -> float:
+    return work.share(n for r in chain for n in r.stack.nodes)
 
 
 def _no_stack(graph: fx.Graph) -> Refusal:
@@ -123,87 +141,7 @@ def _no_stack(graph: fx.Graph) -> Refusal:
     )
 
 
-def _report(graph: fx.Graph, stack: Stack, roles: InputRoles) -> StackReport:
-    streams = StackStreams(graph, stack)
-    carried = sum(s.carried for s in streams.streams)
-    inputs = list(graph.find_nodes(op="placeholder"))
-    schedule = descendants(graph, [inputs[i] for i in roles.schedule])
-    conditioned = any(
-        value_of(n).ndim == 3 and n not in schedule and _reads_tokens(n, inputs, roles) for n in streams.invariants
-    )
-    main = _main_stream(graph, streams, roles)
-    pattern = match_pattern(carried, len(streams.streams) - carried, conditioned)
-    return StackReport(streams, main, pattern)
-
-
-def _reads_tokens(node: fx.Node, inputs: list[fx.Node], roles: InputRoles) -> bool:
-    """Whether a value is floating-point and made from conditioning: an encoder's token sequence."""
-    made_from = ancestors(node)
-    return bool(value_of(node).is_floating_point()) and any(inputs[i] in made_from for i in roles.conditioning)
-
-
-def _main_stream(graph: fx.Graph, streams: StackStreams, roles: InputRoles) -> int | None:
-    """The stream that carries the latent: the probe is its residual.
-
-    Of the streams carried through the whole stack, one made from a latent before one that is not, one not made from
-    conditioning before one that is, and then the largest.
-    """
-    full = [i for i, s in enumerate(streams.streams) if s.full]
-    if not full:
-        return None
-    inputs = list(graph.find_nodes(op="placeholder"))
-    latents = {inputs[i] for i in roles.latents}
-    conditioning = {inputs[i] for i in roles.conditioning}
-
-    def key(i: int) -> tuple[bool, bool, int]:
-        first = streams.streams[i].values[0]
-        assert first is not None
-        made_from = token_sources(first)
-        return not made_from & latents, bool(made_from & conditioning), -_numel(first)
-
-    return min(full, key=key)
-
-
-def _numel(node: fx.Node) -> int:
-    value = value_of(node)
-    count = 1
-    for size in value.shape:
-        hint = getattr(getattr(size, "node", None), "hint", size)
-        count *= int(hint) if hint is not None else 1
-    return count
-
-
-def _main_chain(graph: fx.Graph, reports: Sequence[StackReport]) -> list[StackReport]:
-    """The adjacent stacks that hold the most operations: each continues the streams of the one before it."""
-    chains: list[list[StackReport]] = []
-    for report in reports:
-        if chains and _adjacent(graph, chains[-1][-1], report):
-            chains[-1].append(report)
-        else:
-            chains.append([report])
-    return max(chains, key=lambda c: sum(len(r.stack.nodes) for r in c))
-
-
-def _adjacent(graph: fx.Graph, before: StackReport, after: StackReport) -> bool:
-    """Whether `after` starts from what `before` ends with: no other token stream enters between them."""
-    order = positions(graph)
-    end = before.streams.starts[-1]
-    if after.streams.starts[0] < end:
-        return False
-    made = {s.values[-1] for s in before.streams.streams} - {None}
-    inside = {n for n in graph.nodes if before.streams.starts[0] <= order[n] < end}
-    firsts = [s.values[0] for s in after.streams.streams if s.full]
-    if not made or not firsts:
-        return False
-    for first in firsts:
-        assert first is not None
-        reached = {n for n in ancestors(first, stop=inside) if order[n] < end and is_tensor(n) and not is_weight(n)}
-        if not reached & made or any(n not in made and value_of(n).ndim >= 3 for n in reached):
-            return False
-    return True
-
-
-def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConfig) -> SpanPlan | Refusal:
+def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConfig, work: Work) -> SpanPlan | Refusal:
     order = positions(graph)
     nodes = list(graph.nodes)
     where = " + ".join(r.stack.name for r in group)
@@ -241,7 +179,16 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     written = _outer_writes(nodes, start, end, where)
     if written is not None:
         return written
-    return SpanPlan(tuple(r.stack.name for r in group), head, span, probe, live_outs, _ranges(group, fn, total - bn))
+    share = work.share(span) if work.total else None
+    if share is not None and share < MIN_SHARE:
+        return Refusal(
+            f"stack {where}",
+            f"{share:.1%} of the forward's FLOPs in the blocks that a hit would skip",
+            f"at least {MIN_SHARE:.0%}",
+            "choose a smaller Fn_compute_blocks or Bn_compute_blocks, or run this model uncached",
+        )
+    blocks = _ranges(group, fn, total - bn)
+    return SpanPlan(tuple(r.stack.name for r in group), head, span, probe, live_outs, blocks, share)
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:

@@ -29,6 +29,17 @@ class Stream:
         return all(v is not None for v in self.values)
 
     @property
+    def stretch(self) -> tuple[int, int]:
+        """The longest run of boundaries between which it exists, as (first, last)."""
+        best, first = (0, 0), 0
+        for i, value in enumerate(self.values):
+            if value is None:
+                first = i + 1
+            elif i - first > best[1] - best[0]:
+                best = (first, i)
+        return best
+
+    @property
     def carried(self) -> bool:
         """Whether every block reads it; what the last one makes of it may be unused."""
         return all(v is not None for v in self.values[:-1])
@@ -96,7 +107,8 @@ class StackStreams:
             for value, chain in following.items():
                 chain[boundary - 1] = value  # this window leaves the stream as it is
             taken = set(following)
-            for value in made:
+            # What goes on comes first: a long skip made beside it may continue the same value.
+            for value in sorted(made, key=lambda v: v not in open_at):
                 before = self._before(boundary, value, taken)
                 if value not in open_at:
                     if before is None:
@@ -128,7 +140,8 @@ class StackStreams:
         """The value at the boundary before that `value` at `boundary` continues, or None."""
         i = boundary - 1
         nodes = self._nodes[self.starts[i] : self.starts[i + 1]]
-        candidates = [c for c in external_inputs(nodes) if is_tensor(c) and not is_weight(c) and c not in taken]
+        # Only what the block itself reads: a tensor that is added between two blocks is no stream.
+        candidates = [c for c in self._inputs[i] if is_tensor(c) and not is_weight(c) and c not in taken]
         aligned = self._aligned(boundary, value)
         if aligned in candidates and same_shape(aligned, value):
             return aligned
@@ -169,7 +182,7 @@ def continues(
     """Which of `candidates` the tensor `value` continues through `nodes`: same shape, nearest by data flow.
 
     A residual stream reaches its next value through few operations (an add, a view), any other tensor through a whole
-    attention. Ties are broken by how both are read next, then by order of use.
+    attention. Ties are broken by how both are read next, then in favour of the one made last.
     """
     inside = set(nodes)
     distance = {value: 0}
@@ -186,11 +199,14 @@ def continues(
     near = [c for c in candidates if c in distance and same_shape(c, value)]
     if not near:
         return None
-    return min(near, key=lambda c: (distance[c], _next_use(c, order) != _next_use(value, order), near.index(c)))
+    start = order[nodes[0]]
+    used = _next_use(value, order, 0)
+    # A long skip is as near as the stream where both are joined, but was made earlier.
+    return min(near, key=lambda c: (distance[c], _next_use(c, order, start) != used, -order[c]))
 
 
-def _next_use(node: fx.Node, order: dict[fx.Node, int]) -> tuple[Any, ...]:
-    """How the first reader takes the value: its operation and the value's place among the arguments."""
-    user = min(node.users, key=lambda u: order[u])
+def _next_use(node: fx.Node, order: dict[fx.Node, int], start: int) -> tuple[Any, ...]:
+    """How the first reader from `start` on takes the value: its operation and the value's place among the arguments."""
+    user = min((u for u in node.users if order[u] >= start), key=lambda u: order[u])
     places = [i for i, a in enumerate(tree_leaves(user.args)) if a is node]
     return user.op, user.target, tuple(places)

@@ -39,19 +39,29 @@ class Clock:
             values: the schedule values of this call.
             known: the direction that earlier requests of this graph had, if any.
         """
-        last, self.last = self.last, values
-        if last is None or len(last) != len(values):
+        move = self.preview(values, known)
+        if move in (Move.NEXT, Move.UNSURE):
+            self.direction = self._step(values)
+        elif move is not Move.REPEAT:
             self.direction = None
+        self.last = values
+        return move
+
+    def preview(self, values: tuple[float, ...], known: Direction | None) -> Move:
+        """What `move` would say."""
+        if self.last is None or len(self.last) != len(values):
             return Move.START
-        step = tuple((now > before) - (now < before) for now, before in zip(values, last, strict=True))
+        step = self._step(values)
         if not any(step):
             return Move.REPEAT
         expected = self.direction or known
-        if expected is not None and step != expected:
-            self.direction = None
-            return Move.BACK
-        self.direction = step
-        return Move.NEXT if expected is not None else Move.UNSURE
+        if expected is None:
+            return Move.UNSURE
+        return Move.NEXT if step == expected else Move.BACK
+
+    def _step(self, values: tuple[float, ...]) -> Direction:
+        assert self.last is not None
+        return tuple((now > before) - (now < before) for now, before in zip(values, self.last, strict=True))
 
 
 def read_schedule(inputs: Sequence[torch.Tensor]) -> tuple[float, ...] | torch.Tensor:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import SessionError
-from fx_cache.patterns.inputs import InputRoles
 from fx_cache.runtime.clock import Clock, Direction, Move, read_schedule
-from fx_cache.runtime.identity import StorageHold, identity_key, signature
+from fx_cache.runtime.identity import StorageHold
+from fx_cache.runtime.origins import Control, Given
 from fx_cache.runtime.policy import Counters
 
 MAX_BRANCHES = 32
@@ -67,9 +66,16 @@ def session(name: str, branch: str | None = None) -> Iterator[None]:
 
 @dataclass
 class Slot:
-    """The cached state of one branch at one span: (probe, what is stored of each live-out), or None."""
+    """The cached state of one branch at one span.
+
+    Attributes:
+        tensors: (probe, what is stored of each live-out), or None.
+        control: who the inputs were that feed only the span, when it was computed.
+        counters: what the policy remembers.
+    """
 
     tensors: tuple[torch.Tensor, ...] | None = None
+    control: Control | None = None
     counters: Counters = field(default_factory=Counters)
 
     @property
@@ -127,6 +133,11 @@ class Branch:
             slot.tensors = None
 
 
+def _nothing() -> StorageHold:
+    """A branch that is named lives until it is ended."""
+    return StorageHold(())
+
+
 class Store:
     """All cached state of one model under one configuration.
 
@@ -152,40 +163,57 @@ class Store:
         if self._branches.get(branch.key) is branch:
             del self._branches[branch.key]
 
-    def begin(self, program: Hashable, spans: int, roles: InputRoles, args: Sequence[Any]) -> Branch:
+    def begin(self, program: Hashable, spans: int, given: Given) -> Branch:
         """Finds or opens the branch that a call belongs to, and counts the step.
 
         Args:
             program: what the graph computes and caches; graphs of one program go on with each other's requests.
             spans: number of spans in the graph.
-            roles: the roles of `args`.
-            args: the graph's inputs.
+            given: what the call was given.
         """
         self._purge()
-        fixed = [args[i] for i in (*roles.conditioning, *roles.scalars)]
-        schedule = [args[i] for i in roles.schedule]
-        form = signature([args[i] for i in (*roles.latents, *roles.schedule, *roles.conditioning)])
         named = _named.get()
+        form: Hashable = (program, given.form)
+        controls = tuple(c.identity for c in given.controls)
+        hold = given.hold
+        base: Hashable
         if named is None:
-            key: Hashable = (program, form, identity_key(fixed))
-            held = fixed
+            base = (program, given.form, given.identity)
+        elif named.branch is None:
+            base = (named, given.identity)
         else:
-            held = [] if named.branch is not None else fixed
-            key = (named, identity_key(held))
-            form = (program, form)
-        branch = self._branches.get(key)
+            base, controls, hold = (named, ()), (), _nothing
+        key = (base, controls)
+        branch = self._branches.get(key) or self._with_other_controls(base, key, program, given)
         if branch is None or branch.form != form:
             if branch is not None:
                 self.discard(branch)
-            branch = Branch(key, form, StorageHold(held), spans)
+            branch = Branch(key, form, hold(), spans)
             self._branches[key] = branch
             while len(self._branches) > MAX_BRANCHES:
                 self.discard(next(iter(self._branches.values())))
         self._branches.move_to_end(key)
-        self._advance(branch, program, schedule, named)
+        self._advance(branch, program, given.schedule, named)
         if len(branch.pending) >= MAX_PENDING:
             self.read_pending(branch, program)
         return branch
+
+    def _with_other_controls(
+        self, base: Hashable, key: tuple[Hashable, ...], program: Hashable, given: Given
+    ) -> Branch | None:
+        """The branch that goes on with other inputs that feed only spans: one step on in time, else it is another."""
+        if not any(c.identity for c in given.controls):
+            return None
+        values = read_schedule(given.schedule) if given.schedule else ()
+        if isinstance(values, torch.Tensor) or not values:
+            return None
+        for other in reversed([k for k in self._branches if isinstance(k, tuple) and k[0] == base]):
+            branch = self._branches[other]
+            if branch.clock.preview(values, self._directions.get(program)) in (Move.NEXT, Move.UNSURE):
+                self._branches[key] = self._branches.pop(other)
+                branch.key = key
+                return branch
+        return None
 
     def _advance(
         self, branch: Branch, program: Hashable, schedule: list[torch.Tensor], named: NamedSession | None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.patterns.inputs import InputRoles
+from fx_cache.runtime.origins import Control, Source, read_given
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.sessions import Branch, Store
@@ -18,8 +19,9 @@ from fx_cache.runtime.sessions import Branch, Store
 class SpanGate:
     """The policy, bound to one span of one branch at one step."""
 
-    def __init__(self, store: Store, branch: Branch, program: Hashable, span: int) -> None:
+    def __init__(self, store: Store, branch: Branch, program: Hashable, span: int, control: Control) -> None:
         self._store = store
+        self.control = control
         self._branch = branch
         self._program = program
         self._span = span
@@ -56,6 +58,8 @@ class SpanGate:
         verdict = decide(self._store.config, slot.counters, self._step, filled=slot.tensors is not None)
         if verdict.reuse is not False and branch.doubt is not None:
             return Verdict(False, branch.doubt)
+        if verdict.reuse is not False and not self.control.same(slot.control):
+            return Verdict(False, "an input that feeds only the span changed")
         if verdict.reuse and not branch.blind:
             return Verdict(False, "direction of the timestep not known yet")
         return verdict
@@ -75,6 +79,7 @@ class CachedForward:
         self,
         rewritten: Callable[..., Any],
         roles: InputRoles,
+        latents: Collection[Source],
         state_sizes: Sequence[int],
         program: str,
         layout: Hashable,
@@ -86,6 +91,7 @@ class CachedForward:
             rewritten: takes the graph's inputs, then for each span its gate, the previous probe and the cached values;
                 returns (outputs, state of each span).
             roles: the roles of the graph's inputs.
+            latents: inputs of earlier graphs of the same forward that are denoised.
             state_sizes: for each span, how many tensors its state has.
             program: digest of what the graph computes, but for its sizes.
             layout: what is cached where; state fits only a graph of the same layout.
@@ -94,6 +100,7 @@ class CachedForward:
         """
         self._rewritten = rewritten
         self._roles = roles
+        self._latents = latents
         self._sizes = tuple(state_sizes)
         self._program = (program, layout)
         self._anchor = anchor
@@ -102,8 +109,9 @@ class CachedForward:
 
     def __call__(self, *args: Any) -> Any:
         store = self._store(args)
-        branch = store.begin(self._program, len(self._sizes), self._roles, args)
-        gates = [SpanGate(store, branch, self._program, k) for k in range(len(self._sizes))]
+        given = read_given(self._program[0], self._roles, self._latents, args)
+        branch = store.begin(self._program, len(self._sizes), given)
+        gates = [SpanGate(store, branch, self._program, k, control) for k, control in enumerate(given.controls)]
         state: list[Any] = []
         for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
             state += [gate, *(slot.tensors if slot.tensors is not None else [None] * size)]
@@ -114,6 +122,8 @@ class CachedForward:
             raise
         for gate, slot, tensors in zip(gates, branch.slots, new_state, strict=True):
             slot.tensors = tensors
+            if gate.reason is not None:
+                slot.control = gate.control
             slot.counters.record(branch.record.step, gate.reason)
         return outputs
 

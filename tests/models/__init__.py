@@ -1,8 +1,8 @@
-"""Ten tiny, real diffusers transformers and seeded walks along a denoising path.
+"""Tiny, real transformers and seeded walks along a denoising path.
 
-Every model has four or more blocks a stack (SD3: five), runs in milliseconds on a CPU in float32, and is built without
-a model hub. ``build`` makes the module, ``conditioning`` the tensors a pipeline computes once per request, and ``walk``
-the keyword arguments of each forward call::
+Every model has four or more blocks a stack, runs in milliseconds on a CPU in float32, and is built without a model hub.
+``build`` makes the module, ``conditioning`` the tensors a pipeline computes once per request, and ``walk`` the keyword
+arguments of each forward call::
 
     model = build("flux")
     for kwargs in walk("flux", steps=6):
@@ -12,6 +12,9 @@ The same prompt with another noise seed (the conditioning tensors are the same o
 
     prompt = conditioning("flux", seed=0)
     first, second = walk("flux", seed=1, conditioning=prompt), walk("flux", seed=2, conditioning=prompt)
+
+``NAMES`` are the ten that most tests run, each in three sizes; ``ZOO`` every class that diffusers exports as a
+transformer, with its variants where they change the graph.
 """
 
 from __future__ import annotations
@@ -20,14 +23,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .registry import MODELS, TinyModel
+from . import image_joint, image_single, other, ten, video_first, video_second
+from .tiny import TinyModel
 from .weights import randomize
 
-__all__ = ["MODELS", "NAMES", "SIZES", "TinyModel", "build", "conditioning", "walk"]
+__all__ = ["MODELS", "NAMES", "SIZES", "ZOO", "TinyModel", "build", "conditioning", "walk"]
 
-NAMES: tuple[str, ...] = tuple(MODELS)
+NAMES: tuple[str, ...] = tuple(ten.MODELS)
 SIZES: tuple[int, ...] = (0, 1, 2)
+_FAMILIES = (ten, image_joint, image_single, video_first, video_second, other)
+MODELS: dict[str, TinyModel] = {name: spec for family in _FAMILIES for name, spec in family.MODELS.items()}
 
 # The prompt and the noise of one seed come from unrelated generators: a walk with given conditioning then has the very
 # noise that the same seed gives without it.
@@ -80,23 +87,27 @@ def walk(
 
     Each step has a fresh latent, ``delta`` (root mean square) away from the one before, and a fresh timestep tensor as
     the pipeline of the model passes it, strictly decreasing. Everything else is the same objects at every step: those
-    of ``conditioning`` where it is given, else those that ``seed``, ``size`` and ``batch`` give. ``return_dict`` is
-    False.
+    of ``conditioning`` where it is given, else those that ``seed``, ``size`` and ``batch`` give.
     """
     spec = MODELS[name]
     if conditioning is None:
         conditioning = _request(name, seed, size, batch)
     generator = torch.Generator().manual_seed(seed + _NOISE_STREAM)
-    shape = spec.latent(spec.grids[size], batch)
-    latent = torch.randn(shape, generator=generator)
-    # Part of the way is common to all steps, as on a real path, and part is new; 0.8^2 + 0.6^2 = 1 keeps the size of a
-    # step at delta.
-    drift = torch.randn(shape, generator=generator)
+    shapes, layout = tree_flatten(spec.latents(spec.grids[size], batch), is_leaf=lambda s: isinstance(s, tuple))
+
+    def noise() -> list[torch.Tensor]:
+        return [torch.randn(shape, generator=generator) for shape in shapes]
+
+    latents, drift = noise(), noise()
     calls = []
     for index in range(steps):
         done = index / max(steps - 1, 1)
         sigma = _SIGMA_FIRST + (_SIGMA_LAST - _SIGMA_FIRST) * done
-        timestep = spec.timestep(sigma, batch)
-        calls.append({"hidden_states": latent, "timestep": timestep, **conditioning, "return_dict": False})
-        latent = latent + delta * (0.8 * drift + 0.6 * torch.randn(shape, generator=generator))
+        calls.append(
+            {**tree_unflatten(latents, layout), **spec.timestep(sigma, batch), **conditioning, **spec.switches}
+        )
+        # Part of the way is common to all steps, as on a real path, and part is new; 0.8^2 + 0.6^2 = 1 keeps the size
+        # of a step at delta.
+        steps_on = zip(latents, drift, noise(), strict=True)
+        latents = [latent + delta * (0.8 * common + 0.6 * new) for latent, common, new in steps_on]
     return calls

@@ -13,7 +13,7 @@ _MATRIX_GAIN = 0.8
 # The layers that make shift, scale and gate out of the timestep embedding. With the values of the others gates
 # would be near zero, and a block would add a few hundredths of what its stream carries. Their bias, and that of the
 # timestep embedder, keep a part of them constant: a block changes with the timestep but is no other block at each step.
-_MODULATION = ("norm", "_mod.")
+_MODULATION = ("norm", "_mod.", "modulation")
 _MODULATION_GAIN = 1.2
 _MODULATION_GAIN_WITHOUT_BIAS = 1.4
 _TIME = ("time", ".emb.")

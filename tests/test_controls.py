@@ -1,0 +1,98 @@
+"""Inputs that feed only the blocks a hit skips: no probe shows them, so a step with others computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fx_cache
+from tests.models import build, walk
+from tests.oracles import run_eager
+from tests.running import compile_cached, last_branch, relative_error, run_cached
+
+NAME = "FluxTransformer2DModel+controlnet"
+CHANGED = "an input that feeds only the span changed"
+
+
+def controls_of(step: dict) -> list[torch.Tensor]:
+    return [*step["controlnet_block_samples"], *step["controlnet_single_block_samples"]]
+
+
+def with_controls(step: dict, change) -> dict:
+    double, single = step["controlnet_block_samples"], step["controlnet_single_block_samples"]
+    # The first sample is added behind block 0, which every step runs: it stays the same object.
+    return {
+        **step,
+        "controlnet_block_samples": [double[0], *map(change, double[1:])],
+        "controlnet_single_block_samples": [*map(change, single)],
+    }
+
+
+def test_explain_names_them() -> None:
+    model, step = build(NAME), walk(NAME, 1)[0]
+    found = fx_cache.explain(compile_cached(model), **step)
+    assert len(found.inputs["controls"]) == len(controls_of(step)) - 1
+    assert not any("encoder_hidden_states" in name or "pooled" in name for name in found.inputs["controls"])
+
+
+def test_unchanged_controls_do_not_matter() -> None:
+    steps = walk(NAME, 5)
+    run = run_cached(build(NAME), steps, residual_diff_threshold=2.0)
+    # Which way its timestep goes the first request shows at step 1: only then it may reuse without looking.
+    assert all(hits == [2, 3, 4] for hits in run.hits)
+
+
+@pytest.mark.parametrize("branch", [None, "cond"])
+def test_a_step_with_other_controls_computes(branch: str | None) -> None:
+    """cache-dit reuses here, and shows the picture of the old control (its issue 482)."""
+    model, steps = build(NAME), walk(NAME, 6)
+    other = with_controls(steps[3], lambda t: -2.0 * t)
+    given = [*steps[:3], other, *(with_controls(s, lambda t, o=other: t) for s in steps[4:])]
+    for step in given[4:]:
+        step.update({k: other[k] for k in other if k.startswith("controlnet")})
+    expected = run_eager(model, given).outputs
+    compiled = compile_cached(model, residual_diff_threshold=2.0)
+    with fx_cache.session("request", branch=branch):
+        outputs = [compiled(**step)[0].clone() for step in given]
+    for span in last_branch(model)["spans"]:
+        assert span["hits"] == [1, 2, 4, 5]
+        assert span["misses"][3] == CHANGED
+    assert torch.equal(outputs[3], expected[3])
+    assert relative_error(expected[4], outputs[4]) < 0.5 * relative_error(
+        run_eager(model, steps).outputs[4], expected[4]
+    )
+
+
+def test_written_in_place_is_changed() -> None:
+    model, steps = build(NAME), walk(NAME, 4)
+    compiled = compile_cached(model, residual_diff_threshold=2.0)
+    with fx_cache.session("request", branch="cond"):
+        for i, step in enumerate(steps):
+            if i == 2:
+                controls_of(step)[-1].mul_(-1.0)
+            output = compiled(**step)[0].clone()
+            if i == 2:
+                assert torch.equal(output, model(**step)[0])
+    assert all(CHANGED in span["misses"].values() for span in last_branch(model)["spans"])
+
+
+def test_two_requests_with_one_prompt_and_two_controls_stay_apart() -> None:
+    """Told apart by the controls alone, call by call in turns."""
+    model, steps = build(NAME), walk(NAME, 5)
+    others = [with_controls(s, lambda t: t) for s in steps]
+    second = with_controls(steps[0], lambda t: -2.0 * t)
+    for step in others:
+        step.update({k: second[k] for k in second if k.startswith("controlnet")})
+    compiled = compile_cached(model, residual_diff_threshold=2.0)
+    for step in steps[:3]:
+        compiled(**step)  # from here on it is known which way the timestep goes
+    alone = [[compiled(**s)[0].clone() for s in request] for request in (steps, others) if not fx_cache.reset(compiled)]
+    fx_cache.reset(compiled)
+    turns = [[compiled(**a)[0].clone(), compiled(**b)[0].clone()] for a, b in zip(steps, others, strict=True)]
+    for i, (a, b) in enumerate(turns):
+        assert torch.equal(a, alone[0][i])
+        assert torch.equal(b, alone[1][i])
+    branches = fx_cache.summary(compiled).to_dict()["sessions"][-1]["branches"]
+    assert [span["hits"] for b in branches for span in b["spans"]] == [[1, 2, 3, 4]] * sum(
+        len(b["spans"]) for b in branches
+    )
