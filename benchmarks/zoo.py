@@ -47,31 +47,42 @@ from tests.running import last_branch, relative_error
 
 ZOO = tuple(MODELS)
 
-BREAKS = {
-    "HiDreamImageTransformer2DModel": "routes tokens to experts by torch.bincount in every block",
-    "HunyuanVideo15Transformer3DModel": "branches on whether the image embeddings are all zero",
-    "WanAnimate2Transformer3DModel": "reads token offsets on the host in every block",
-    "WanAnimate2Transformer3DModel+kv-extract": "reads token offsets on the host in every block",
-}
-"""Classes whose blocks Dynamo captures in graphs of their own, and what breaks them off."""
-
 NOT_FULLGRAPH = {
-    *BREAKS,
     "BriaFibo2Transformer2DModel",
-    "HunyuanImageTransformer2DModel",  # of which only the text refiner lies whole in one graph
+    "HiDreamImageTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
     "OmniGenTransformer2DModel",
     "QwenImage21Transformer2DModel",
     "QwenImage21Transformer2DModel+kv-cached",
+    "WanAnimate2Transformer3DModel",
+    "WanAnimate2Transformer3DModel+kv-extract",
 }
 """Classes whose forward has a graph break, in or before their blocks."""
 
 STEPS = 8
 CONFIGS = {
     "F1B0": {"Fn": 1, "Bn": 0, "max_warmup_steps": 1},
-    "F2B1": {"Fn": 2, "Bn": 1, "max_warmup_steps": 2},
+    "F2B2": {"Fn": 2, "Bn": 2, "max_warmup_steps": 2},
     "MC1": {"Fn": 1, "Bn": 0, "max_warmup_steps": 1, "max_continuous_cached_steps": 1},
 }
+INDUCTOR = (
+    "dit",
+    "flux",
+    "wan",
+    "sd3",
+    "pixart",
+    "qwenimage",
+    "sana",
+    "HunyuanDiT2DModel",
+    "LatteTransformer3DModel",
+    "LTX2VideoTransformer3DModel",
+    "Lumina2Transformer2DModel",
+    "ZImageTransformer2DModel",
+)
+"""A dozen, of all shapes, that go through Inductor too."""
+
 SEPARATE = {"flux", "auraflow", "FluxTransformer2DModel+controlnet"}
 """Classes for which cache-dit merges lists, or leaves one out: here each list gets a context."""
 
@@ -105,6 +116,7 @@ class Row:
     exact: bool = False
     reused_error: float | None = None
     hits_unnamed: bool | None = None
+    inductor_error: float | None = None
     cache_dit: dict[str, str] = field(default_factory=dict)
     first_block_cache: str = ""
     nodes: int = 0
@@ -119,6 +131,8 @@ def measure(name: str) -> Row:
     steps = walk(name, STEPS)
     _look(name, row, steps)
     _exactness(name, row, model, steps)
+    if name in INDUCTOR:
+        row.inductor_error = _inductor_error(name, model, steps[:3])
     if row.spans:
         row.cache_dit = _against_cache_dit(name, model, steps)
         row.first_block_cache = _against_first_block_cache(name, model, steps)
@@ -199,6 +213,14 @@ def _exactness(name: str, row: Row, model: nn.Module, steps: Sequence[dict[str, 
             compiled(**step)
         row.hits_unnamed = all(len(span["hits"]) >= STEPS - 3 for span in last_branch(compiled)["spans"])
         row.reused_error = max(relative_error(a, b) for a, b in zip(expected[0], again, strict=True) if a.any())
+
+
+def _inductor_error(name: str, model: nn.Module, steps: Sequence[dict[str, Any]]) -> float:
+    """The largest relative error of computed steps with Inductor as inner compiler."""
+    fresh()
+    compiled = compile_zoo(name, copy.deepcopy(model), compiler="inductor")
+    pairs = [(a, b) for step in steps for a, b in zip(tensors(model(**step)), tensors(compiled(**step)), strict=True)]
+    return max(relative_error(a, b) for a, b in pairs if a.any())
 
 
 def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
@@ -306,6 +328,7 @@ def _line(row: Row) -> str:
     parts += ["detectors agree" if row.detectors_agree else "detectors differ"] if row.spans else [str(row.reason)[:80]]
     if row.spans:
         parts += [] if row.hits_unnamed else ["NO HITS UNNAMED"]
+        parts += [] if row.inductor_error is None else [f"inductor {row.inductor_error:.0e}"]
         parts += [f"reused {row.reused_error:.0e}", f"{row.share or 0:.0%}"]
         peers = {**row.cache_dit, "FBC": row.first_block_cache}
         parts += [f"{k}: {v}" for k, v in peers.items()]

@@ -19,11 +19,14 @@ from fx_cache.passes import PIPELINE
 from fx_cache.passes.dump import Dump
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
 from fx_cache.patterns.explanation import Explanation
-from fx_cache.patterns.graph import is_weight, program_signature, value_of, writes_too
-from fx_cache.patterns.inputs import classify_inputs, token_sources
+from fx_cache.patterns.graph import hinted_shape, is_weight, value_of
+from fx_cache.patterns.relays import read_facts
 from fx_cache.patterns.spans import Plan
-from fx_cache.runtime.origins import ObservedForward, Source, origins
+from fx_cache.runtime.forwards import Forward, surroundings
+from fx_cache.runtime.relay import ObservedForward, Relays
 from fx_cache.runtime.step import CachedForward
+
+_relays = Relays()
 
 
 @dataclass(frozen=True)
@@ -63,28 +66,36 @@ def dit_cache(
     mode = inner_options.pop("mode", mode)
     compiler = inner_compiler(config.compiler, mode, inner_options)
     dump = Dump.open(config.dump_dir)
+    config = replace(config, dump_dir=None)
     refusal = refuse_gradients(gm)
     if refusal is None:
         rewritten = rewrite(gm, config, dump)
         refusal = rewritten.plan.refusal
         if dump is not None:
             dump.report(rewritten.gm, Explanation.of([rewritten.plan]), rewritten.records)
-    program = program_signature(gm.graph)
+    around = surroundings()
+    broken = break_of(gm)
+    whole = broken is None and around.depth == 0
+    facts = read_facts(gm, broken, refuse_gradients(gm), 0.0 if refusal is not None else _share(rewritten.plan))
     if refusal is not None:
-        if not _broken_off(gm):
+        if whole:
             warnings.warn(f"dit_cache runs this graph uncached. {refusal}", CacheWarning, stacklevel=2)
-        return _observed(compiler(gm, list(example_inputs)), gm, program)
+            return compiler(gm, list(example_inputs))
+        return ObservedForward(compiler(gm, list(example_inputs)), facts, config, _relays)
     plan = rewritten.plan
     spans = plan.spans
     return CachedForward(
         compile_pieces(rewritten.gm, compiler).forward,
         plan.roles,
-        _outer_latents(gm, plan),
         _state_sizes(rewritten.gm),
-        program,
+        facts.program,
         tuple((s.stacks, tuple(s.blocks.values()), tuple(lo.rule for lo in s.live_outs)) for s in spans),
         _anchor(gm, plan),
-        replace(config, dump_dir=None),
+        config,
+        facts,
+        frozenset() if whole else _latents_given(gm, plan, around.forward),
+        whole,
+        _relays,
     )
 
 
@@ -115,43 +126,29 @@ def refuse_gradients(gm: fx.GraphModule) -> Refusal | None:
     return None
 
 
-def _broken_off(gm: fx.GraphModule) -> bool:
-    """Whether the capture ended at a graph break: then the stack may be in a later graph."""
+def break_of(gm: fx.GraphModule) -> str | None:
+    """Place and reason of the graph break that ends a capture: then the stack may be in a later graph."""
     reason = getattr(gm, "compile_subgraph_reason", None)
-    return reason is not None and reason.graph_break
+    if reason is None or not reason.graph_break:
+        return None
+    at = reason.user_stack[-1] if reason.user_stack else None
+    place = "" if at is None else f" at {os.path.basename(at.filename)}:{at.lineno} in {at.name}"
+    return f"{reason.reason.strip().splitlines()[0]}{place}"
 
 
-def _observed(compiled: Callable[..., Any], gm: fx.GraphModule, program: str) -> ObservedForward:
-    """A graph that is not cached; later graphs of the same forward learn from it what came from outside."""
-    roles = classify_inputs(gm.graph)
-    roles = replace(roles, latents=(), conditioning=(*roles.latents, *roles.conditioning))
-    inputs = list(gm.graph.find_nodes(op="placeholder"))
-    reads = writes_too(gm.graph)
-    outputs = next(iter(gm.graph.find_nodes(op="output"))).args[0]
-    tokens = []
-    for output in outputs:
-        sources = token_sources(output, reads) if isinstance(output, fx.Node) else set()
-        tokens.append([i for i in roles.conditioning if inputs[i] in sources])
-    return ObservedForward(compiled, program, roles, tokens)
+def _latents_given(gm: fx.GraphModule, plan: Plan, forward: Forward | None) -> frozenset[int]:
+    """Which of the user's inputs are denoised, for a graph that is a part of a forward.
 
-
-def _outer_latents(gm: fx.GraphModule, plan: Plan) -> frozenset[Source]:
-    """The inputs of earlier graphs of the same forward that are denoised.
-
-    Those whose tokens the latents of this graph hold, one each; failing that, those of an output's shape.
+    Those whose tokens its latents hold, one each; failing that, those of an output's shape.
     """
-    notes = {i: origins.of(v) for i, v in enumerate(_examples(gm))}
-    tokens = {s for i in plan.roles.latents if (note := notes.get(i)) is not None for s in note.tokens}
+    if forward is None:
+        return frozenset()
+    examples = _examples(gm)
+    tokens = frozenset().union(*(forward.tokens_of(examples[i]) for i in plan.roles.latents))
     if 0 < len(tokens) <= len(plan.roles.latents):
-        return frozenset(tokens)
+        return tokens
     outputs = [value_of(n) for n in tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args[0])]
-    shapes = {tuple(map(str, v.shape)) for v in outputs if isinstance(v, torch.Tensor)}
-    outer = {o.source: o for note in notes.values() if note is not None for o in note.outer if o.schedule is None}
-    found: set[Source] = set()
-    for shape in shapes:
-        fitting = [s for s, o in outer.items() if o.has_shape(shape) and (not tokens or s in tokens)]
-        found |= set(fitting) if len(fitting) == 1 else set()  # of two that fit, one may be a reference image
-    return frozenset(found)
+    return forward.latent_like({hinted_shape(v) for v in outputs if isinstance(v, torch.Tensor)})
 
 
 def _examples(gm: fx.GraphModule) -> list[Any]:
@@ -164,6 +161,11 @@ def _examples(gm: fx.GraphModule) -> list[Any]:
         except AssertionError:  # it is gone already
             found.append(None)
     return found
+
+
+def _share(plan: Plan) -> float:
+    """The part of a graph's FLOPs that a hit saves."""
+    return sum(s.share or 0.0 for s in plan.spans)
 
 
 def _state_sizes(gm: fx.GraphModule) -> list[int]:

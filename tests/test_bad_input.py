@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import fx_cache
 from fx_cache.config import split_options
 from tests.models import build, walk
+from tests.models.tiny import LAYERS
 from tests.running import compile_cached
 
 
@@ -195,20 +197,42 @@ def test_gradients_enabled_but_needed_by_nobody() -> None:
     assert len(fx_cache.summary(model).to_dict()["sessions"]) == 1
 
 
-def test_a_graph_break_between_blocks_is_named() -> None:
-    class Broken(Stack):
-        def forward(self, x, t):
-            t = torch.sin(t)[:, None, None] + 1.0
-            for block in self.blocks:
-                x = block(x, t)
-                torch._dynamo.graph_break()
-            return (x,)
+class Loop(Stack):
+    """A break inside a loop: Dynamo leaves the whole loop to Python."""
 
-    model = Broken([Block(8) for _ in range(3)])
+    def forward(self, x, t):
+        t = torch.sin(t)[:, None, None] + 1.0
+        for block in self.blocks:
+            x = block(x, t)
+            torch._dynamo.graph_break()
+            x = torch.cat([x, x[:, :1]], dim=1)
+        return (x,)
+
+
+class Unrolled(Stack):
+    """A break between two calls: what is behind it is a graph of its own."""
+
+    def forward(self, x, t):
+        t = torch.sin(t)[:, None, None] + 1.0
+        x = self.blocks[0](x, t)
+        torch._dynamo.graph_break()
+        return (self.blocks[1](x, t),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(Loop, "TORCH_LOGS=graph_breaks"), (Unrolled, r"graph break: .* at test_bad_input.py:\d+ in forward")],
+)
+def test_a_graph_break_is_named_where_nothing_can_be_cached(kind: type[Stack], told: str) -> None:
+    model = kind([Block(8) for _ in range(3)])
     compiled = torch.compile(model, backend="dit_cache", options={"compiler": "eager", "Fn_compute_blocks": 1})
-    with pytest.warns(fx_cache.CacheWarning, match="graph breaks between its blocks"):
-        output = compiled(*(args := inputs()))[0]
-    assert torch.equal(output, model(*args)[0])
+    args = inputs()
+    assert torch.equal(compiled(*args)[0], model(*args)[0])
+    # That no stack lies over the graphs is known when the first forward is over.
+    with pytest.warns(fx_cache.CacheWarning, match=told) as caught:
+        assert torch.equal(compiled(*args)[0], model(*args)[0])
+    assert len(caught) == 1 and "graph breaks between its blocks" in str(caught[0].message)
+    assert re.search(told, fx_cache.explain(compiled, *args).reason)
 
 
 def test_blocks_that_write_to_an_input_are_refused() -> None:
@@ -277,8 +301,8 @@ def test_explain_reads_the_options_of_a_compiled_model() -> None:
     compiled = compile_cached(model, scope="stack", Fn_compute_blocks=2, Bn_compute_blocks=1)
     stacks = fx_cache.explain(compiled, **step).stacks
     assert [(s.name, s.blocks, s.head, s.span, s.tail) for s in stacks] == [
-        ("transformer_blocks", 4, (0, 2), (2, 3), (3, 4)),
-        ("single_transformer_blocks", 4, (0, 2), (2, 3), (3, 4)),
+        ("transformer_blocks", LAYERS, (0, 2), (2, LAYERS - 1), (LAYERS - 1, LAYERS)),
+        ("single_transformer_blocks", LAYERS, (0, 2), (2, LAYERS - 1), (LAYERS - 1, LAYERS)),
     ]
-    bare = fx_cache.explain(build("flux"), **step)
-    assert "Fn_compute_blocks=8" in bare.reason and len(bare.stacks) == 2
+    bare = fx_cache.explain(build("dit"), **walk("dit", 1)[0])
+    assert "Fn_compute_blocks=8" in bare.reason and len(bare.stacks) == 1

@@ -82,7 +82,7 @@ def host_reads(compiled, steps: list[dict]) -> list[int]:
     """For each step, how often the host waited for a number of a tensor."""
     reads = []
     for step in steps:
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
             compiled(**step)
         reads.append(sum(e.count for e in profiler.key_averages() if e.key == "aten::item"))
     return reads

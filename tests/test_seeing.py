@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import fx_cache
 from fx_cache.cli import app
 from tests.models import MODELS, NAMES, build, walk
+from tests.models.tiny import LAYERS
 from tests.running import compile_cached
 
 PATTERNS = {
@@ -93,7 +94,7 @@ def test_dumps(tmp_path, monkeypatch) -> None:
 
 SKELETON = """\
 def forward(hidden_states_input, ..., timestep, ..., class_labels, ..., \
-slot_0_gate, slot_0_probe, slot_0_hidden_states_48):
+slot_0_gate, slot_0_probe, slot_0_hidden_states_60):
     head = self.head(hidden_states_input, ...)
     hidden_states = head[0]
     transformer_blocks_0 = self.transformer_blocks_block(timestep, ..., class_labels, ..., hidden_states, ...)
@@ -105,19 +106,19 @@ slot_0_gate, slot_0_probe, slot_0_hidden_states_48):
     reuse_0 = self.reuse_0
     compute_0 = self.compute_0
     cond_0 = cond(hit_0, reuse_0, compute_0, (timestep, ..., class_labels, ..., hidden_states_12, ..., \
-probe_0, slot_0_probe, slot_0_hidden_states_48))
-    hidden_states_48 = cond_0[0]
+probe_0, slot_0_probe, slot_0_hidden_states_60))
+    hidden_states_60 = cond_0[0]
     new_slot_0_probe = cond_0[1]
-    new_slot_0_hidden_states_48 = cond_0[2]
-    tail = self.tail(timestep, ..., class_labels, ..., hidden_states_48, ...)
+    new_slot_0_hidden_states_60 = cond_0[2]
+    tail = self.tail(timestep, ..., class_labels, ..., hidden_states_60, ...)
     output = tail[0]
-    return ((output,), ((new_slot_0_probe, new_slot_0_hidden_states_48),))
+    return ((output,), ((new_slot_0_probe, new_slot_0_hidden_states_60),))
 
 def reuse_0(timestep, ..., class_labels, ..., hidden_states_12, ..., \
-probe_0, slot_0_probe, slot_0_hidden_states_48):
-    restore = self.restore(hidden_states_12, slot_0_hidden_states_48)
+probe_0, slot_0_probe, slot_0_hidden_states_60):
+    restore = self.restore(hidden_states_12, slot_0_hidden_states_60)
     add = restore[0]
-    return (add, slot_0_probe, slot_0_hidden_states_48)
+    return (add, slot_0_probe, slot_0_hidden_states_60)
 """
 
 
@@ -146,7 +147,7 @@ def test_a_model_compiled_in_place() -> None:
     model, step = build("dit"), walk("dit", 1)[0]
     model.compile(backend="dit_cache", fullgraph=True, options={"compiler": "eager", "Fn_compute_blocks": 2})
     model(**step)
-    assert [s.span for s in fx_cache.explain(model, **step).stacks] == [(2, 4)]
+    assert [s.span for s in fx_cache.explain(model, **step).stacks] == [(2, LAYERS)]
     assert len(fx_cache.summary(model).to_dict()["sessions"]) == 1
 
 

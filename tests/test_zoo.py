@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fx_cache
-from benchmarks.zoo import BREAKS, ZOO, compile_zoo
+from benchmarks.zoo import ZOO, compile_zoo
 from tests.models import build, walk
 from tests.oracles import tensors
 from tests.running import last_branch, relative_error
@@ -24,9 +24,6 @@ def test_exact_and_right(name: str) -> None:
     outputs = [[t.clone() for t in tensors(compiled(**step))] for step in steps]
     for reference, output in zip(expected, outputs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(reference, output, strict=True))
-    if name in BREAKS:
-        assert not last_branches(compiled)
-        return
     # Reused on the very inputs that were computed, the output is the same.
     fx_cache.configure(compiled, residual_diff_threshold=2.0)
     with fx_cache.session("again", branch="only"):
@@ -34,7 +31,3 @@ def test_exact_and_right(name: str) -> None:
             output = tensors(compiled(**steps[0]))
     assert all(span["hits"] == [1] for span in last_branch(compiled)["spans"])
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected[0], output, strict=True) if a.any())
-
-
-def last_branches(model) -> list:
-    return [b for s in fx_cache.summary(model).to_dict()["sessions"] for b in s["branches"]]

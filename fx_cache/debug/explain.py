@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_cache.backend import refuse_gradients, rewrite
+from fx_cache.backend import break_of, refuse_gradients, rewrite
 from fx_cache.config import CacheConfig, split_options
+from fx_cache.errors import Refusal
 from fx_cache.patterns.explanation import Explanation
+from fx_cache.patterns.relays import read_facts
 from fx_cache.patterns.spans import Plan
+from fx_cache.runtime.forwards import surroundings
 from fx_cache.runtime.registry import stores
+from fx_cache.runtime.relay import ObservedForward, Relays
+
+_OTHER_STACK = Refusal(
+    "this graph",
+    "a stack with less work than another one of the forward",
+    "the stack with the most work, or nearly as much",
+    "nothing is to be done",
+)
 
 
 def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -29,7 +40,10 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     config = _config_of(model)
     plans: list[Plan] = []
-    names: dict[str, list[str]] = {}
+    programs: list[str] = []
+    whole: list[bool] = []
+    relays = Relays()
+    names: list[dict[str, tuple[str, ...]]] = []
 
     def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         del example_inputs
@@ -37,21 +51,38 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         refusal = refuse_gradients(gm) or found.plan.refusal
         plan = replace(found.plan, spans=() if refusal else found.plan.spans, refusal=refusal)
         plans.append(plan)
-        if plan.spans or len(plans) == 1:
-            inputs = list(found.gm.graph.find_nodes(op="placeholder"))
-            for role in ("latents", "schedule", "conditioning", "scalars"):
-                names[role] = [inputs[i].name for i in getattr(plan.roles, role)]
-            alone = {i for of_span in plan.roles.controls for i in of_span}
-            names["controls"] = [inputs[i].name for i in sorted(alone)]
-        return gm.forward
+        names.append(_names(found.gm, plan))
+        share = sum(s.share or 0.0 for s in plan.spans)
+        facts = read_facts(gm, break_of(gm), refuse_gradients(gm), share)
+        programs.append(facts.program)
+        whole.append(facts.broken is None and surroundings().depth == 0)
+        return ObservedForward(gm.forward, facts, config, relays)
 
-    target = getattr(model, "_orig_mod", model)
+    root = target = getattr(model, "_orig_mod", model)
     if getattr(target, "_compiled_call_impl", None) is not None:
         target = target.forward  # compiled in place: its own call would go to that backend
     with torch.no_grad():
         fullgraph = bool(getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False))
         torch.compile(target, backend=look, fullgraph=fullgraph)(*args, **kwargs)
-    return Explanation.of(plans, {k: tuple(v) for k, v in names.items()})
+    relay = relays.of(root, config)
+    if all(whole) or relay.read() is None:
+        return Explanation.of(plans, names[0] if names else None)
+    refusal = _OTHER_STACK if relay.refusal is None else relay.refusal
+    plans = [
+        plan if program in relay.enabled else replace(plan, spans=(), refusal=refusal)
+        for plan, program in zip(plans, programs, strict=True)
+    ]
+    inputs = next((n for n, plan in zip(names, plans, strict=True) if plan.spans), None)
+    return Explanation.of(plans, inputs, relay.plans)
+
+
+def _names(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The names of a graph's inputs by role."""
+    inputs = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+    roles = ("latents", "schedule", "conditioning", "scalars")
+    found = {role: tuple(inputs[i] for i in getattr(plan.roles, role)) for role in roles}
+    alone = {i for of_span in plan.roles.controls for i in of_span}
+    return {**found, "controls": tuple(inputs[i] for i in sorted(alone))}
 
 
 def _config_of(model: torch.nn.Module) -> CacheConfig:

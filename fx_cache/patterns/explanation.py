@@ -8,6 +8,7 @@ from typing import Any
 
 from fx_cache.patterns.chains import StackReport
 from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.relays import RelayPlan
 from fx_cache.patterns.spans import Plan
 
 Range = tuple[int, int]
@@ -42,7 +43,7 @@ class StackExplanation:
         pattern: cache-dit's patterns that look like it, and in words; ``custom n->m`` where none does.
         streams: what crosses its block boundaries.
         head, span, tail: block ranges (start, stop); None where the stack is not cached.
-        graph: number of the captured graph that holds it.
+        graph: number of the captured graph that holds it; None where each block has graphs of its own.
         reason: why it is not cached; None where it is.
     """
 
@@ -54,7 +55,7 @@ class StackExplanation:
     head: Range | None
     span: Range | None
     tail: Range | None
-    graph: int
+    graph: int | None
     reason: str | None
 
 
@@ -66,7 +67,8 @@ class Explanation:
         stacks: every stack found, in order of execution.
         reason: None if something is cached, else why nothing is.
         spans: for each span, what is stored of each value that goes on behind it: (name, "residual" or "value").
-        shares: for each span, the part of its graph's FLOPs that a hit saves; None where none were counted.
+        shares: for each span, the part of the FLOPs that a hit saves, of those of its graph, or of the whole forward
+            where it lies over several graphs; None where none were counted.
         inputs: names of the graph's inputs by role, without weights.
         graphs: number of graphs that the forward was captured in.
     """
@@ -79,11 +81,17 @@ class Explanation:
     graphs: int
 
     @classmethod
-    def of(cls, plans: Sequence[Plan], inputs: dict[str, tuple[str, ...]] | None = None) -> Explanation:
-        """Puts together what the analysis found in each of a forward's graphs."""
-        stacks = [_stack(r, p, i) for i, p in enumerate(plans) for r in p.stacks]
-        shares = tuple(span.share for p in plans for span in p.spans)
+    def of(
+        cls,
+        plans: Sequence[Plan],
+        inputs: dict[str, tuple[str, ...]] | None = None,
+        relays: Sequence[RelayPlan] = (),
+    ) -> Explanation:
+        """Puts together what the analysis found in each of a forward's graphs, and over several of them."""
+        stacks = [_stack(r, p, i) for i, p in enumerate(plans) for r in p.stacks] + list(map(_relay, relays))
+        shares = (*(span.share for p in plans for span in p.spans), *(r.share for r in relays))
         spans = [tuple((lo.value.name, lo.rule) for lo in span.live_outs) for p in plans for span in p.spans]
+        spans += [tuple((_argument(s.name), "residual") for s in r.streams) for r in relays]
         refusals = [p.refusal for p in plans if p.refusal is not None]
         # Of several graphs, the one with a stack tells most.
         told = [p.refusal for p in plans if p.refusal is not None and p.stacks] or refusals
@@ -107,11 +115,26 @@ class Explanation:
             lines += [f"  {s.role}: {s.name} {list(s.shape)} {s.dtype}".replace("'", "") for s in stack.streams]
         for k, span in enumerate(self.spans):
             share = self.shares[k]
-            held = "" if share is None else f"holds {share:.1%} of the graph's FLOPs and "
+            held = "" if share is None else f"holds {share:.1%} of the FLOPs and "
             lines.append(f"span {k} {held}stores " + ", ".join(f"the {rule} of {name}" for name, rule in span))
         lines += [f"{role}: {', '.join(names)}" for role, names in self.inputs.items() if names]
         lines.append("cached" if self.reason is None else f"not cached: {self.reason}")
         return "\n".join(lines)
+
+
+def _relay(plan: RelayPlan) -> StackExplanation:
+    streams = tuple(
+        StreamExplanation("carried" if i else "main", _argument(s.name), tuple(map(str, s.form[0])), s.form[1][6:])
+        for i, s in enumerate(plan.streams)
+    )
+    return StackExplanation(
+        plan.name, plan.blocks, 1, "relay: each block in graphs of its own", streams, *plan.ranges, None, None
+    )
+
+
+def _argument(source: str) -> str:
+    """``L['hidden_states']`` -> ``hidden_states``."""
+    return source.removeprefix("L['").removesuffix("']")
 
 
 def _stack(report: StackReport, plan: Plan, graph: int) -> StackExplanation:

@@ -242,6 +242,19 @@ def callee(node: fx.Node) -> Any:
     return node.target
 
 
+def hinted_shape(value: torch.Tensor) -> tuple[int, ...]:
+    """A shape in numbers: for a symbol that of the present inputs, 1 for one that depends on data."""
+    return tuple(map(hint, value.shape))
+
+
+def hint(size: Any) -> int:
+    """A number for a size: the one of the present inputs; 1 for one that depends on data."""
+    if isinstance(size, int):
+        return size
+    found = getattr(getattr(size, "node", None), "hint", None)
+    return 1 if found is None else int(found)
+
+
 def describe(value: Any) -> tuple[Any, ...]:
     """Everything about an input value that compiled code may depend on."""
     if isinstance(value, torch.Tensor):

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.graph import hint, hinted_shape, value_of
 
 
 class Work:
@@ -46,23 +46,15 @@ def _is_leaf(value: Any) -> bool:
 
 def _form(value: Any) -> Any:
     value = value_of(value) if isinstance(value, fx.Node) else value
-    return (tuple(map(_hint, value.shape)), value.dtype) if isinstance(value, torch.Tensor) else value
-
-
-def _hint(size: Any) -> int:
-    """A number for a size: the one of the present inputs; 1 for one that depends on data."""
-    if isinstance(size, int):
-        return size
-    hint = getattr(getattr(size, "node", None), "hint", None)
-    return 1 if hint is None else int(hint)
+    return (hinted_shape(value), value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def _stand_in(value: Any) -> Any:
     """A tensor without data, or a number, in the place of a symbolic one."""
     value = value_of(value) if isinstance(value, fx.Node) else value
     if isinstance(value, torch.Tensor):
-        return torch.empty(tuple(map(_hint, value.shape)), dtype=value.dtype, device="meta")
-    return tree_map(_hint, value) if isinstance(value, torch.SymInt) else value
+        return torch.empty(hinted_shape(value), dtype=value.dtype, device="meta")
+    return tree_map(hint, value) if isinstance(value, torch.SymInt) else value
 
 
 _METHODS = {"matmul", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "addbmm", "__matmul__", "__rmatmul__"}

@@ -27,9 +27,8 @@ class StorageHold:
     They keep each storage's control block, so that no other storage can get its address while this object lives.
     """
 
-    def __init__(self, inputs: Sequence[Any], parts: Sequence[StorageHold] = ()) -> None:
+    def __init__(self, inputs: Sequence[Any]) -> None:
         self._references = [StorageWeakRef(t.untyped_storage()) for t in inputs if not _by_value(t)]
-        self._references += [r for part in parts for r in part._references]
 
     def expired(self) -> bool:
         """Whether one of the tensors is gone: nobody can come back with it."""

@@ -7,14 +7,15 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import SessionError
 from fx_cache.runtime.clock import Clock, Direction, Move, read_schedule
+from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.identity import StorageHold
-from fx_cache.runtime.origins import Control, Given
 from fx_cache.runtime.policy import Counters
 
 MAX_BRANCHES = 32
@@ -25,6 +26,9 @@ MAX_SESSIONS = 64
 
 MAX_PENDING = 128
 """Steps that may pass before schedule values on a device are read although nobody needs them."""
+
+FOREVER = 1 << 62
+"""A number of steps that no request has."""
 
 REPEATED = "same timestep twice: which request it belongs to is not known"
 NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
@@ -71,11 +75,15 @@ class Slot:
     Attributes:
         tensors: (probe, what is stored of each live-out), or None.
         control: who the inputs were that feed only the span, when it was computed.
+        script: where the span lies over several graphs, what each of them gave back.
+        open: whether a span over several graphs has begun and not ended.
         counters: what the policy remembers.
     """
 
     tensors: tuple[torch.Tensor, ...] | None = None
     control: Control | None = None
+    script: Any = None
+    open: bool = False
     counters: Counters = field(default_factory=Counters)
 
     @property
@@ -163,6 +171,14 @@ class Store:
         if self._branches.get(branch.key) is branch:
             del self._branches[branch.key]
 
+    def forget(self, branch: Branch) -> None:
+        """Discards a branch, and its statistics."""
+        self.discard(branch)
+        for home in [s for s in self.sessions if branch.record in s.branches]:
+            home.branches.remove(branch.record)
+            if not home.branches:
+                self.sessions.remove(home)
+
     def begin(self, program: Hashable, spans: int, given: Given) -> Branch:
         """Finds or opens the branch that a call belongs to, and counts the step.
 
@@ -194,6 +210,8 @@ class Store:
                 self.discard(next(iter(self._branches.values())))
         self._branches.move_to_end(key)
         self._advance(branch, program, given.schedule, named)
+        if given.doubt is not None and (named is None or named.branch is None):
+            branch.doubt, branch.doubt_until = given.doubt, FOREVER
         if len(branch.pending) >= MAX_PENDING:
             self.read_pending(branch, program)
         return branch
@@ -227,7 +245,7 @@ class Store:
         else:
             move = Move.NEXT if branch.slots else Move.START
             if named is None:
-                branch.doubt, branch.doubt_until = NO_SCHEDULE, 1 << 62
+                branch.doubt, branch.doubt_until = NO_SCHEDULE, FOREVER
         last = self.config.num_inference_steps
         if last is not None and branch.slots and branch.record.step + 1 >= last:
             move = Move.BACK
@@ -251,7 +269,7 @@ class Store:
                 self.restart(branch, named)
                 branch.doubt, branch.doubt_until = REPEATED, 1
                 return
-            branch.doubt, branch.doubt_until = REPEATED, 1 << 62
+            branch.doubt, branch.doubt_until = REPEATED, FOREVER
         branch.record.step += 1
         branch.blind = move is not Move.UNSURE or named is not None
         if branch.doubt is not None and branch.record.step > branch.doubt_until:
@@ -285,7 +303,7 @@ class Store:
             if move is Move.BACK:
                 began = i
             elif move is Move.REPEAT and named is None:
-                branch.doubt, branch.doubt_until = REPEATED, 1 << 62
+                branch.doubt, branch.doubt_until = REPEATED, FOREVER
             branch.blind = move is not Move.UNSURE or named is not None
         if began is None:
             return

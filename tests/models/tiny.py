@@ -21,7 +21,7 @@ ROPE = (4, 6, 6)
 TEXT_DIM = 24
 TEXT_LEN = 7
 CHANNELS = 4
-LAYERS = 4
+LAYERS = 5
 PATCH = 2
 
 IMAGE_GRIDS: tuple[Grid, ...] = ((1, 4, 4), (1, 4, 6), (1, 6, 3))

@@ -1,0 +1,348 @@
+"""Finds stacks whose blocks were captured in graphs of their own, from the calls of one whole forward.
+
+Where a graph break lies inside the blocks, or the code around them falls back to Python, no graph holds two blocks.
+What shows them then is the order of the calls: one graph called again and again, each time on what the call before
+made. Such a stack is a *relay*: its streams are handed on from graph to graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
+
+from torch import fx
+from torch._guards import CompileContext
+
+from fx_cache.config import CacheConfig
+from fx_cache.errors import Refusal
+from fx_cache.patterns.graph import program_signature, storage_key, writes_too, written_inputs
+from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
+from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE, Ranges
+from fx_cache.patterns.stacks import MIN_BLOCKS
+from fx_cache.patterns.work import Work
+
+Form = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor."""
+
+Place = tuple[int, int]
+"""A call, and one of its outputs."""
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What is known of one captured graph.
+
+    Attributes:
+        program: digest of what it computes.
+        roles: the roles of its inputs; none is a latent, since what is denoised only the end of the forward shows.
+        names: where each input comes from, in the terms of the captured code; the same in every graph of that code.
+        tokens: for each output, the inputs whose tokens it holds.
+        written: inputs that it writes to in place.
+        work: its FLOPs.
+        span_work: those in spans of its own; 0 if it has none.
+        frame: number of the captured code; the same for graphs that it was captured in anew.
+        broken: place and reason of the graph break that ends it, or None.
+        gradients: why nothing that it makes may be reused, or None.
+    """
+
+    program: str
+    roles: InputRoles
+    names: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    written: tuple[int, ...]
+    work: int
+    span_work: int
+    frame: int
+    broken: str | None
+    gradients: Refusal | None
+
+
+def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None, span_share: float) -> GraphFacts:
+    """Reads a captured graph as a part of a forward.
+
+    Args:
+        gm: the graph as Dynamo captured it.
+        broken: place and reason of the graph break that ends it, or None.
+        gradients: why nothing that it makes may be reused, or None.
+        span_share: the part of its FLOPs in spans of its own.
+    """
+    graph = gm.graph
+    roles = classify_inputs(graph)
+    roles = replace(roles, latents=(), conditioning=(*roles.latents, *roles.conditioning))
+    inputs = list(graph.find_nodes(op="placeholder"))
+    reads = writes_too(graph)
+    outputs = next(iter(graph.find_nodes(op="output"))).args[0]
+    tokens = []
+    for output in outputs:
+        sources = token_sources(output, reads) if isinstance(output, fx.Node) else set()
+        tokens.append(tuple(i for i in roles.conditioning if inputs[i] in sources))
+    written = {storage_key(a) for n in graph.nodes for a in written_inputs(n)} - {None}
+    work = Work(graph).total
+    compile_id = CompileContext.current_compile_id()
+    return GraphFacts(
+        program=program_signature(graph),
+        roles=roles,
+        names=tuple(map(_source, inputs)),
+        tokens=tuple(tokens),
+        written=tuple(i for i, n in enumerate(inputs) if storage_key(n) in written),
+        work=work,
+        span_work=round(span_share * work),
+        frame=-1 if compile_id is None or compile_id.frame_id is None else compile_id.frame_id,
+        broken=broken,
+        gradients=gradients,
+    )
+
+
+def _source(node: fx.Node) -> str:
+    """Where an input comes from in the captured code, or its name in the graph."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return node.name
+    return source.name if isinstance(source.name, str) else str(source.name())
+
+
+@dataclass(frozen=True)
+class InputTrace:
+    """One tensor that a graph was called with: its form, who made it, and the user's inputs whose tokens it holds."""
+
+    form: Form
+    made_by: Place | None
+    tokens: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a graph within a forward.
+
+    Attributes:
+        family: which code it was; equal for calls of graphs that one function was captured in.
+        facts: the graph.
+        owner: the model's name of the first weight that it was given; empty without one.
+        inputs: its input tensors by name.
+        outputs: forms of its outputs, None for what is no tensor.
+    """
+
+    family: Hashable
+    facts: GraphFacts
+    owner: str
+    inputs: Mapping[str, InputTrace]
+    outputs: tuple[Form | None, ...]
+
+
+@dataclass(frozen=True)
+class RelayStream:
+    """A tensor handed on from block to block.
+
+    Attributes:
+        name: the input of a block's first graph that takes it.
+        maker: the family that makes it; called once in every block.
+        output: which of its outputs it is.
+        form: shape and dtype.
+        tokens: the user's inputs whose tokens it holds where it enters the first block.
+    """
+
+    name: str
+    maker: Hashable
+    output: int
+    form: Form
+    tokens: frozenset[int]
+
+
+@dataclass(frozen=True)
+class RelayPlan:
+    """A stack over several graphs, and how it is cut.
+
+    Attributes:
+        name: module path of the block list.
+        family: the code whose call begins a block.
+        before: calls of that family in the forward before the first block.
+        blocks: number of blocks.
+        streams: what is handed on, the main one first.
+        share: the part of the forward's FLOPs that a hit saves; None where none were counted.
+        ranges: (head, span, tail) as block ranges.
+    """
+
+    name: str
+    family: Hashable
+    before: int
+    blocks: int
+    streams: tuple[RelayStream, ...]
+    share: float | None
+    ranges: Ranges
+
+    @property
+    def latent(self) -> int | None:
+        """The user's input that is denoised, if the main stream shows it."""
+        tokens = self.streams[0].tokens
+        return next(iter(tokens)) if len(tokens) == 1 else None
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A stack as found: the calls that begin its blocks, its streams, and the call that ends it."""
+
+    starts: tuple[int, ...]
+    streams: tuple[RelayStream, ...]
+    end: int
+
+
+def plan_relays(calls: Sequence[Call], config: CacheConfig) -> tuple[tuple[RelayPlan, ...], Refusal | None]:
+    """The spans of a forward whose blocks lie in graphs of their own, in the order in which they run.
+
+    Every stack gets a span of its own. Returns no plan and the reason where nothing can be cached.
+    """
+    stretches = _outermost(_stretches(calls), calls)
+    if not stretches:
+        return (), _no_stack(calls)
+    total = sum(c.facts.work for c in calls)
+    least = MIN_OTHER_WORK * max(_work(calls, s.starts[0], s.end) for s in stretches)
+    plans, refusals = [], []
+    for stretch in stretches:
+        plan = _plan(calls, stretch, total, config)
+        if isinstance(plan, Refusal):
+            refusals.append(plan)
+        elif _work(calls, stretch.starts[0], stretch.end) >= least:
+            plans.append(plan)
+    return tuple(plans), None if plans else refusals[0]
+
+
+def _work(calls: Sequence[Call], first: int, last: int) -> int:
+    return sum(c.facts.work for c in calls[first : last + 1])
+
+
+def _plan(calls: Sequence[Call], stretch: _Stretch, total: int, config: CacheConfig) -> RelayPlan | Refusal:
+    starts = stretch.starts
+    first = calls[starts[0]]
+    name = _common_path([calls[i].owner for i in starts])
+    fn, bn, count = config.Fn_compute_blocks, config.Bn_compute_blocks, len(starts)
+    if fn + bn >= count:
+        return Refusal(
+            f"stack {name}",
+            f"Fn_compute_blocks={fn} and Bn_compute_blocks={bn} for {count} blocks",
+            f"Fn_compute_blocks + Bn_compute_blocks <= {count - 1}",
+            f"set options={{'Fn_compute_blocks': 1}} or another number below {count - bn}",
+        )
+    begin, end = starts[fn], stretch.end if not bn else starts[count - bn] - 1
+    for call in calls[begin : end + 1]:
+        outside = [call.facts.names[i] for i in call.facts.written if not _made_within(call, i, begin, end)]
+        if call.facts.gradients is not None:
+            return call.facts.gradients
+        if outside:
+            return Refusal(
+                f"stack {name}",
+                f"a write in place to {outside[0]}, which is made before the span and seen outside it",
+                "blocks that write only to tensors of their own",
+                "replace the write in place by an operation that returns a new tensor",
+            )
+    share = _work(calls, begin, end) / total if total else None
+    if share is not None and share < MIN_SHARE:
+        return Refusal(
+            f"stack {name}",
+            f"{share:.1%} of the forward's FLOPs in the blocks that a hit would skip",
+            f"at least {MIN_SHARE:.0%}",
+            "choose a smaller Fn_compute_blocks or Bn_compute_blocks, or run this model uncached",
+        )
+    before = sum(c.family == first.family for c in calls[: starts[0]])
+    ranges = ((0, fn), (fn, count - bn), (count - bn, count))
+    return RelayPlan(name, first.family, before, count, stretch.streams, share, ranges)
+
+
+def _common_path(names: Sequence[str]) -> str:
+    """What the weights of all blocks begin with: the path of the block list."""
+    parts = [n.split(".") for n in names]
+    common = [p[0] for p in takewhile(lambda p: len(set(p)) == 1, zip(*parts, strict=False))]
+    return ".".join(common) or "the blocks"
+
+
+def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
+    traced = call.inputs.get(call.facts.names[i])
+    return traced is not None and traced.made_by is not None and begin <= traced.made_by[0] <= end
+
+
+def _stretches(calls: Sequence[Call]) -> Iterator[_Stretch]:
+    """Every run of calls of one family, each on what the one before led to."""
+    places: dict[Hashable, list[int]] = {}
+    for i, call in enumerate(calls):
+        places.setdefault(call.family, []).append(i)
+    for starts in places.values():
+        run: list[int] = starts[:1]
+        carried: set[str] = set()
+        for a, b in pairwise(starts):
+            names = _handed_on(calls, a, b)
+            if len(run) > 1 and not names & carried:
+                yield from _stretch(calls, run, carried)
+                run, carried = [a], set()
+            if not names:
+                run, carried = [b], set()
+                continue
+            carried = names & carried if carried else names
+            run.append(b)
+        yield from _stretch(calls, run, carried)
+
+
+def _handed_on(calls: Sequence[Call], a: int, b: int) -> set[str]:
+    """Inputs of call b that were made since call a, and have the form that they had there."""
+    found = set()
+    for name, traced in calls[b].inputs.items():
+        before = calls[a].inputs.get(name)
+        made = traced.made_by
+        if before is not None and before.form == traced.form and made is not None and a <= made[0] < b:
+            found.add(name)
+    return found
+
+
+def _stretch(calls: Sequence[Call], starts: Sequence[int], carried: set[str]) -> Iterator[_Stretch]:
+    if len(starts) < MIN_BLOCKS or not carried:
+        return
+    streams, end = [], starts[-1]
+    for name in sorted(carried):
+        makers = {_maker(calls, calls[b].inputs[name].made_by) for b in starts[1:]}
+        if len(makers) != 1:
+            continue
+        family, output = makers.pop()
+        counts = [Counter(c.family for c in calls[a:b])[family] for a, b in pairwise(starts)]
+        last = next((i for i in range(starts[-1], len(calls)) if calls[i].family == family), None)
+        traced = calls[starts[0]].inputs[name]
+        if any(n != 1 for n in counts) or last is None or calls[last].outputs[output] != traced.form:
+            continue
+        end = max(end, last)
+        streams.append(RelayStream(name, family, output, traced.form, traced.tokens))
+    if streams:
+        behind = {c.made_by for call in calls[end + 1 :] for c in call.inputs.values()}
+        ends = {
+            s.name: next((i, s.output) for i in range(starts[-1], end + 1) if calls[i].family == s.maker)
+            for s in streams
+        }
+        # The stream that goes on behind the blocks, and of which it is known what is denoised in it, before others.
+        streams.sort(key=lambda s: (ends[s.name] not in behind, len(s.tokens) != 1, -math.prod(s.form[0])))
+        yield _Stretch(tuple(starts), tuple(streams), end)
+
+
+def _maker(calls: Sequence[Call], place: Place | None) -> tuple[Hashable, int]:
+    assert place is not None
+    return calls[place[0]].family, place[1]
+
+
+def _outermost(found: Iterator[_Stretch], calls: Sequence[Call]) -> list[_Stretch]:
+    """Of stretches that overlap, the one that holds most work, and of equals the one that begins first."""
+    kept: list[_Stretch] = []
+    for s in sorted(found, key=lambda s: (-_work(calls, s.starts[0], s.end), s.starts[0], -s.end)):
+        if all(s.end < k.starts[0] or k.end < s.starts[0] for k in kept):
+            kept.append(s)
+    return sorted(kept, key=lambda s: s.starts[0])
+
+
+def _no_stack(calls: Sequence[Call]) -> Refusal:
+    breaks = Counter(c.facts.broken for c in calls if c.facts.broken is not None)
+    where = "; ".join(text for text, _ in breaks.most_common(2))
+    return Refusal(
+        f"the forward, captured in {len({id(c.facts) for c in calls})} graphs",
+        "no stack of repeated blocks in one of them, and none over several"
+        + (f" (graph break: {where})" if where else ""),
+        "two or more sibling blocks run one after another, each on what the one before made",
+        "compile the whole transformer with torch.compile(transformer, backend='dit_cache') instead of single blocks "
+        "(regional compile), and look for graph breaks between its blocks: TORCH_LOGS=graph_breaks shows them all",
+    )

@@ -1,0 +1,277 @@
+"""One execution of a compiled model that was captured in several graphs.
+
+What one graph made is the input of the next, and is a new tensor at every call, whatever it holds. So requests and
+branches are told apart by what the user gave the whole forward. That stands in the frame of the compiled call, in which
+all its graphs run; there the forward is remembered too, and with the frame it ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch._dynamo import convert_frame, eval_frame
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module
+from torch.utils._pytree import tree_leaves
+
+from fx_cache.patterns.inputs import InputRoles, differs_in_channels
+from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
+from fx_cache.runtime.given import Control, Given
+from fx_cache.runtime.identity import StorageHold, identity_key, signature
+
+UNKNOWN_LATENT = "which input is denoised is not known: name the request and its branch with fx_cache.session"
+
+_KEPT_AS = "__fx_cache_forward__"
+_MACHINERY = (
+    str(Path(eval_frame.__file__).parent),
+    module.__file__,
+    str(Path(__file__).parents[1]),
+)
+"""Where frames lie that belong neither to the model nor to who calls it."""
+
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, Enum)
+"""Types of inputs that are compared by value."""
+
+_MAX_DEPTH = 4
+"""How deep the inputs of a forward are looked into, in objects within objects."""
+
+_COMPILED_CALL = f"{eval_frame._TorchDynamoContext.__name__}.__call__.<locals>."
+
+
+@dataclass(frozen=True)
+class _Note:
+    """Of a tensor between two graphs: who made it, and the user's inputs whose tokens it holds."""
+
+    reference: StorageWeakRef
+    made_by: Place
+    view: tuple[Any, ...]
+    tokens: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Numbers of the inputs that change from step to step: those that are denoised, and the timestep and the like."""
+
+    latents: frozenset[int]
+    schedule: frozenset[int]
+
+
+class Forward:
+    """One execution of a compiled call.
+
+    Attributes:
+        root: the module or function that was compiled.
+        inputs: the leaves of what the user gave it.
+        calls: of its graphs, so far, where somebody asked for them (`trace`).
+        moves: what changes from step to step, as earlier forwards show it; used where the graphs do not.
+        weight: the first weight of the model that one of its graphs was given.
+        branches: (store, branch) of each of its graphs that caches by itself, by program.
+        run: whatever drives it; set by whoever drives.
+    """
+
+    def __init__(self, root: Any, inputs: Sequence[Any]) -> None:
+        self.root = root
+        self.inputs = list(inputs)
+        self.calls: list[Call] = []
+        self.moves = Moves(frozenset(), frozenset())
+        self.weight: torch.Tensor | None = None
+        self.branches: dict[str, tuple[Any, Any]] = {}
+        self.run: Any = None
+        self._owners: dict[int, str] = {}
+        self._count = 0
+        self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if _stored(t)}
+        self._notes: dict[int, list[_Note]] = {}
+        self._schedule: dict[int, torch.Tensor] = {}
+
+    def tokens_of(self, value: Any) -> frozenset[int]:
+        """The user's inputs whose tokens a tensor holds, as far as is known."""
+        if not _stored(value):
+            return frozenset()
+        key = value.untyped_storage()._cdata
+        if key in self._user:
+            return frozenset({self._user[key]})
+        notes = self._notes.get(key, [])
+        exact = [n.tokens for n in notes if n.view == _view(value)]
+        return frozenset().union(*(exact or (n.tokens for n in notes)))
+
+    def made_by(self, value: Any) -> Place | None:
+        """The call that made just this tensor, if no code between graphs has touched it."""
+        notes = self._notes.get(value.untyped_storage()._cdata, []) if _stored(value) else []
+        return next((n.made_by for n in reversed(notes) if n.view == _view(value)), None)
+
+    def note(self, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Remembers of the outputs of one more graph where they come from."""
+        if self.weight is None:
+            self.weight = next((args[i] for i in facts.roles.weights if isinstance(args[i], torch.nn.Parameter)), None)
+        tokens = {i: self.tokens_of(args[i]) for sources in facts.tokens for i in sources}
+        for k, (output, sources) in enumerate(zip(outputs, facts.tokens, strict=True)):
+            if _stored(output):
+                storage = output.untyped_storage()
+                held = frozenset().union(*(tokens[i] for i in sources))
+                note = _Note(StorageWeakRef(storage), (self._count, k), _view(output), held)
+                self._notes.setdefault(storage._cdata, []).append(note)
+        self._count += 1
+
+    def trace(self, family: Hashable, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Adds a call to `calls`; before its outputs are noted."""
+        if not self._owners and isinstance(self.root, torch.nn.Module):
+            self._owners = {id(p): name for name, p in self.root.named_parameters()}
+        owner = next((name for i in facts.roles.weights if (name := self._owners.get(id(args[i])))), "")
+        inputs = {
+            name: InputTrace(_form(a), self.made_by(a), self.tokens_of(a))
+            for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
+            if isinstance(a, torch.Tensor) and i not in facts.roles.weights
+        }
+        forms = tuple(_form(o) if isinstance(o, torch.Tensor) else None for o in outputs)
+        self.calls.append(Call(family, facts, owner, inputs, forms))
+
+    def see_schedule(self, roles: InputRoles, args: Sequence[Any]) -> None:
+        """Learns from a graph which of the user's inputs are the timestep or the like."""
+        for i in roles.schedule:
+            if isinstance(args[i], torch.Tensor):
+                self._schedule[args[i].untyped_storage()._cdata] = args[i]
+
+    def latent_like(self, shapes: Collection[tuple[int, ...]]) -> frozenset[int]:
+        """The user's input that has one of some outputs' shapes, up to channels; of two, neither."""
+        found: set[int] = set()
+        for shape in shapes:
+            fitting = [i for i, t in enumerate(self.inputs) if _stored(t) and _fits(t, shape) and not self._timed(i, t)]
+            found |= set(fitting) if len(fitting) == 1 else set()
+        return frozenset(found)
+
+    def given(self, latents: Collection[int], spans: int) -> Given:
+        """What the user gave this forward.
+
+        Args:
+            latents: the inputs that are denoised as the graphs show it; none: they do not.
+            spans: number of spans that ask.
+        """
+        latents = latents or self.moves.latents
+        timed = [i for i, v in enumerate(self.inputs) if i not in latents and self._timed(i, v)]
+        schedule = [v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in (self.inputs[i] for i in timed)]
+        fixed = [v for i, v in enumerate(self.inputs) if i not in latents and i not in timed]
+        opaque = [type(t).__name__ for t in fixed if not comparable(t)]
+        fixed = [t for t in fixed if comparable(t)]
+        doubt = None if latents else UNKNOWN_LATENT
+        if opaque:
+            doubt = f"an input of type {opaque[0]}: whether it changed is not known"
+        return Given(
+            identity_key(fixed),
+            tuple(Control.of([]) for _ in range(spans)),
+            signature([t for t in self.inputs if _stored(t)]),
+            schedule,
+            lambda: StorageHold(fixed),
+            doubt,
+        )
+
+    def _timed(self, i: int, value: Any) -> bool:
+        """Whether an input tells the time: a graph takes it so, it looks so, or it moves with what is denoised."""
+        if i in self.moves.schedule:
+            return True
+        if not _stored(value):
+            return False
+        looks = value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
+        return looks or value.untyped_storage()._cdata in self._schedule
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where something runs.
+
+    Attributes:
+        compiled_call: the frame of the compiled call around it, None if there is none.
+        innermost: the innermost frame of user code within that.
+        depth: how many such frames there are. Around a running graph these are the captured code and what called it:
+            one frame where the graph begins the compiled code itself, more where it is in a function that this calls,
+            or behind a graph break. While code is being captured it is not among them: then it is one less.
+    """
+
+    compiled_call: FrameType | None
+    innermost: FrameType | None
+    depth: int
+
+    @property
+    def forward(self) -> Forward | None:
+        """The execution of the compiled call."""
+        return None if self.compiled_call is None else _forward_of(self.compiled_call)
+
+
+def surroundings() -> Surroundings:
+    """Where this is called."""
+    innermost: FrameType | None = None
+    depth = 0
+    at: FrameType | None = sys._getframe(1)
+    while at is not None:
+        code = at.f_code
+        if code.co_filename == eval_frame.__file__ and code.co_qualname.startswith(_COMPILED_CALL):
+            return Surroundings(at, innermost, depth)
+        if code.co_filename == convert_frame.__file__:
+            innermost, depth = None, 0  # whatever was on the way from there captures, and is not captured
+        elif not code.co_filename.startswith(_MACHINERY):
+            innermost = innermost or at
+            depth += 1
+        at = at.f_back
+    return Surroundings(None, innermost, depth)
+
+
+def family_of(frame: FrameType | None, facts: GraphFacts) -> Hashable:
+    """Which code a graph was captured from; the same for graphs that it was captured in anew."""
+    code = None if frame is None else frame.f_code
+    return facts.frame, *(() if code is None else (code.co_filename, code.co_qualname, code.co_firstlineno))
+
+
+def _forward_of(frame: FrameType) -> Forward:
+    """The forward of a compiled call's frame: made at the first look."""
+    local = frame.f_locals
+    if _KEPT_AS not in local:
+        called = local.get("fn")
+        given = (local.get("args"), local.get("kwargs"))
+        local[_KEPT_AS] = Forward(getattr(called, "__self__", called), _contents(given))
+    found = local[_KEPT_AS]
+    assert isinstance(found, Forward)
+    return found
+
+
+def _contents(value: Any, depth: int = 0) -> list[Any]:
+    """The leaves of a value, with what plain objects in it hold (a KV cache, say) in their place."""
+    found: list[Any] = []
+    for leaf in tree_leaves(value):
+        held = getattr(leaf, "__dict__", None)
+        opaque = isinstance(leaf, (*_PLAIN, torch.Tensor, torch.nn.Module)) or callable(leaf)
+        if opaque or not isinstance(held, dict) or depth >= _MAX_DEPTH:
+            found.append(leaf)
+        else:
+            found += [type(leaf).__name__, *_contents(held, depth + 1)]
+    return found
+
+
+def _stored(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided
+
+
+def comparable(value: Any) -> bool:
+    """Whether it can be said of an input that it is the same as before."""
+    return isinstance(value, _PLAIN) or _stored(value)
+
+
+def _view(value: torch.Tensor) -> tuple[Any, ...]:
+    version = None if value.is_inference() else value._version
+    return value.storage_offset(), tuple(value.shape), value.stride(), value.dtype, version
+
+
+def _form(value: torch.Tensor) -> Form:
+    return tuple(value.shape), str(value.dtype)
+
+
+def _fits(value: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    mine = tuple(value.shape)
+    return value.is_floating_point() and (
+        mine == shape or differs_in_channels(list(map(str, mine)), list(map(str, shape)))
+    )

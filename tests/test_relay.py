@@ -1,0 +1,214 @@
+"""Spans over several graphs: a graph break in every block, against the caching rule in plain Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fx_cache
+from tests.running import last_branch, relative_error
+
+WIDTH, TOKENS, BLOCKS, STEPS = 16, 24, 5, 8
+
+
+class Experts(nn.Module):
+    """Routes tokens to experts on the host, as mixtures of experts do: a graph break, and calls that hang on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        chosen = self.route(flat).argmax(dim=-1)
+        out = torch.zeros_like(flat)
+        for i, count in enumerate(torch.bincount(chosen, minlength=3).tolist()):
+            if count:
+                mine = chosen == i
+                out[mine] = self.experts[i](flat[mine])
+        return out.view_as(x)
+
+
+class Block(nn.Module):
+    """Two streams; the first goes through experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(WIDTH, WIDTH)
+        self.norm, self.mix, self.text = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.time(time)[:, None] * self.mix(self.norm(x)) + text.mean(dim=1, keepdim=True)
+        x = x + self.experts(x)
+        return x, text + torch.tanh(self.text(text)) * x.mean(dim=1, keepdim=True)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.time = nn.Linear(2, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+
+    def begin(self, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return self.embed(latent), self.time(torch.stack([timestep.sin(), timestep.cos()], dim=-1))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            x, text = block(x, text, time)
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+class Oracle:
+    """The caching rule of `Model`, block by block, for one request and branch."""
+
+    def __init__(self, model: Model, fn: int, bn: int, threshold: float) -> None:
+        self.model, self.fn, self.bn, self.threshold = model, fn, bn, threshold
+        self.probe: Tensor | None = None
+        self.added: tuple[Tensor, Tensor] | None = None
+        self.hits: list[int] = []
+        self.diffs: list[float] = []
+
+    def __call__(self, step: int, latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x, time = self.model.begin(latent, timestep)
+        blocks, begin = list(self.model.blocks), x
+        for block in blocks[: self.fn]:
+            x, text = block(x, text, time)
+        probe, start = x - begin, (x, text)
+        hit = False
+        if step and self.probe is not None:
+            self.diffs.append(float((self.probe - probe).abs().mean() / self.probe.abs().mean()))
+            hit = self.diffs[-1] < self.threshold
+        if hit and self.added is not None:
+            self.hits.append(step)
+            x, text = x + self.added[0], text + self.added[1]
+        else:
+            for block in blocks[self.fn : BLOCKS - self.bn]:
+                x, text = block(x, text, time)
+            self.probe, self.added = probe, (x - start[0], text - start[1])
+        for block in blocks[BLOCKS - self.bn :]:
+            x, text = block(x, text, time)
+        return self.model.out(x + text.mean(dim=1, keepdim=True))
+
+
+def walk(seed: int, text: Tensor | None = None) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    text = random(1, 6, WIDTH) if text is None else text
+    latent, found = random(1, TOKENS, 4), []
+    for i in range(STEPS):
+        found.append({"latent": latent, "timestep": torch.tensor([1.0 - i / 20]), "text": text})
+        latent = latent + 0.15 * random(1, TOKENS, 4)
+    return found
+
+
+def compile_broken(model: nn.Module, **options: object) -> nn.Module:
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, **options}
+    return torch.compile(model, backend="dit_cache", options=options)
+
+
+def threshold_of(model: Model, steps: list[dict[str, Tensor]], fn: int = 1, bn: int = 0) -> float:
+    never = Oracle(model, fn, bn, 0.0)
+    for i, step in enumerate(steps):
+        never(i, **step)
+    return 1.001 * sorted(never.diffs)[len(never.diffs) // 2]
+
+
+def test_never_reusing_is_the_model_itself() -> None:
+    model, steps = Model(), walk(1)
+    compiled = compile_broken(model, residual_diff_threshold=0.0)
+    assert all(torch.equal(model(**step)[0], compiled(**step)[0]) for step in steps)
+    (span,) = last_branch(compiled)["spans"]
+    assert span["steps"] == STEPS and not span["hits"]
+
+
+@pytest.mark.parametrize(("fn", "bn"), [(1, 0), (2, 1), (1, 2)])
+def test_the_caching_rule(fn: int, bn: int) -> None:
+    model, steps = Model(), walk(2)
+    threshold = threshold_of(model, steps, fn, bn)
+    compiled = compile_broken(model, Fn_compute_blocks=fn, Bn_compute_blocks=bn, residual_diff_threshold=threshold)
+    oracle = Oracle(model, fn, bn, threshold)
+    for i, step in enumerate(steps):
+        assert relative_error(oracle(i, **step), compiled(**step)[0]) < 1e-6, f"step {i}"
+    (span,) = last_branch(compiled)["spans"]
+    assert span["hits"] == oracle.hits and 0 < len(oracle.hits) < STEPS - 1
+    assert list(span["diffs"].values()) == pytest.approx(oracle.diffs)
+
+
+def test_branches_and_requests_are_told_apart() -> None:
+    model, steps, uncond = Model(), walk(3), walk(4)
+    threshold = threshold_of(model, steps)
+    compiled = compile_broken(model, residual_diff_threshold=threshold)
+    oracles = [Oracle(model, 1, 0, threshold) for _ in range(2)]
+    for i, step in enumerate(steps):
+        for oracle, text in zip(oracles, (step["text"], uncond[0]["text"]), strict=True):
+            given = {**step, "text": text}
+            assert relative_error(oracle(i, **given), compiled(**given)[0]) < 1e-6, f"step {i}"
+    (session,) = fx_cache.summary(compiled).to_dict()["sessions"]
+    assert [b["spans"][0]["hits"] for b in session["branches"]] == [o.hits for o in oracles]
+    # The same prompt from another seed, and another prompt: fresh requests.
+    for following in (walk(5, steps[0]["text"]), walk(6)):
+        oracle = Oracle(model, 1, 0, threshold)
+        for i, step in enumerate(following):
+            assert relative_error(oracle(i, **step), compiled(**step)[0]) < 1e-6, f"step {i}"
+
+
+def test_a_forward_that_is_broken_off_leaves_nothing_behind() -> None:
+    model, steps = Model(), walk(7)
+    compiled = compile_broken(model, residual_diff_threshold=2.0, max_warmup_steps=0)
+    expected = [model(**step)[0] for step in steps]
+    for step in steps[:3]:
+        compiled(**step)
+    assert last_branch(compiled)["spans"][0]["hits"] == [2]  # at step 1 the direction of the timestep is not known
+    fx_cache.configure(compiled, residual_diff_threshold=0.0)
+    block = model.blocks[3].experts.experts[1]
+    handle = block.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compiled(**steps[3])
+    handle.remove()
+    fx_cache.configure(compiled, residual_diff_threshold=2.0)
+    assert torch.equal(compiled(**steps[4])[0], expected[4])
+
+
+def test_explain_names_the_block_list_and_its_share() -> None:
+    model, step = Model(), walk(8)[0]
+    found = fx_cache.explain(compile_broken(model, Bn_compute_blocks=1), **step)
+    (stack,) = [s for s in found.stacks if s.span is not None]
+    assert (stack.name, stack.blocks, stack.head, stack.span, stack.tail) == ("blocks", 5, (0, 1), (1, 4), (4, 5))
+    assert [s.role for s in stack.streams] == ["main", "carried"]
+    assert found.reason is None and found.graphs > 1
+    assert 0.3 < found.shares[0] < 0.8
+
+
+def test_code_between_graphs_that_goes_another_way_is_an_error() -> None:
+    class Wayward(Model):
+        detour = False
+
+        def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+            x, time = self.begin(latent, timestep)
+            for i, block in enumerate(self.blocks):
+                if i == 3 and Wayward.detour:
+                    x = _detour(x)
+                x, text = block(x, text, time)
+            return (self.out(x),)
+
+    model, steps = Wayward(), walk(9)
+    compiled = compile_broken(model, residual_diff_threshold=2.0, max_warmup_steps=0)
+    compiled(**steps[0])
+    compiled(**steps[1])
+    Wayward.detour = True
+    with pytest.raises(fx_cache.FxCacheError, match="a call of another graph in a step that reuses it"):
+        compiled(**steps[2])
+
+
+def _detour(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return torch.sin(x)
