@@ -113,6 +113,7 @@ class Row:
     share: float | None = None
     reason: str | None = None
     detectors_agree: bool | None = None
+    same_without_metadata: bool | None = None
     exact: bool = False
     reused_error: float | None = None
     hits_unnamed: bool | None = None
@@ -163,12 +164,14 @@ def _look(name: str, row: Row, steps: Sequence[dict[str, Any]]) -> None:
     graphs = captured(name)
     config = CacheConfig(Fn_compute_blocks=1, compiler="eager")
     begin = time.perf_counter()
-    plans = [rewrite(gm, config).plan for gm in graphs]
+    for gm in graphs:
+        rewrite(gm, config)
     row.rewrite_seconds = time.perf_counter() - begin
     row.nodes = sum(len(gm.graph.nodes) for gm in graphs)
-    cached = [gm for gm, plan in zip(graphs, plans, strict=True) if plan.spans]
+    cached = {s.graph for s in found.stacks if s.span is not None and s.graph is not None}
     if cached:
-        row.detectors_agree = all(detectors_agree(gm) for gm in cached)
+        row.detectors_agree = all(detectors_agree(graphs[i]) for i in cached)
+        row.same_without_metadata = all(_cuts(graphs[i], strip=False) == _cuts(graphs[i], strip=True) for i in cached)
 
 
 def detectors_agree(gm: fx.GraphModule) -> bool:
@@ -185,9 +188,25 @@ def detectors_agree(gm: fx.GraphModule) -> bool:
     named = _starts(chain)
     found = [StackStreams(graph, s).starts for s in find_repeats(graph)]
     repeated = sorted({p for starts in found for p in starts if begin - GLUE <= p <= end + GLUE})
-    return len(named) <= len(repeated) and all(
+    return all(
         any(abs(a - b) <= GLUE for b in other) for one, other in ((named, repeated), (repeated, named)) for a in one
     )
+
+
+METADATA = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
+
+
+def _cuts(gm: fx.GraphModule, *, strip: bool) -> list[tuple[Any, ...]]:
+    """For each span what is compared and what is stored, by name; with `strip` of a graph without metadata."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.nodes if strip else ():
+        for key in METADATA:
+            node.meta.pop(key, None)
+    plan = rewrite(fx.GraphModule(gm, graph), CacheConfig(Fn_compute_blocks=1, compiler="eager")).plan
+    return [
+        (s.probe[0].name, s.probe[1].name, sorted((lo.value.name, lo.rule) for lo in s.live_outs)) for s in plan.spans
+    ]
 
 
 def _starts(chain: Chain) -> list[int]:
@@ -325,7 +344,10 @@ def main() -> None:
 
 def _line(row: Row) -> str:
     parts = ["exact" if row.exact else "NOT EXACT", f"{row.graphs} graph(s)", f"{row.spans} span(s)"]
-    parts += ["detectors agree" if row.detectors_agree else "detectors differ"] if row.spans else [str(row.reason)[:80]]
+    if row.spans and row.detectors_agree is not None:
+        parts += ["detectors agree" if row.detectors_agree else "DETECTORS DIFFER"]
+        parts += [] if row.same_without_metadata else ["OTHER WITHOUT METADATA"]
+    parts += [] if row.spans else [str(row.reason)[:80]]
     if row.spans:
         parts += [] if row.hits_unnamed else ["NO HITS UNNAMED"]
         parts += [] if row.inductor_error is None else [f"inductor {row.inductor_error:.0e}"]

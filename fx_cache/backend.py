@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,13 +101,33 @@ def dit_cache(
     )
 
 
+class Draft(fx.GraphModule):
+    """A graph that is rewritten and read, not run: its code is not made anew at every change."""
+
+    def recompile(self) -> Any:
+        return None
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Puts the collector off: it would look through all that torch holds, several times in the second this takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def rewrite(gm: fx.GraphModule, config: CacheConfig, dump: Dump | None = None) -> Rewritten:
-    """Runs the pipeline over a copy of a captured graph."""
+    """Runs the pipeline over a copy of a captured graph, a `Draft`."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    copied = fx.GraphModule(gm, graph)
+    copied = Draft(gm, graph)
     context = RewriteContext(config)
-    records = run_passes(copied, PIPELINE, context, None if dump is None else dump.graph)
+    with _no_garbage_collection():
+        records = run_passes(copied, PIPELINE, context, None if dump is None else dump.graph)
     assert context.plan is not None
     return Rewritten(copied, context.plan, records)
 

@@ -38,7 +38,11 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     Returns:
         An :class:`Explanation` with ``stacks``, ``reason`` and ``to_dict()``; ``str()`` of it is for people.
     """
-    config = _config_of(model)
+    return explain_with(_config_of(model), model, *args, **kwargs)
+
+
+def explain_with(config: CacheConfig, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """`explain` under a given configuration."""
     plans: list[Plan] = []
     programs: list[str] = []
     whole: list[bool] = []

@@ -144,7 +144,6 @@ def _store(
                 )
             cached.append(mark(stored, None, value))
     output.args = ((*results, env[probe], *cached),)
-    compute.recompile()
 
 
 def _reuse(

@@ -55,7 +55,6 @@ def _outline_runs(gm: fx.GraphModule, name_of: Callable[[int], str]) -> int:
     for run in runs:
         _outline_run(gm, run, templates, name_of(run[0].meta.get(REGION, 0)))
     gm.graph.lint()
-    gm.recompile()
     return len(runs)
 
 

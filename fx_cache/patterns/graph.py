@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import operator
@@ -128,7 +129,7 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
         return []
     first = [a for a in node.args[:1] if isinstance(a, fx.Node)]
-    out = [a for a in tree_leaves(node.kwargs.get("out")) if isinstance(a, fx.Node)]
+    out = [a for a in tree_leaves(node.kwargs["out"]) if isinstance(a, fx.Node)] if "out" in node.kwargs else []
     if node.op == "call_method":
         name = str(node.target)
         return (first if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" else []) + out
@@ -152,11 +153,18 @@ def _asks_inplace(node: fx.Node) -> bool:
         return bool(node.kwargs["inplace"])
     if getattr(node.target, "__module__", None) != "torch.nn.functional":
         return False
+    place = _inplace_position(node.target)
+    return place is not None and place < len(node.args) and bool(node.args[place])
+
+
+@functools.cache
+def _inplace_position(function: Any) -> int | None:
+    """Where a function takes the argument `inplace`."""
     try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return False
-    return "inplace" in names and names.index("inplace") < len(node.args) and bool(node.args[names.index("inplace")])
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def storage_key(node: fx.Node) -> int | None:

@@ -139,7 +139,7 @@ class RelayStream:
     Attributes:
         name: the input of a block's first graph that takes it.
         maker: the family that makes it; called once in every block.
-        output: which of its outputs it is.
+        output: which of the tensors that it gives back it is, in the span's last block.
         form: shape and dtype.
         tokens: the user's inputs whose tokens it holds where it enters the first block.
     """
@@ -194,7 +194,7 @@ def plan_relays(calls: Sequence[Call], config: CacheConfig) -> tuple[tuple[Relay
 
     Every stack gets a span of its own. Returns no plan and the reason where nothing can be cached.
     """
-    stretches = _outermost(_stretches(calls), calls)
+    stretches = _outermost(_stretches(calls, config.Bn_compute_blocks == 0), calls)
     if not stretches:
         return (), _no_stack(calls)
     total = sum(c.facts.work for c in calls)
@@ -262,8 +262,11 @@ def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
     return traced is not None and traced.made_by is not None and begin <= traced.made_by[0] <= end
 
 
-def _stretches(calls: Sequence[Call]) -> Iterator[_Stretch]:
-    """Every run of calls of one family, each on what the one before led to."""
+def _stretches(calls: Sequence[Call], at_end: bool) -> Iterator[_Stretch]:
+    """Every run of calls of one family, each on what the one before led to.
+
+    With `at_end` a span ends with the last block: then only streams count that it gives back too.
+    """
     places: dict[Hashable, list[int]] = {}
     for i, call in enumerate(calls):
         places.setdefault(call.family, []).append(i)
@@ -273,14 +276,14 @@ def _stretches(calls: Sequence[Call]) -> Iterator[_Stretch]:
         for a, b in pairwise(starts):
             names = _handed_on(calls, a, b)
             if len(run) > 1 and not names & carried:
-                yield from _stretch(calls, run, carried)
+                yield from _stretch(calls, run, carried, at_end)
                 run, carried = [a], set()
             if not names:
                 run, carried = [b], set()
                 continue
             carried = names & carried if carried else names
             run.append(b)
-        yield from _stretch(calls, run, carried)
+        yield from _stretch(calls, run, carried, at_end)
 
 
 def _handed_on(calls: Sequence[Call], a: int, b: int) -> set[str]:
@@ -294,36 +297,58 @@ def _handed_on(calls: Sequence[Call], a: int, b: int) -> set[str]:
     return found
 
 
-def _stretch(calls: Sequence[Call], starts: Sequence[int], carried: set[str]) -> Iterator[_Stretch]:
+def _stretch(calls: Sequence[Call], starts: Sequence[int], carried: set[str], at_end: bool) -> Iterator[_Stretch]:
     if len(starts) < MIN_BLOCKS or not carried:
         return
-    streams, end = [], starts[-1]
+    found: dict[str, tuple[RelayStream, int]] = {}
     for name in sorted(carried):
         makers = {_maker(calls, calls[b].inputs[name].made_by) for b in starts[1:]}
         if len(makers) != 1:
             continue
         family, output = makers.pop()
         counts = [Counter(c.family for c in calls[a:b])[family] for a, b in pairwise(starts)]
-        last = next((i for i in range(starts[-1], len(calls)) if calls[i].family == family), None)
+        place = next((i for i in range(starts[-1], len(calls)) if calls[i].family == family), None)
         traced = calls[starts[0]].inputs[name]
-        if any(n != 1 for n in counts) or last is None or calls[last].outputs[output] != traced.form:
-            continue
-        end = max(end, last)
-        streams.append(RelayStream(name, family, output, traced.form, traced.tokens))
-    if streams:
-        behind = {c.made_by for call in calls[end + 1 :] for c in call.inputs.values()}
-        ends = {
-            s.name: next((i, s.output) for i in range(starts[-1], end + 1) if calls[i].family == s.maker)
-            for s in streams
-        }
+        if all(n == 1 for n in counts) and place is not None:
+            regular = next(i for i in range(starts[0], starts[1]) if calls[i].family == family)
+            last = _same_output(calls[regular], calls[place], output) if at_end else output
+            if last is not None:
+                found[name] = RelayStream(name, family, last, traced.form, traced.tokens), place
+    if found:
+        end = max(place for _, place in found.values())
         # The stream that goes on behind the blocks, and of which it is known what is denoised in it, before others.
-        streams.sort(key=lambda s: (ends[s.name] not in behind, len(s.tokens) != 1, -math.prod(s.form[0])))
+        streams = [s for s, _ in found.values()]
+        streams.sort(
+            key=lambda s: (not _read_behind(calls, s, starts[-1], end), len(s.tokens) != 1, -math.prod(s.form[0]))
+        )
         yield _Stretch(tuple(starts), tuple(streams), end)
 
 
+def _same_output(regular: Call, last: Call, output: int) -> int | None:
+    """Which tensor that the last block gives back is the one that the others give back as number `output`."""
+    tensors = [f for f in regular.outputs if f is not None]
+    ends = [f for f in last.outputs if f is not None]
+    if len(ends) == len(tensors):
+        return output if ends[output] == tensors[output] else None
+    alike = [i for i, form in enumerate(ends) if form == tensors[output]]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _read_behind(calls: Sequence[Call], stream: RelayStream, first: int, end: int) -> bool:
+    """Whether a later graph reads what the last block makes of a stream."""
+    for call in calls[end + 1 :]:
+        for traced in call.inputs.values():
+            made = traced.made_by
+            if made is not None and first <= made[0] <= end and _maker(calls, made) == (stream.maker, stream.output):
+                return True
+    return False
+
+
 def _maker(calls: Sequence[Call], place: Place | None) -> tuple[Hashable, int]:
+    """The family that made a tensor, and which of the tensors that it gives back it is."""
     assert place is not None
-    return calls[place[0]].family, place[1]
+    call, output = calls[place[0]], place[1]
+    return call.family, sum(form is not None for form in call.outputs[:output])
 
 
 def _outermost(found: Iterator[_Stretch], calls: Sequence[Call]) -> list[_Stretch]:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.patterns.graph import callee, descendants, is_tensor, is_weight, storage_key, value_of
+from fx_cache.patterns.graph import callee, descendants, is_tensor, is_tensor_sequence, is_weight, storage_key, value_of
 from fx_cache.patterns.inputs import classify_inputs
 from fx_cache.patterns.stacks import MIN_BLOCKS, Block, Stack
 
@@ -74,7 +75,7 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
         for i, (a, word) in enumerate(zip(places, words, strict=False)):
             # What follows in this block only, behind all that another one has, is glue.
             core = min((w for w in words if word[: len(w)] == w), key=len)
-            begin, end = _start(nodes, order[ops[a]]), order[ops[a + len(core) - 1]] + 1
+            begin, end = _start(nodes, order[ops[a]]), _start(nodes, order[ops[a + len(core) - 1]] + 1)
             if len(core) == len(word) and i + 1 < len(words):
                 end = _start(nodes, order[ops[places[i + 1]]])
             blocks.append(Block(i, tuple(nodes[begin:end])))
@@ -83,7 +84,14 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
 
 
 def _start(nodes: list[fx.Node], place: int) -> int:
-    """Where a block begins whose first operation stands at `place`: a context that it enters belongs to it."""
+    """Where a block begins, or ends, whose first operation stands at `place`, or behind it.
+
+    A tuple and its elements stay together, and a context that a block enters belongs to it.
+    """
+    if place < len(nodes) and nodes[place].target is operator.getitem:
+        source = nodes[place].args[0]
+        if isinstance(source, fx.Node) and is_tensor_sequence(source) and source.op != "placeholder":
+            place = nodes.index(source, max(0, place - len(source.users) - 1))
     while place > 0 and "enter" in str(nodes[place - 1].target) and nodes[place - 1].op == "call_function":
         place -= 1
     return place
@@ -118,7 +126,8 @@ def _lives(ops: Sequence[fx.Node]) -> list[Life]:
     found = []
     for held in holders.values():
         born, first = held[0]
-        uses = {len(ops) + 1 if u.op == "output" else number.get(u, i) for i, n in held for u in n.users}
+        # What a block hands out beside its stream (keys and values for a cache) is not carried through the others.
+        uses = {number.get(u, i) for i, n in held for u in n.users if u.op != "output"} or {len(ops) + 1}
         found.append(Life(born, max(uses | {i for i, _ in held}), _form(first), frozenset(uses)))
     return found
 
@@ -228,8 +237,11 @@ class _Reading:
             low, high = free.pop()
             run = self._best_run(low, high)
             if run is not None:
-                found.append(self._places(run))
-                free += [(low, run.cuts[0]), (run.cuts[-1], high)]
+                places = self._places(run)
+                found.append(places)
+                # The last block may end where the tensors alive grow fewer, which is no cut.
+                behind = next((c for c in range(run.cuts[-1], high) if self.cuts[c].last >= places[-1]), high)
+                free += [(low, run.cuts[0]), (behind, high)]
         found.sort()
         for places, following in pairwise(found):
             places[-1] = min(places[-1], following[0])

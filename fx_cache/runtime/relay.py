@@ -243,19 +243,23 @@ class Script:
         Args:
             family: the code that was called.
             outputs: what it made.
-            ends: for outputs that end a stream, its number.
+            ends: for tensors among them that end a stream, its number.
             starts: what each stream began with.
         """
         kept: list[tuple[str, Any]] = []
-        for i, output in enumerate(outputs):
-            if i in ends:
-                kept.append(("stream", ends[i]))
-                self.residuals[ends[i]] = output - starts[ends[i]]
-            elif isinstance(output, torch.Tensor):
+        number = -1
+        for output in outputs:
+            if not isinstance(output, torch.Tensor):
+                kept.append(("constant", output))
+                continue
+            number += 1
+            stream = ends.get(number)
+            if stream is not None:
+                kept.append(("stream", stream))
+                self.residuals[stream] = output - starts[stream]
+            else:
                 kept.append(("value", len(self.values)))
                 self.values.append(output.clone())
-            else:
-                kept.append(("constant", output))
         self.entries.append(Entry(family, tuple(kept)))
 
     def tensors(self, probe: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -266,7 +270,7 @@ class Script:
 
 
 def _ends(plan: RelayPlan, family: Hashable) -> dict[int, int]:
-    """Which outputs of a family end which streams, in the last block of a span."""
+    """Which tensors that a family gives back end which streams, in the last block of a span."""
     return {s.output: k for k, s in enumerate(plan.streams) if s.maker == family}
 
 
@@ -416,6 +420,8 @@ class Leg:
             outputs = self._again(family)
         else:
             outputs = graph.compute(*args)
+            made = [o for o in outputs if isinstance(o, torch.Tensor)]
+            ends = {i: k for i, k in ends.items() if i < len(made) and made[i].shape == self._starts[k].shape}
             self._script.add(family, outputs, ends, self._starts)
         self._ended |= set(ends.values())
         if self.over:

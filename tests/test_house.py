@@ -1,0 +1,71 @@
+"""The core knows no model: no name of a class, a block list or an argument of one stands in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import diffusers.models.transformers as transformers
+import pytest
+from torch import nn
+
+import fx_cache
+from fx_cache.debug.specimen import SAMPLES
+from tests.models import MODELS, build
+
+ROOT = Path(fx_cache.__file__).parent
+CORE = sorted(p for folder in ("patterns", "passes", "runtime") for p in (ROOT / folder).glob("*.py"))
+CORE += [ROOT / "backend.py", ROOT / "compiling.py", ROOT / "config.py", ROOT / "ops.py", ROOT / "control.py"]
+
+# Words that are in a class's name and mean something by themselves.
+COMMON = {"", "dit", "prior", "dual", "z"}
+
+
+def classes() -> list[str]:
+    """Every module that diffusers exports as a transformer."""
+    found = [n for n in dir(transformers) if isinstance(getattr(transformers, n), type)]
+    return [n for n in found if issubclass(getattr(transformers, n), nn.Module) and not n.startswith("_")]
+
+
+def stem(name: str) -> str:
+    """``FluxTransformer2DModel`` -> ``flux``: what the model is called."""
+    return re.split(r"(?:Video|Image|Audio)?(?:Transformer|DiT|DepthDecoder|Decoder)", name)[0].lower()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_zoo_and_the_samples_are_all_there_is() -> None:
+    assert len(classes()) == 76
+    assert {type(build(name)).__name__ for name in MODELS if "+" not in name} == set(classes())
+    assert set(json.loads(SAMPLES.read_text())) == set(classes())
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_no_model_name_in_the_core(file: Path) -> None:
+    words = {w.lower() for w in re.findall(r"[A-Za-z][A-Za-z0-9]*", file.read_text())}
+    stems = {stem(name) for name in classes()} - COMMON
+    assert len(stems) > 50
+    assert not words & stems
+    assert not words & {name.lower() for name in classes()}
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_no_block_list_in_the_core(file: Path) -> None:
+    text = file.read_text()
+    lists = {path for model in MODELS.values() for path in model.stacks} - {"blocks", "layers"}
+    assert not [path for path in lists if path in text]
+
+
+FORBIDDEN = {
+    "patterns": ("passes", "runtime", "backend", "debug", "cli", "demo", "compiling", "control"),
+    "passes": ("runtime", "backend", "debug", "cli", "demo", "compiling", "control"),
+    "runtime": ("passes", "backend", "debug", "cli", "demo", "compiling", "control"),
+}
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_go_one_way(folder: str) -> None:
+    for file in (ROOT / folder).glob("*.py"):
+        imported = re.findall(r"from fx_cache\.(\w+)", file.read_text())
+        assert not set(imported) & set(FORBIDDEN[folder]), file
