@@ -62,10 +62,11 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
     letters = _kinds(ops)
     lives = _lives(ops)
     varies = _varies(graph, ops)
-    stacks = _Reading(letters, varies, lives).stacks(rough=True)
+    stacks = rough = _Reading(letters, varies, lives).stacks(rough=True)
     # What all blocks read dies somewhere in the last one, and a long skip in a later one: that is no end of a block.
     for _ in range(REFINEMENTS):
         stacks = _Reading(letters, varies, _within_blocks(lives, stacks)).stacks()
+    stacks = rough if _lost_some(rough, stacks) else stacks
     order = {n: i for i, n in enumerate(graph.nodes)}
     nodes = list(graph.nodes)
     found: list[Stack] = []
@@ -79,8 +80,16 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
             if len(core) == len(word) and i + 1 < len(words):
                 end = _start(nodes, order[ops[places[i + 1]]])
             blocks.append(Block(i, tuple(nodes[begin:end])))
-        found.append(Stack(f"repeat_{len(found)}", tuple(blocks)))
+        if all(b.nodes for b in blocks):
+            found.append(Stack(f"repeat_{len(found)}", tuple(blocks)))
     return found
+
+
+def _lost_some(rough: list[list[int]], fine: list[list[int]]) -> bool:
+    """Whether the finer reading is the rough one with blocks missing."""
+    before = [p for places in rough for p in places]
+    after = [p for places in fine for p in places]
+    return len(before) > len(after) > 0 and all(any(abs(a - b) <= GLUE for b in before) for a in after)
 
 
 def _start(nodes: list[fx.Node], place: int) -> int:
@@ -365,7 +374,10 @@ class _Reading:
                 places[0] = places[1] - size
         size = places[-1] - places[-2]
         if self._equal(places[-2], places[-1], size):
-            return [*places, places[-1] + size]
+            # So may more blocks behind it: where from then on ever fewer tensors are alive, no cut shows the last one.
+            while self._equal(places[-2], places[-1], places[-1] - places[-2]):
+                places.append(2 * places[-1] - places[-2])
+            return places
         glue = stretches[-2][: len(stretches[-2]) - lead]
         end = self.cuts[run.cuts[-1]]
         place = self._behind(end.first, self.cuts[run.cuts[-2]].first)
@@ -377,8 +389,8 @@ class _Reading:
         return [*places, place]
 
     def _equal(self, a: int, b: int, size: int) -> bool:
-        """Whether the same operations stand at two places."""
-        return self.letters[a : a + size] == self.letters[b : b + size]
+        """Whether the same operations stand at two places, as many as asked for."""
+        return b + size <= len(self.letters) and self.letters[a : a + size] == self.letters[b : b + size]
 
     def _lead_in(self, run: _Run, lead: int) -> int:
         """How far before their cuts the blocks begin: a step back where the last block does not end as the others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +14,12 @@ from fx_cache.errors import Refusal
 from fx_cache.patterns.chains import Chain, StackReport, chains, read_stacks
 from fx_cache.patterns.graph import (
     descendants,
+    is_scalar,
     is_tensor,
     positions,
     same_shape,
     storage_key,
+    value_of,
     view_key,
     written_inputs,
 )
@@ -168,6 +171,9 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     split = _split_context(nodes, (first, start, end, *cuts), where)
     if split is not None:
         return split
+    parted = _parted(nodes, (first, start, end, *cuts), where)
+    if parted is not None:
+        return parted
     varying = descendants(graph, [v for s in group[0].streams.streams if (v := s.values[0]) is not None])
     live_outs = tuple(
         LiveOut(n, _continued(graph, group, start_at, end_at, n))
@@ -273,6 +279,24 @@ def _split_context(nodes: list[fx.Node], cuts: tuple[int, ...], where: str) -> R
                     "contexts such as autocast entered and left within one block, or around the whole model call",
                     "move the context around the call of the compiled model",
                 )
+    return None
+
+
+def _parted(nodes: list[fx.Node], cuts: tuple[int, ...], where: str) -> Refusal | None:
+    """A value that can neither be handed over a cut nor be computed again behind it."""
+    order = {n: i for i, n in enumerate(nodes)}
+    at = sorted(set(cuts))
+    for node in nodes:
+        if node.op not in ("call_function", "call_method") or is_tensor(node) or is_scalar(node) or not node.users:
+            continue
+        last = max(order[u] for u in node.users)
+        if bisect.bisect_right(at, order[node]) != bisect.bisect_right(at, last):
+            return Refusal(
+                f"stack {where}",
+                f"{node.name}, a value of type {type(value_of(node)).__name__}, made before a cut and used behind it",
+                "tensors and numbers",
+                "keep such values within one block, or make them of tensors",
+            )
     return None
 
 

@@ -141,7 +141,15 @@ class StackStreams:
         i = boundary - 1
         nodes = self._nodes[self.starts[i] : self.starts[i + 1]]
         # Only what the block itself reads: a tensor that is added between two blocks is no stream.
-        candidates = [c for c in self._inputs[i] if is_tensor(c) and not is_weight(c) and c not in taken]
+        # Nor what was made before the stack and this block is the first to read (a tensor of its own).
+        candidates = [
+            c
+            for c in self._inputs[i]
+            if is_tensor(c)
+            and not is_weight(c)
+            and c not in taken
+            and (i == 0 or self._order[c] >= self.starts[0] or c in self._inputs[i - 1])
+        ]
         aligned = self._aligned(boundary, value)
         if aligned in candidates and same_shape(aligned, value):
             return aligned
