@@ -59,6 +59,18 @@ class SideTableReadByTheTail(Base):
         return (x + seen,)
 
 
+class SidePairSharedWithTheTail(Base):
+    """A pair made between two blocks: the next block reads one half, the tail the other."""
+
+    def forward(self, x, t):
+        x, seen = self.embed(x), 0.0
+        for i, block in enumerate(self.blocks):
+            near, far = (self.condition(t) + self.table[i].repeat(2)).chunk(2, dim=-1)
+            seen = seen + far
+            x = block(x, near)
+        return (x + seen,)
+
+
 class LongSkips(Base):
     """U-shaped: what an early block made is added before a late one."""
 
@@ -132,6 +144,7 @@ class SharedWeights(Base):
 MODELS = [
     ChunkInTheHead,
     SideTableReadByTheTail,
+    SidePairSharedWithTheTail,
     LongSkips,
     SecondStreamEverySecondBlock,
     FirstBlockDiffers,

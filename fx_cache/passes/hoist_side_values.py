@@ -7,7 +7,7 @@ from torch import fx
 from fx_cache.errors import Refusal
 from fx_cache.passes.outline import REGION, region_nodes
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import ancestors, is_tensor, storage_key, written_inputs
+from fx_cache.patterns.graph import ancestors, is_tensor, is_tensor_sequence, storage_key, written_inputs
 
 
 def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -33,6 +33,8 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
         live = {lo.value for lo in span.live_outs}
         side = [n for n in nodes if is_tensor(n) and n not in live and any(u not in inside for u in n.users)]
         moving = {a for n in side for a in ancestors(n) if a in inside}
+        # A tuple is not carried over a cut: all its elements go with it.
+        moving |= {u for n in moving if is_tensor_sequence(n) for u in n.users if u in inside}
         stuck = next((n for n in moving if storage_key(n) in written), None)
         if stuck is not None:
             refusal = Refusal(

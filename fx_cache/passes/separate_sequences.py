@@ -4,13 +4,15 @@ import operator
 
 from torch import fx
 
-from fx_cache.passes.outline import mark
+from fx_cache.passes.outline import fake, mark
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import is_tensor_sequence, value_of
+from fx_cache.patterns.graph import is_tensor, is_tensor_sequence, value_of
 
 
 def separate_sequences(gm: fx.GraphModule, context: RewriteContext) -> int:
     """Takes the elements of every tuple of tensors right where it is made, so that only tensors cross a cut.
+
+    An element of a tensor that the capture took without recording its value (``tolist``) gets one.
 
     Before::
 
@@ -26,6 +28,8 @@ def separate_sequences(gm: fx.GraphModule, context: RewriteContext) -> int:
     del context
     count = 0
     for node in list(gm.graph.nodes):
+        if node.target is operator.getitem and value_of(node) is None and is_tensor(node.args[0]):
+            mark(node, None, fake(lambda source, node=node: source[node.args[1]], node.args[0]))
         if node.op not in ("call_function", "call_method") or not is_tensor_sequence(node):
             continue
         values = value_of(node)
