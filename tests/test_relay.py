@@ -161,6 +161,28 @@ def test_branches_and_requests_are_told_apart() -> None:
             assert relative_error(oracle(i, **step), compiled(**step)[0]) < 1e-6, f"step {i}"
 
 
+def test_the_forward_that_is_watched_stays_in_its_session() -> None:
+    """What is cached of it is known only when the next forward begins, and that may be another request's."""
+    model, steps = Model(), walk(10)
+    compiled = compile_broken(model, residual_diff_threshold=2.0, max_warmup_steps=0)
+    with fx_cache.session("first", branch="only"):
+        compiled(**steps[0])
+    with fx_cache.session("second", branch="only"):
+        assert torch.equal(compiled(**steps[1])[0], model(**steps[1])[0])
+    names = [s["name"] for s in fx_cache.summary(compiled).to_dict()["sessions"]]
+    assert names == ["first", "second"]
+
+
+def test_the_prompt_of_the_forward_that_is_watched_is_overwritten() -> None:
+    model, steps = Model(), walk(11)
+    compiled = compile_broken(model, residual_diff_threshold=2.0, max_warmup_steps=0)
+    text = steps[0]["text"].clone()
+    for step in (0, 1):
+        text.copy_(torch.randn(text.shape, generator=torch.Generator().manual_seed(step)))
+        given = {**steps[step], "text": text}
+        assert torch.equal(compiled(**given)[0], model(**given)[0])
+
+
 def test_a_forward_that_is_broken_off_leaves_nothing_behind() -> None:
     model, steps = Model(), walk(7)
     compiled = compile_broken(model, residual_diff_threshold=2.0, max_warmup_steps=0)

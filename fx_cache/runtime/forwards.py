@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fx_cache.patterns.inputs import InputRoles, differs_in_channels
 from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.runtime.given import Control, Given
-from fx_cache.runtime.identity import StorageHold, identity_key, signature
+from fx_cache.runtime.identity import SMALL, StorageHold, identity_key, signature
 
 UNKNOWN_LATENT = "which input is denoised is not known: name the request and its branch with fx_cache.session"
 
@@ -69,6 +69,7 @@ class Forward:
     Attributes:
         root: the module or function that was compiled.
         inputs: the leaves of what the user gave it.
+        keys: who each of them was when the forward began; None where that cannot be said.
         calls: of its graphs, so far, where somebody asked for them (`trace`).
         moves: what changes from step to step, as earlier forwards show it; used where the graphs do not.
         weight: the first weight of the model that one of its graphs was given.
@@ -79,6 +80,9 @@ class Forward:
     def __init__(self, root: Any, inputs: Sequence[Any]) -> None:
         self.root = root
         self.inputs = list(inputs)
+        # Now, since whoever gave them may write to them before they are asked for.
+        self.keys = [identity_key([v]) if comparable(v) else None for v in inputs]
+        self._times = {i: v.clone() for i, v in enumerate(inputs) if _stored(v) and v.numel() <= SMALL}
         self.calls: list[Call] = []
         self.moves = Moves(frozenset(), frozenset())
         self.weight: torch.Tensor | None = None
@@ -155,15 +159,15 @@ class Forward:
         """
         latents = latents or self.moves.latents
         timed = [i for i, v in enumerate(self.inputs) if i not in latents and self._timed(i, v)]
-        schedule = [v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in (self.inputs[i] for i in timed)]
-        fixed = [v for i, v in enumerate(self.inputs) if i not in latents and i not in timed]
-        opaque = [type(t).__name__ for t in fixed if not comparable(t)]
-        fixed = [t for t in fixed if comparable(t)]
+        schedule = [torch.as_tensor(self._times.get(i, self.inputs[i])) for i in timed]
+        others = [i for i in range(len(self.inputs)) if i not in latents and i not in timed]
+        opaque = [type(self.inputs[i]).__name__ for i in others if self.keys[i] is None]
+        fixed = [self.inputs[i] for i in others if self.keys[i] is not None]
         doubt = None if latents else UNKNOWN_LATENT
         if opaque:
             doubt = f"an input of type {opaque[0]}: whether it changed is not known"
         return Given(
-            identity_key(fixed),
+            tuple((i, self.keys[i]) for i in others),
             tuple(Control.of([]) for _ in range(spans)),
             signature([t for t in self.inputs if _stored(t)]),
             schedule,

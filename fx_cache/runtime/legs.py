@@ -1,0 +1,242 @@
+"""One span over several graphs, in one forward: what its graphs made, and what they give back on a hit."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fx_cache.errors import FxCacheError
+from fx_cache.patterns.relays import GraphFacts, RelayPlan
+from fx_cache.runtime.forwards import Forward
+from fx_cache.runtime.gate import SpanGate
+from fx_cache.runtime.given import Control
+from fx_cache.runtime.sessions import Branch, Store
+
+
+class Graph(Protocol):
+    """A compiled graph."""
+
+    facts: GraphFacts
+
+    def step(self, forward: Forward, args: Sequence[Any]) -> Any:
+        """Runs it, with whatever it caches by itself."""
+
+    def compute(self, *args: Any) -> Any:
+        """Runs it, and caches nothing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one call in a span gives back: of each output the number of a stored tensor or of a stream, or itself."""
+
+    family: Hashable
+    outputs: tuple[tuple[str, Any], ...]
+
+
+class Script:
+    """The calls of a span, as they were when it was computed, and the tensors that they made."""
+
+    def __init__(self, streams: int) -> None:
+        self.entries: list[Entry] = []
+        self.residuals: list[torch.Tensor | None] = [None] * streams
+        self.values: list[torch.Tensor] = []
+
+    def add(
+        self, family: Hashable, outputs: Sequence[Any], ends: dict[int, int], starts: Sequence[torch.Tensor]
+    ) -> None:
+        """Keeps what a call made.
+
+        Args:
+            family: the code that was called.
+            outputs: what it made.
+            ends: for tensors among them that end a stream, its number.
+            starts: what each stream began with.
+        """
+        kept: list[tuple[str, Any]] = []
+        number = -1
+        for output in outputs:
+            if not isinstance(output, torch.Tensor):
+                kept.append(("constant", output))
+                continue
+            number += 1
+            stream = ends.get(number)
+            if stream is not None:
+                kept.append(("stream", stream))
+                self.residuals[stream] = output - starts[stream]
+            else:
+                kept.append(("value", len(self.values)))
+                self.values.append(output.clone())
+        self.entries.append(Entry(family, tuple(kept)))
+
+    def tensors(self, probe: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Everything that is stored: the probe, the residuals, the values."""
+        residuals = [r for r in self.residuals if r is not None]
+        assert len(residuals) == len(self.residuals)
+        return (probe, *residuals, *self.values)
+
+
+def _ends(plan: RelayPlan, family: Hashable) -> dict[int, int]:
+    """Which tensors that a family gives back end which streams, in the last block of a span."""
+    return {s.output: k for k, s in enumerate(plan.streams) if s.maker == family}
+
+
+class WatchRun:
+    """The first forward: computes, and remembers everything that a span may turn out to need."""
+
+    def __init__(self) -> None:
+        self._outputs: list[tuple[Any, ...]] = []
+        self._began: list[dict[str, torch.Tensor]] = []
+
+    def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
+        facts = graph.facts
+        began = {
+            name: a.detach().clone()
+            for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
+            if isinstance(a, torch.Tensor) and i not in facts.roles.weights and self._is_new(forward, a)
+        }
+        outputs = graph.step(forward, args)
+        forward.trace(family, facts, args, outputs)
+        forward.note(facts, args, outputs)
+        self._began.append(began)
+        self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
+        return outputs
+
+    def _is_new(self, forward: Forward, value: torch.Tensor) -> bool:
+        """Whether a tensor is none of the outputs kept; in inference mode writes to those cannot be seen."""
+        return value.is_inference() or forward.made_by(value) is None
+
+    def kept(self, forward: Forward, plan: RelayPlan) -> tuple[tuple[torch.Tensor, ...], Script]:
+        """What the span of a plan would have stored in this forward."""
+        calls = forward.calls
+        begins = [i for i, c in enumerate(calls) if c.family == plan.family][plan.before :]
+        fn, end = plan.ranges[1]
+
+        def value(block: int, name: str) -> torch.Tensor:
+            made = calls[begins[block]].inputs[name].made_by
+            began = self._began[begins[block]].get(name)
+            found = began if began is not None or made is None else self._outputs[made[0]][made[1]]
+            assert isinstance(found, torch.Tensor)
+            return found
+
+        main = plan.streams[0].name
+        starts = [value(fn, s.name) for s in plan.streams]
+        script = Script(len(plan.streams))
+        ended: set[int] = set()
+        i = begins[fn]
+        while len(ended) < len(plan.streams):
+            last = i >= begins[end - 1]
+            ends = _ends(plan, calls[i].family) if last else {}
+            script.add(calls[i].family, self._outputs[i], ends, starts)
+            ended |= set(ends.values())
+            i += 1
+        return script.tensors(starts[0] - value(0, main)), script
+
+
+class Leg:
+    """One span over several graphs, in one forward."""
+
+    def __init__(self, plan: RelayPlan, number: int) -> None:
+        self._plan = plan
+        self._number = number
+        self._seen = 0
+        self._head: torch.Tensor | None = None
+        self._starts: list[torch.Tensor] = []
+        self._probe: torch.Tensor | None = None
+        self._gate: SpanGate | None = None
+        self._branch: Branch | None = None
+        self._script: Script | None = None
+        self._at = 0
+        self._ended: set[int] = set()
+        self._hit = False
+
+    @property
+    def _block(self) -> int:
+        """Number of the present block, from 1; below that before the first one."""
+        return self._seen - self._plan.before
+
+    @property
+    def over(self) -> bool:
+        return len(self._ended) == len(self._plan.streams)
+
+    def begins(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
+        """Takes notice of a call, and says whether the span begins with it."""
+        if family != self._plan.family:
+            return False
+        self._seen += 1
+        if self._block == 1:
+            self._head = self._stream(graph, args, 0).clone()
+        return self._block == self._plan.ranges[1][0] + 1
+
+    def _stream(self, graph: Graph, args: Sequence[Any], k: int) -> torch.Tensor:
+        value = args[graph.facts.names.index(self._plan.streams[k].name)]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def decide(self, store: Store, branch: Branch, program: Hashable, graph: Graph, args: Sequence[Any]) -> None:
+        """The one decision for all graphs of the span."""
+        assert self._head is not None
+        self._branch = branch
+        # Copies: the graphs of the blocks, or code between them, may write to them.
+        self._starts = [self._stream(graph, args, k).clone() for k in range(len(self._plan.streams))]
+        self._probe = self._starts[0] - self._head
+        slot = branch.slots[self._number]
+        self._gate = SpanGate(store, branch, program, self._number, Control.of([]))
+        probe = self._probe
+
+        def measure() -> torch.Tensor:
+            assert slot.tensors is not None
+            return residual_diff(slot.tensors[0], probe)
+
+        self._hit = self._gate(measure)
+        self._script = slot.script if self._hit else Script(len(self._plan.streams))
+
+    def call(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
+        """Runs a graph, or gives back what it made when the span was computed."""
+        if self._script is None or self.over:
+            return graph.compute(*args)
+        assert self._branch is not None and self._gate is not None and self._probe is not None
+        ends = _ends(self._plan, family) if self._block == self._plan.ranges[1][1] else {}
+        if self._hit:
+            outputs = self._again(family)
+        else:
+            outputs = graph.compute(*args)
+            made = [o for o in outputs if isinstance(o, torch.Tensor)]
+            ends = {i: k for i, k in ends.items() if i < len(made) and made[i].shape == self._starts[k].shape}
+            self._script.add(family, outputs, ends, self._starts)
+        self._ended |= set(ends.values())
+        if self.over:
+            slot = self._branch.slots[self._number]
+            if not self._hit:
+                slot.tensors, slot.script = self._script.tensors(self._probe), self._script
+                slot.control = self._gate.control
+            slot.counters.record(self._branch.record.step, self._gate.reason)
+            slot.open = False
+        return outputs
+
+    def _again(self, family: Hashable) -> tuple[Any, ...]:
+        assert self._script is not None
+        entry = self._script.entries[self._at] if self._at < len(self._script.entries) else None
+        if entry is None or entry.family != family:
+            raise FxCacheError(
+                f"stack {self._plan.name}: got a call of another graph in a step that reuses it; expected the calls of "
+                "the step that computed it, since code between the graphs sees the same values; what it does must "
+                "depend on nothing else: compile this model with residual_diff_threshold=0 or mend the graph breaks."
+            )
+        self._at += 1
+        outputs: list[Any] = []
+        for kind, what in entry.outputs:
+            if kind == "stream":
+                residual = self._script.residuals[what]
+                assert residual is not None
+                outputs.append(self._starts[what] + residual)
+            else:
+                outputs.append(self._script.values[what].clone() if kind == "value" else what)
+        return tuple(outputs)
+
+
+def residual_diff(previous: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
+    """``mean|previous - probe| / mean|previous|`` of two tensors of one shape; 0-d."""
+    return (previous - probe).abs().mean() / previous.abs().mean()
