@@ -235,6 +235,25 @@ def test_a_graph_break_is_named_where_nothing_can_be_cached(kind: type[Stack], t
     assert re.search(told, fx_cache.explain(compiled, *args).reason)
 
 
+class Dropping(Block):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().forward(x, t), 0.5, self.training)
+
+
+def test_blocks_that_draw_random_numbers_are_refused() -> None:
+    model = Stack([Dropping(8) for _ in range(4)]).train()
+    compiled = compile_cached(model, residual_diff_threshold=2.0, max_warmup_steps=0)
+    args = inputs()
+    with pytest.warns(fx_cache.CacheWarning, match="draws random numbers in the blocks.*model.eval"):
+        torch.manual_seed(1)
+        output = compiled(*args)[0]
+    torch.manual_seed(1)
+    assert torch.equal(output, model(*args)[0])
+    assert not fx_cache.summary(model).to_dict()["sessions"]
+    # The same model without dropout is cached.
+    assert fx_cache.explain(model.eval(), *args).stacks[0].blocks == 4
+
+
 def test_blocks_that_write_to_an_input_are_refused() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:

@@ -148,6 +148,35 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     return out
 
 
+_RANDOM = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "bernoulli",
+    "multinomial",
+}
+_RANDOM |= {"normal", "poisson", "normal_", "uniform_", "bernoulli_", "exponential_", "random_"}
+_DROPOUTS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"}
+
+
+def draws_random(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name.split(".")[0]
+    if name == "scaled_dot_product_attention":
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    if name not in _DROPOUTS:
+        return name in _RANDOM
+    given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+    return bool(given.get("p", 0.5)) and bool(given.get("training", given.get("train", True)))
+
+
 def _asks_inplace(node: fx.Node) -> bool:
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])

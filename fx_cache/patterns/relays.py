@@ -18,9 +18,9 @@ from torch._guards import CompileContext
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Refusal
-from fx_cache.patterns.graph import program_signature, storage_key, writes_too, written_inputs
+from fx_cache.patterns.graph import draws_random, program_signature, storage_key, writes_too, written_inputs
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
-from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE, Ranges
+from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE, Ranges, random_refusal
 from fx_cache.patterns.stacks import MIN_BLOCKS
 from fx_cache.patterns.work import Work
 
@@ -44,6 +44,7 @@ class GraphFacts:
         work: its FLOPs.
         span_work: those in spans of its own; 0 if it has none.
         frame: number of the captured code; the same for graphs that it was captured in anew.
+        random: an operation that draws random numbers, or None.
         broken: place and reason of the graph break that ends it, or None.
         gradients: why nothing that it makes may be reused, or None.
     """
@@ -56,6 +57,7 @@ class GraphFacts:
     work: int
     span_work: int
     frame: int
+    random: str | None
     broken: str | None
     gradients: Refusal | None
 
@@ -65,6 +67,7 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
 
     Args:
         gm: the graph as Dynamo captured it.
+        random: an operation that draws random numbers, or None.
         broken: place and reason of the graph break that ends it, or None.
         gradients: why nothing that it makes may be reused, or None.
         span_share: the part of its FLOPs in spans of its own.
@@ -91,6 +94,7 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
         work=work,
         span_work=round(span_share * work),
         frame=-1 if compile_id is None or compile_id.frame_id is None else compile_id.frame_id,
+        random=next((n.name for n in graph.nodes if draws_random(n)), None),
         broken=broken,
         gradients=gradients,
     )
@@ -230,6 +234,8 @@ def _plan(calls: Sequence[Call], stretch: _Stretch, total: int, config: CacheCon
         outside = [call.facts.names[i] for i in call.facts.written if not _made_within(call, i, begin, end)]
         if call.facts.gradients is not None:
             return call.facts.gradients
+        if call.facts.random is not None:
+            return random_refusal(name, call.facts.random)
         if outside:
             return Refusal(
                 f"stack {name}",

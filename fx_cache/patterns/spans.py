@@ -14,6 +14,7 @@ from fx_cache.errors import Refusal
 from fx_cache.patterns.chains import Chain, StackReport, chains, read_stacks
 from fx_cache.patterns.graph import (
     descendants,
+    draws_random,
     is_scalar,
     is_tensor,
     positions,
@@ -171,6 +172,9 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     split = _split_context(nodes, (first, start, end, *cuts), where)
     if split is not None:
         return split
+    random = next((n for n in span if draws_random(n)), None)
+    if random is not None:
+        return random_refusal(where, random.name)
     parted = _parted(nodes, (first, start, end, *cuts), where)
     if parted is not None:
         return parted
@@ -280,6 +284,16 @@ def _split_context(nodes: list[fx.Node], cuts: tuple[int, ...], where: str) -> R
                     "move the context around the call of the compiled model",
                 )
     return None
+
+
+def random_refusal(where: str, name: str) -> Refusal:
+    """A span that draws random numbers: a hit would draw none, and shift all that are drawn behind it."""
+    return Refusal(
+        f"stack {where}",
+        f"{name}, which draws random numbers in the blocks",
+        "blocks that compute the same from the same inputs",
+        "switch dropout off by model.eval(), or hand the random numbers in",
+    )
 
 
 def _parted(nodes: list[fx.Node], cuts: tuple[int, ...], where: str) -> Refusal | None:
