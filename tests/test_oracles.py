@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.models import MODELS, NAMES, SIZES, build, conditioning, walk
+from tests.models.tiny import LAYERS
 from tests.oracles import (
     MEASURE_ONLY,
     WHOLE_MODEL,
@@ -25,7 +26,7 @@ WARMUP = 2
 NO_FIRST_BLOCK_CACHE = {"sd3", "auraflow", "sana"}
 # cache-dit as registered: Flux' two lists are one, AuraFlow's joint blocks are left alone.
 CACHE_DIT_LISTS = {name: {MODELS[name].stacks[0]} for name in NAMES} | {"auraflow": {"single_transformer_blocks"}}
-CACHE_DIT_BLOCKS = dict.fromkeys(NAMES, 4) | {"flux": 8, "sd3": 5}
+CACHE_DIT_BLOCKS = dict.fromkeys(NAMES, LAYERS) | {"flux": 2 * LAYERS, "sd3": LAYERS + 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +127,7 @@ def test_cache_dit_with_a_context_for_each_list(name: str) -> None:
     settings = {"Fn": 1, "Bn": 0, "max_warmup_steps": WARMUP, "separate_lists": True}
     measured = run_cache_dit(model, calls, threshold=MEASURE_ONLY, **settings)
     assert all(_equal(measured.outputs, eager.outputs))
-    assert measured.num_blocks == dict.fromkeys(MODELS[name].stacks, 4)
+    assert measured.num_blocks == dict.fromkeys(MODELS[name].stacks, LAYERS)
     run = run_cache_dit(model, calls, threshold=thresholds_with_both(measured.diffs), **settings)
     _check_both(run, eager)
     assert all(run.hits.values())
