@@ -28,8 +28,9 @@ def separate_sequences(gm: fx.GraphModule, context: RewriteContext) -> int:
     del context
     count = 0
     for node in list(gm.graph.nodes):
-        if node.target is operator.getitem and value_of(node) is None and is_tensor(node.args[0]):
-            mark(node, None, fake(lambda source, node=node: source[node.args[1]], node.args[0]))
+        source = node.args[0] if node.target is operator.getitem else None  # None, too, where it was erased meanwhile
+        if isinstance(source, fx.Node) and value_of(node) is None and is_tensor(source):
+            mark(node, None, fake(lambda whole, node=node: whole[node.args[1]], source))
         if node.op not in ("call_function", "call_method") or not is_tensor_sequence(node):
             continue
         values = value_of(node)
