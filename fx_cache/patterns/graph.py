@@ -170,11 +170,22 @@ def draws_random(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     name = name.split(".")[0]
     if name == "scaled_dot_product_attention":
-        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+        return _may_hold(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
     if name not in _DROPOUTS:
         return name in _RANDOM
     given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-    return bool(given.get("p", 0.5)) and bool(given.get("training", given.get("train", True)))
+    return _may_hold(given.get("p", 0.5)) and _may_hold(given.get("training", given.get("train", True)))
+
+
+def _may_hold(argument: Any) -> bool:
+    """Whether an argument is other than zero, as far as is known; a symbolic one that is read gets its guard by that."""
+    value = value_of(argument) if isinstance(argument, fx.Node) else argument
+    if value is None:
+        return True
+    try:
+        return bool(value)
+    except RuntimeError:  # data-dependent
+        return True
 
 
 def _asks_inplace(node: fx.Node) -> bool:
