@@ -171,6 +171,9 @@ class RandomModel(nn.Module):
 
     def window(self, n: int, i: int, streams: list[Tensor], kept: list[Tensor], at: dict[str, Any]) -> list[Tensor]:
         """Block i of list n and the glue behind it; appends to `kept` what a later block may read."""
+        return self.glue(i, self.block_alone(n, i, streams, kept, at), at)
+
+    def block_alone(self, n: int, i: int, streams: list[Tensor], kept: list[Tensor], at: dict) -> list[Tensor]:
         spec = self.spec
         count = len(spec.kinds[n])
         skip = None
@@ -179,7 +182,10 @@ class RandomModel(nn.Module):
         streams = self.blocks(n)[i](streams, at["time"], at["context"], skip)
         if spec.skips and n == 0:
             kept.append(streams[0])
-        if spec.glue and i % spec.glue == 0:
+        return streams
+
+    def glue(self, i: int, streams: list[Tensor], at: dict[str, Any]) -> list[Tensor]:
+        if self.spec.glue and i % self.spec.glue == 0:
             streams = [streams[0] + at["glue"], *streams[1:]]
         return streams
 
@@ -249,8 +255,14 @@ class Oracle:
         spec = self.spec
         head, span, tail = group[: spec.fn], group[spec.fn : len(group) - spec.bn], group[len(group) - spec.bn :]
         before = streams[0]
-        for n, i in head:
+        for n, i in head[:-1]:
             streams = self.model.window(n, i, streams, kept, at)
+        n, i = head[-1]
+        streams = self.model.block_alone(n, i, streams, kept, at)
+        # Glue between two lists is no part of the head that ends there, unless it stands behind every block.
+        joint = spec.glue > 1 and i + 1 == len(spec.kinds[n]) and bool(span) and span[0][0] != n
+        if not joint:
+            streams = self.model.glue(i, streams, at)
         probe = streams[0] - before
         hit = False
         if step > 0 and slot.probe is not None:
@@ -263,6 +275,7 @@ class Oracle:
                 kept.append(streams[0] if value is None else value)
         else:
             first, start = list(streams), len(kept)
+            streams = self.model.glue(i, streams, at) if joint else streams
             for n, i in span:
                 streams = self.model.window(n, i, streams, kept, at)
             slot.probe = probe

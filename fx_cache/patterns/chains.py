@@ -74,9 +74,11 @@ def _reports(graph: fx.Graph, stack: Stack, roles: InputRoles) -> Iterator[Stack
     """A stack, or the parts of it between which no stream keeps its shape."""
     streams = StackStreams(graph, stack)
     if not any(s.full for s in streams.streams):
-        stretch = max((s.stretch for s in streams.streams), key=lambda s: s[1] - s[0], default=(0, 0))
+        # First of all the part of a stream that goes on behind the stack, then the longest.
+        count = len(stack.blocks)
+        stretch = max((s.stretch for s in streams.streams), key=lambda s: (s[1] == count, s[1] - s[0]), default=(0, 0))
         if stretch[1] - stretch[0] >= MIN_BLOCKS:
-            for a, b in ((0, stretch[0]), stretch, (stretch[1], len(stack.blocks))):
+            for a, b in ((0, stretch[0]), stretch, (stretch[1], count)):
                 if b - a >= MIN_BLOCKS:
                     yield from _reports(graph, Stack(f"{stack.name}[{a}:{b}]", stack.blocks[a:b]), roles)
             return

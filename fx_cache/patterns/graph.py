@@ -178,7 +178,7 @@ def draws_random(node: fx.Node) -> bool:
 
 
 def _may_hold(argument: Any) -> bool:
-    """Whether an argument is other than zero, as far as is known; a symbolic one that is read gets its guard by that."""
+    """Whether an argument may be other than zero; reading a symbolic one guards it."""
     value = value_of(argument) if isinstance(argument, fx.Node) else argument
     if value is None:
         return True

@@ -13,17 +13,14 @@ import bisect
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_leaves
 
-from fx_cache.patterns.graph import callee, descendants, is_tensor, is_tensor_sequence, is_weight, storage_key, value_of
-from fx_cache.patterns.inputs import classify_inputs
+from fx_cache.patterns.graph import is_tensor, is_tensor_sequence, is_weight
+from fx_cache.patterns.operations import Form, Life, Operations, find_cuts, within_blocks
 from fx_cache.patterns.stacks import MIN_BLOCKS, Block, Stack
 
 MIN_ATOM = 3
@@ -45,44 +42,44 @@ ALIKE_AT_END = 0.4
 """The same for a first or last block that has no mark in common with the others."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A stretch of places, each before the operation of that number, with the same least number of tensors alive."""
-
-    first: int
-    last: int
-    width: int
-
-
 def find_repeats(graph: fx.Graph) -> list[Stack]:
     """The stacks of a graph, in the order in which they run; blocks include the glue behind them."""
-    ops = [n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module") and is_tensor(n)]
-    if not ops:
+    operations = Operations(graph)
+    if not operations.nodes:
         return []
-    letters = _kinds(ops)
-    lives = _lives(ops)
-    varies = _varies(graph, ops)
-    stacks = rough = _Reading(letters, varies, lives).stacks(rough=True)
+    ops, letters = operations.nodes, operations.letters
+    stacks = rough = _Reading(operations, operations.lives).stacks(rough=True)
     # What all blocks read dies somewhere in the last one, and a long skip in a later one: that is no end of a block.
     for _ in range(REFINEMENTS):
-        stacks = _Reading(letters, varies, _within_blocks(lives, stacks)).stacks()
+        stacks = _Reading(operations, within_blocks(operations.lives, stacks)).stacks()
     stacks = rough if _lost_some(rough, stacks) else stacks
     order = {n: i for i, n in enumerate(graph.nodes)}
     nodes = list(graph.nodes)
     found: list[Stack] = []
     for places in stacks:
+        passes = [*_passes(ops, places), len(places) - 1]
         words = [letters[a:b] for a, b in pairwise(places)]
         blocks = []
         for i, (a, word) in enumerate(zip(places, words, strict=False)):
             # What follows in this block only, behind all that another one has, is glue.
             core = min((w for w in words if word[: len(w)] == w), key=len)
-            begin, end = _start(nodes, order[ops[a]]), _start(nodes, order[ops[a + len(core) - 1]] + 1)
+            first, behind = _start(nodes, order[ops[a]]), _start(nodes, order[ops[a + len(core) - 1]] + 1)
             if len(core) == len(word) and i + 1 < len(words):
-                end = _start(nodes, order[ops[places[i + 1]]])
-            blocks.append(Block(i, tuple(nodes[begin:end])))
-        if all(b.nodes for b in blocks):
-            found.append(Stack(f"repeat_{len(found)}", tuple(blocks)))
+                behind = _start(nodes, order[ops[places[i + 1]]])
+            blocks.append(Block(i, tuple(nodes[first:behind])))
+        for begin, end in pairwise(passes):
+            part = blocks[begin:end]
+            if len(part) >= MIN_BLOCKS and all(b.nodes for b in part):
+                found.append(Stack(f"repeat_{len(found)}", tuple(part)))
     return found
+
+
+def _passes(ops: Sequence[fx.Node], places: list[int]) -> list[int]:
+    """The numbers of the blocks from which on a stack runs, the first time and once more on the same weights."""
+    weights = [{w for n in ops[a:b] for w in n.all_input_nodes if is_weight(w)} for a, b in pairwise(places)]
+    if not weights[0] or weights[0] == weights[1]:
+        return [0]
+    return [i for i, w in enumerate(weights) if w == weights[0]]
 
 
 def _lost_some(rough: list[list[int]], fine: list[list[int]]) -> bool:
@@ -106,113 +103,6 @@ def _start(nodes: list[fx.Node], place: int) -> int:
     return place
 
 
-def _varies(graph: fx.Graph, ops: Sequence[fx.Node]) -> list[bool]:
-    """Whether an operation depends on what is denoised."""
-    inputs = list(graph.find_nodes(op="placeholder"))
-    latents = classify_inputs(graph).latents
-    reached = descendants(graph, [inputs[i] for i in latents])
-    return [n in reached or not latents for n in ops]
-
-
-@dataclass(frozen=True)
-class Life:
-    """A tensor's storage: made by operation `born`, used by `uses`, last by `dies`; `form` is what it holds."""
-
-    born: int
-    dies: int
-    form: tuple[Any, ...]
-    uses: frozenset[int]
-
-
-def _lives(ops: Sequence[fx.Node]) -> list[Life]:
-    number = {n: i for i, n in enumerate(ops)}
-    inputs = [n for n in ops[0].graph.find_nodes(op="placeholder") if is_tensor(n) and not is_weight(n)]
-    holders: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
-    for i, node in [*((-1, n) for n in inputs), *enumerate(ops)]:
-        key = storage_key(node)
-        if key is not None:
-            holders[key].append((i, node))
-    found = []
-    for held in holders.values():
-        born, first = held[0]
-        # What a block hands out beside its stream (keys and values for a cache) is not carried through the others.
-        uses = {number.get(u, i) for i, n in held for u in n.users if u.op != "output"} or {len(ops) + 1}
-        found.append(Life(born, max(uses | {i for i, _ in held}), _form(first), frozenset(uses)))
-    return found
-
-
-def _within_blocks(lives: list[Life], stacks: list[list[int]]) -> list[Life]:
-    """The same without what goes through a stack beside its streams: values all blocks read, and long skips."""
-    found = []
-    for life in lives:
-        dies = life.dies
-        for places in stacks:
-            if life.born < places[1] and life.dies > places[2]:
-                if life.born >= places[0] or life.dies <= places[-1]:
-                    dies = life.born
-            elif places[1] <= life.born < places[-1]:
-                crossed = [p for p in places if life.born < p <= life.dies]
-                if len(crossed) > 1:
-                    dies = min(dies, (crossed[0] + crossed[1]) // 2)
-        found.append(replace(life, dies=dies))
-    return found
-
-
-def _kinds(ops: Sequence[fx.Node]) -> list[int]:
-    """For each operation a number that is the same for like operations on weights of like shapes."""
-    numbers: dict[Any, int] = {}
-    found = []
-    for node in ops:
-        weights = tuple(_form(a) for a in node.all_input_nodes if is_weight(a))
-        constants = tuple(
-            repr(a) for a in tree_leaves((node.args, node.kwargs)) if not isinstance(a, fx.Node) and a is not None
-        )
-        if node.op == "call_function" and constants and _counts_up(node):
-            constants = ()
-        found.append(numbers.setdefault((node.op, callee(node), constants, _form(node), weights), len(numbers)))
-    return found
-
-
-def _counts_up(node: fx.Node) -> bool:
-    """Whether the constants may be a block's number: an element taken out of a tensor that all blocks share."""
-    return getattr(node.target, "__name__", "") == "getitem"
-
-
-def _form(node: fx.Node) -> tuple[Any, ...]:
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return (type(value).__name__,)
-    shape = tuple("?" if _unbacked(s) else str(s) for s in value.shape)
-    return shape, str(value.dtype)
-
-
-def _unbacked(size: Any) -> bool:
-    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
-
-
-def _cuts(count: int, lives: list[Life]) -> list[Cut]:
-    """Where the number of tensors alive is least, for stretches of equal number; the ends of the graph are cuts too."""
-    change = [0] * (count + 3)
-    for life in lives:
-        if life.dies > life.born:
-            change[life.born + 1] += 1
-            change[life.dies + 1] -= 1
-    alive = list(accumulate(change))[: count + 1]
-    cuts: list[Cut] = []
-    first = 0
-    for i in range(1, count + 2):
-        if i <= count and alive[i] == alive[first]:
-            continue
-        falls = first == 0 or alive[first - 1] > alive[first]
-        rises = i > count or alive[i] > alive[first]
-        if first == 0 or (falls and rises):
-            cuts.append(Cut(first, i - 1, alive[first]))
-        first = i
-    if cuts[-1].last < count:
-        cuts.append(Cut(count, count, alive[count]))
-    return cuts
-
-
 @dataclass(frozen=True)
 class _Run:
     """Cuts between the blocks of a stack, as indices into the list of cuts."""
@@ -225,13 +115,13 @@ class _Run:
 class _Reading:
     """The search for blocks in one sequence of operations, divided at its cuts."""
 
-    def __init__(self, letters: list[int], varies: list[bool], lives: list[Life]) -> None:
-        self.letters = letters
+    def __init__(self, operations: Operations, lives: list[Life]) -> None:
+        self.operations = operations
+        self.letters = operations.letters
         self.lives = lives
-        self.varies = varies
         self.rough = False
-        self.cuts = _cuts(len(letters), lives)
-        self.atoms = [tuple(letters[a.last : b.first]) for a, b in pairwise(self.cuts)]
+        self.cuts = find_cuts(len(self.letters), lives)
+        self.atoms = [tuple(self.letters[a.last : b.first]) for a, b in pairwise(self.cuts)]
 
     def stacks(self, rough: bool = False) -> list[list[int]]:
         """For each stack the places of its boundaries: the stack that covers most operations is taken first.
@@ -241,25 +131,32 @@ class _Reading:
         """
         self.rough = rough
         free = [(0, len(self.atoms))]
-        found = []
+        runs = []
         while free:
             low, high = free.pop()
             run = self._best_run(low, high)
             if run is not None:
-                places = self._places(run)
-                found.append(places)
+                runs.append(run)
                 # The last block may end where the tensors alive grow fewer, which is no cut.
-                behind = next((c for c in range(run.cuts[-1], high) if self.cuts[c].last >= places[-1]), high)
+                end = self._places(run)[-1]
+                behind = next((c for c in range(run.cuts[-1], high) if self.cuts[c].last >= end), high)
                 free += [(low, run.cuts[0]), (behind, high)]
-        found.sort()
+        runs.sort(key=lambda r: r.cuts)
+        for i in range(len(runs) - 1):
+            runs[i : i + 2] = self._shared_out(*runs[i : i + 2])
+        found = [self._places(run) for run in runs]
         for places, following in pairwise(found):
+            while len(places) > 1 and places[-2] >= following[0] - GLUE:
+                places.pop()
             places[-1] = min(places[-1], following[0])
         return found
 
     def _word(self, a: int, b: int) -> list[int]:
         """The operations from cut `a` to cut `b` that have to do with a stream."""
         begin, end = self.cuts[a].last, self.cuts[b].first
-        return [x for x, varies in zip(self.letters[begin:end], self.varies[begin:end], strict=True) if varies]
+        return [
+            x for x, varies in zip(self.letters[begin:end], self.operations.varies[begin:end], strict=True) if varies
+        ]
 
     def _best_run(self, low: int, high: int) -> _Run | None:
         marks: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -269,10 +166,27 @@ class _Reading:
         best: _Run | None = None
         for places in marks.values():
             for run in self._split(places):
-                candidate = self._complete(run, low, high)
-                if candidate is not None and (best is None or _better(candidate, best)):
-                    best = candidate
+                bounds = self._complete(run, low, high)
+                if bounds is None or (best is not None and not _better(self._run(bounds), best)):
+                    continue
+                for part in self._chained(bounds):
+                    candidate = self._run(part)
+                    if best is None or _better(candidate, best):
+                        best = candidate
         return best
+
+    def _shared_out(self, run: _Run, following: _Run) -> tuple[_Run, _Run]:
+        """Two stacks that follow each other: a block at the end of one that is more like the other's goes there."""
+        if run.cuts[-1] != following.cuts[0] or len(run.cuts) <= MIN_BLOCKS + 1:
+            return run, following
+        last = self._word(*run.cuts[-2:])
+        here, there = self._word(*run.cuts[-3:-1]), self._word(*following.cuts[:2])
+        if alike(last, there) <= alike(last, here):
+            return run, following
+        return self._run(list(run.cuts[:-1])), self._run([run.cuts[-2], *following.cuts])
+
+    def _run(self, bounds: list[int]) -> _Run:
+        return _Run(tuple(bounds), self.cuts[bounds[-1]].first - self.cuts[bounds[0]].last, self._regular(bounds))
 
     def _split(self, marks: list[int]) -> list[list[int]]:
         """The stretches of marks between which blocks are alike."""
@@ -289,32 +203,88 @@ class _Reading:
     def _like_before(self, marks: list[int], i: int) -> bool:
         return alike(self._word(marks[i], marks[i + 1]), self._word(marks[i - 1], marks[i])) >= ALIKE
 
-    def _complete(self, marks: list[int], low: int, high: int) -> _Run | None:
+    def _complete(self, marks: list[int], low: int, high: int) -> list[int] | None:
         """Adds what belongs to the first and the last block, and a first or last block of another kind."""
         step = min(b - a for a, b in pairwise(marks))
         front = 0
         while front < step - 1 and marks[0] - front > low and self._same(marks[0] - front - 1, marks[1] - front - 1):
+            if not self._leads_to(marks[0] - front - 1, marks[0] - front, marks[1]):
+                break
             front += 1
         back, room = 0, step - 1 - front
         while back < room and marks[-1] + back + 1 < high and self._same(marks[-1] + back + 1, marks[-2] + back + 1):
             back += 1
-        bounds = [m - front for m in marks]
+        bounds = [self._begin(m, marks[1], front) for m in marks]
         if back == room:
             bounds.append(marks[-1] + back + 1)
         if len(bounds) <= MIN_BLOCKS:
             return None
         streams = self._carried(bounds[-2], bounds[-1])
-        if not streams or not (self.rough or self._narrow(bounds)) or not self._chained(bounds):
+        if not streams or not (self.rough or self._narrow(bounds)):
             return None
+        bounds = self._divided(bounds, streams)
         longest = 2 * max(b - a for a, b in pairwise(bounds))
-        end = self._like(bounds[-2:], [(bounds[-1], e) for e in range(bounds[-1] + 1, bounds[-1] + longest)], high)
-        if end is not None and self._carried(*end) & streams:
+        words = self._distinct(bounds)
+        while True:
+            end = self._like(
+                words, [(bounds[-1], e) for e in range(bounds[-1] + 1, bounds[-1] + longest)], bounds, high
+            )
+            if end is None or not self._carried(bounds[-1], end[1]) & streams:
+                break
             bounds.append(end[1])
-        before = [(b, bounds[0]) for b in range(max(low, bounds[0] - longest), bounds[0])]
-        begin = self._like(bounds[:2], before, high)
-        if begin is not None and self._carried(*begin) & streams and self._carried(low, begin[0]) & streams:
-            bounds.insert(0, begin[0])
-        return _Run(tuple(bounds), self.cuts[bounds[-1]].first - self.cuts[bounds[0]].last, self._regular(bounds))
+            if not end[0]:
+                break
+        while True:
+            before = [
+                (b, bounds[0])
+                for b in range(max(low, bounds[0] - longest), bounds[0])
+                if self._leads_to(b, bounds[0], bounds[1])
+            ]
+            begin = self._like(words, before, bounds, high)
+            if begin is None or not self._carried(begin[1], bounds[0]) & self._carried(low, begin[1]) & streams:
+                break
+            bounds.insert(0, begin[1])
+            if not begin[0]:
+                break
+        return bounds
+
+    def _begin(self, mark: int, other: int, front: int) -> int:
+        """The cut where the block of a mark begins, which lies `front` atoms before another mark."""
+        place, begin = self.cuts[other].last, self.cuts[other - front].last
+        here = self.cuts[mark].last
+        if self._equal(begin, here - (place - begin), place - begin):
+            # In the last block more cuts may show, for there what all blocks read dies.
+            exact = bisect.bisect_left(self.cuts, here - (place - begin), key=lambda c: c.last)
+            if self.cuts[exact].last == here - (place - begin):
+                return exact
+        return mark - front
+
+    def _divided(self, bounds: list[int], streams: set[Any]) -> list[int]:
+        """The same with blocks divided that are two: at cuts within them that are as narrow as those between them.
+
+        Most blocks have no such cut, or every block has one behind which it begins anew, with a part or all of itself.
+        """
+        words = [self._word(a, b) for a, b in pairwise(bounds)]
+        parts = []
+        for (a, b), word in zip(pairwise(bounds), words, strict=True):
+            # Where much glue follows the block, its end is the narrower one.
+            glued = any(len(w) < len(word) and word[: len(w)] == w for w in words)
+            width = self.cuts[a].width if glued else min(self.cuts[a].width, self.cuts[b].width)
+            inner = [c for c in range(a + 1, b) if self.cuts[c].width <= width and self._carried(a, c) & streams]
+            parts.append([a, *inner, b])
+        if 2 * sum(len(p) == 2 for p in parts) > len(parts):
+            whole = [w for p, w in zip(parts, words, strict=True) if len(p) == 2]
+            kept = [p if self._has_part(p, whole) else [p[0], p[-1]] for p in parts]
+            return [*(c for p in kept for c in p[:-1]), bounds[-1]]
+        pieces = [[self._word(a, b) for a, b in pairwise(p)] for p in parts]
+        for at in range(1, len(pieces[0]) - 1):
+            if all(len(p) > at + 1 and _begins_anew(p, at) for p in pieces):
+                return [*(c for p in parts for c in (p[0], p[at])), bounds[-1]]
+        return bounds
+
+    def _has_part(self, part: list[int], whole: list[list[int]]) -> bool:
+        """Whether what stands between two of these cuts is a block like those."""
+        return any(alike(self._word(a, b), w) >= REGULAR for a, b in pairwise(part) for w in whole)
 
     def _regular(self, bounds: list[int]) -> bool:
         """Whether no block looks like a part of the next one: one atom, and then two."""
@@ -331,25 +301,68 @@ class _Reading:
                 return False
         return True
 
-    def _chained(self, bounds: list[int]) -> bool:
-        """Whether every block reads something that the one before it made."""
+    def _chained(self, bounds: list[int]) -> list[list[int]]:
+        """The stretches of blocks each of which makes what it hands on out of what the one before it made."""
         places = [self.cuts[c].last for c in bounds]
-        return all(
-            any(a <= life.born < b and any(b <= u < c for u in life.uses) for life in self.lives)
-            for a, b, c in zip(places, places[1:], places[2:], strict=False)
-        )
+        end = len(self.letters) + 2
+        linked = True
+        stretches = [[bounds[-1]]]
+        for i in range(len(bounds) - 2, -1, -1):
+            stretches[-1].append(bounds[i])
+            if i:
+                a, b, c = places[i - 1 : i + 2]
+                # What the last block of a stretch makes may be for much later.
+                d = end if not linked or i + 2 == len(places) else places[i + 2]
+                linked = self._hands_on(a, b, c, d)
+                if not linked:
+                    stretches.append([bounds[i]])
+        return [s[::-1] for s in stretches[::-1] if len(s) > MIN_BLOCKS]
+
+    def _hands_on(self, a: int, b: int, c: int, d: int) -> bool:
+        """Whether operations `b` to `c` make something for those up to `d` out of what those from `a` on made."""
+        reached = {i for j in range(b, c) for i in self.operations.uses[j] if a <= self.lives[i].born < b}
+        for j in range(b, c):
+            if not reached.isdisjoint(self.operations.uses[j]):
+                reached.update(self.operations.makes[j])
+        return any(b <= self.lives[i].born and any(c <= u < d for u in self.lives[i].uses) for i in reached)
+
+    def _leads_to(self, a: int, b: int, c: int) -> bool:
+        """Whether most of what stands from cut `a` to cut `b` has a part in what is handed over cut `c`."""
+        begin, end, at = self.cuts[a].last, self.cuts[b].last, self.cuts[c].last
+        wanted = {i for j in range(at, 2 * at - begin) if j < len(self.letters) for i in self.operations.uses[j]}
+        wanted = {i for i in wanted if self.lives[i].born < at}
+        count = 0
+        for j in range(at - 1, begin - 1, -1):
+            if not wanted.isdisjoint(self.operations.makes[j]):
+                wanted |= self.operations.uses[j]
+                count += j < end
+        return 4 * count >= 3 * (end - begin)
 
     def _same(self, a: int, b: int) -> bool:
         return alike(self.atoms[a], self.atoms[b]) >= ALIKE
 
-    def _like(self, block: Sequence[int], candidates: list[tuple[int, int]], high: int) -> tuple[int, int] | None:
-        """The stretch that is most like a block, if one is like it."""
-        word = self._word(block[0], block[1])
-        scored = [(alike(word, self._word(*c)), c) for c in candidates if c[1] <= high]
-        if not scored:
-            return None
-        best = max(scored)
-        return best[1] if best[0] >= ALIKE_AT_END else None
+    def _distinct(self, bounds: list[int]) -> list[list[int]]:
+        """The kinds of blocks between cuts."""
+        return [list(w) for w in dict.fromkeys(tuple(self._word(a, b)) for a, b in pairwise(bounds))]
+
+    def _like(
+        self, words: list[list[int]], candidates: list[tuple[int, int]], bounds: list[int], high: int
+    ) -> tuple[bool, int] | None:
+        """The stretch that is most like a block, if one is like it; first of all one between equally narrow cuts.
+
+        Returns whether it is just like a block, and the cut that bounds it.
+        """
+        best: tuple[bool, bool, float, int, int] | None = None
+        for a, b in candidates:
+            if b > high:
+                continue
+            cut = a if b == bounds[0] else b
+            word = self._word(a, b)
+            likeness = max(alike(word, w) for w in words)
+            scored = (likeness == 1.0, self.cuts[cut].width <= self.cuts[bounds[1]].width, likeness, b - a, cut)
+            if likeness >= ALIKE_AT_END and (best is None or scored > best):
+                best = scored
+        return None if best is None else (best[0], best[-1])
 
     def _carried(self, a: int, b: int) -> set[Any]:
         """The forms of the tensors made between two cuts and used behind the second."""
@@ -365,8 +378,9 @@ class _Reading:
         lead = 0
         while all(len(s) > lead for s in stretches) and len({s[-1 - lead] for s in stretches}) == 1:
             lead += 1
-        lead = self._lead_in(run, lead)
+        lead = self._even_lead(run, self._lead_in(run, lead))
         places = [self.cuts[c].last - lead for c in run.cuts[:-1]]
+        places[0] = self._behind_preparation(places[0], places[1])
         if len(places) > 2:
             # A first or last block just like its neighbour is whole: what else the cut holds belongs to no block.
             size = places[2] - places[1]
@@ -392,6 +406,32 @@ class _Reading:
         """Whether the same operations stand at two places, as many as asked for."""
         return b + size <= len(self.letters) and self.letters[a : a + size] == self.letters[b : b + size]
 
+    def _behind_preparation(self, place: int, following: int) -> int:
+        """Where the first block begins as the one at `following` does, behind operations that prepare what all read."""
+        for p in range(place, following):
+            if self.letters[p] == self.letters[following]:
+                return p
+            if self.operations.varies[p]:
+                break
+        return place
+
+    def _even_lead(self, run: _Run, lead: int) -> int:
+        """The greatest lead, up to one, with which the first blocks read the same, and least that is theirs alone."""
+        starts = [self.cuts[c].last for c in run.cuts[:4]]
+        best: tuple[int, int] | None = None
+        for less in range(lead, -1, -1):
+            reads = [self._reads(a - less, b - less) for a, b in pairwise(starts)]
+            if Counter(form for _, form in reads[0]) != Counter(form for _, form in reads[1]):
+                continue
+            own = sum(number < starts[0] - less for number, _ in reads[1] - reads[-1])
+            if best is None or own < best[0]:
+                best = own, less
+        return lead if best is None else best[1]
+
+    def _reads(self, a: int, b: int) -> set[tuple[int, Form]]:
+        """What is made before a stretch of operations and read in it."""
+        return {(number, form) for j in range(a, b) for number, form in self.operations.reads[j] if number < a}
+
     def _lead_in(self, run: _Run, lead: int) -> int:
         """How far before their cuts the blocks begin: a step back where the last block does not end as the others.
 
@@ -414,6 +454,12 @@ class _Reading:
             if self.letters[p - MIN_ATOM : p] == last:
                 return p
         return place
+
+
+def _begins_anew(words: list[list[int]], at: int) -> bool:
+    """Whether the parts from number `at` on begin as those before it do: one attention and one feed-forward, say."""
+    first = [x for word in words[:2] for x in word]
+    return at > 1 and [x for word in words[at:] for x in word][: len(first)] == first
 
 
 def _better(a: _Run, b: _Run) -> bool:

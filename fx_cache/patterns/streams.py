@@ -109,7 +109,7 @@ class StackStreams:
             taken = set(following)
             # What goes on comes first: a long skip made beside it may continue the same value.
             for value in sorted(made, key=lambda v: v not in open_at):
-                before = self._before(boundary, value, taken)
+                before, begins = self._before(boundary, value, taken)
                 if value not in open_at:
                     if before is None:
                         continue
@@ -119,13 +119,19 @@ class StackStreams:
                 if before is not None:
                     taken.add(before)
                     open_at[value][boundary - 1] = before
-                    following[before] = open_at[value]
+                    if not begins:
+                        following[before] = open_at[value]
             open_at = following
         streams = [Stream(tuple(c)) for c in chains if self._made_by_blocks(c)]
         return sorted(streams, key=lambda s: not s.full)
 
     def _made_by_blocks(self, chain: list[fx.Node | None]) -> bool:
-        """Whether a block has a part in the values; what only glue carries on (a running sum) is no stream."""
+        """Whether blocks have a part in the values.
+
+        What only glue carries on (a running sum) is no stream, nor is what the last block alone adds to another.
+        """
+        if len(chain) > 2 and all(v is chain[0] for v in chain[:-1]):
+            return False
         for i, block in enumerate(self.stack.blocks):
             value, before = chain[i + 1], chain[i]
             if value is None or value is before:
@@ -136,24 +142,22 @@ class StackStreams:
                 return True
         return False
 
-    def _before(self, boundary: int, value: fx.Node, taken: set[fx.Node]) -> fx.Node | None:
-        """The value at the boundary before that `value` at `boundary` continues, or None."""
+    def _before(self, boundary: int, value: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node | None, bool]:
+        """What `value` at `boundary` continues at the one before, or None; and whether the stream begins there."""
         i = boundary - 1
         nodes = self._nodes[self.starts[i] : self.starts[i + 1]]
         # Only what the block itself reads: a tensor that is added between two blocks is no stream.
+        read = [c for c in self._inputs[i] if is_tensor(c) and not is_weight(c) and c not in taken]
         # Nor what was made before the stack and this block is the first to read (a tensor of its own).
-        candidates = [
-            c
-            for c in self._inputs[i]
-            if is_tensor(c)
-            and not is_weight(c)
-            and c not in taken
-            and (i == 0 or self._order[c] >= self.starts[0] or c in self._inputs[i - 1])
-        ]
+        own = {c for c in read if i > 0 and self._order[c] < self.starts[0] and c not in self._inputs[i - 1]}
         aligned = self._aligned(boundary, value)
-        if aligned in candidates and same_shape(aligned, value):
-            return aligned
-        return continues(value, candidates, nodes, self._order)
+        if aligned in read and same_shape(aligned, value):
+            return aligned, aligned in own
+        # What earlier blocks read and left as it was is a stream only if nothing that they made is.
+        made = [c for c in read if i == 0 or self._order[c] >= self.starts[0]]
+        left = [c for c in read if c not in made and c not in own]
+        found = continues(value, made, nodes, self._order) or continues(value, left, nodes, self._order)
+        return found, False
 
     def _aligned(self, boundary: int, value: fx.Node) -> fx.Node | None:
         """By structure: what block i reads where the next like block reads `value`, or the one before it made."""
@@ -163,10 +167,13 @@ class StackStreams:
             if value in following:
                 return self._inputs[i][following.index(value)]
         nodes = self.stack.blocks[i].nodes
-        if i > 0 and self._keys[i] == self._keys[i - 1] and value in nodes:
-            earlier = self.stack.blocks[i - 1].nodes[nodes.index(value)]
-            if earlier in self._inputs[i]:
-                return earlier
+        if i > 0 and value in nodes:
+            # The last block may make less than the others do, behind where it has done the same.
+            place = nodes.index(value)
+            earlier = self.stack.blocks[i - 1].nodes[: place + 1]
+            same = [n.target for n in earlier] == [n.target for n in nodes[: place + 1]]
+            if same and earlier[place] in self._inputs[i]:
+                return earlier[place]
         return None
 
     def _invariants(self) -> list[fx.Node]:

@@ -1,0 +1,206 @@
+"""The operations of a graph in a row, as the search for repeats sees them: what is alike, and what is alive where."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
+
+from fx_cache.patterns.graph import callee, descendants, is_tensor, is_weight, storage_key, value_of
+from fx_cache.patterns.inputs import classify_inputs
+
+Form = tuple[Any, ...]
+"""Shape and dtype of a tensor; the same for all sizes that are known at run time only."""
+
+
+class Operations:
+    """The operations of a graph that make a tensor.
+
+    Attributes:
+        nodes: they themselves, in the order in which they run.
+        letters: for each a number that is the same for like operations on weights of like shapes.
+        varies: whether it depends on what is denoised.
+        reads: what it reads beside weights: by which operation that is made (before all: a graph input), and its form.
+        lives: the tensors.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = [
+            n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module") and is_tensor(n)
+        ]
+        self.letters = _letters(self.nodes)
+        self.varies = _varies(graph, self.nodes)
+        self.reads = _reads(graph, self.nodes)
+        self.lives = _lives(graph, self.nodes)
+
+    @cached_property
+    def uses(self) -> list[set[int]]:
+        """By operation, the numbers of the tensors that it uses."""
+        return self._by_operation([life.uses for life in self.lives])
+
+    @cached_property
+    def makes(self) -> list[set[int]]:
+        """By operation, the numbers of the tensors that it makes, looks at in another shape, or writes to."""
+        return self._by_operation([life.makers for life in self.lives])
+
+    def _by_operation(self, numbers: list[frozenset[int]]) -> list[set[int]]:
+        found: list[set[int]] = [set() for _ in self.nodes]
+        for i, at in enumerate(numbers):
+            for j in at:
+                if 0 <= j < len(found):
+                    found[j].add(i)
+        return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A stretch of places, each before the operation of that number, with the same least number of tensors alive."""
+
+    first: int
+    last: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Life:
+    """A tensor's storage: made by operation `born`, used by `uses`, last by `dies`; `form` is what it holds.
+
+    `makers` are the operations that make it, look at it in another shape, or write to it.
+    """
+
+    born: int
+    dies: int
+    form: Form
+    uses: frozenset[int]
+    makers: frozenset[int]
+
+
+def _lives(graph: fx.Graph, ops: Sequence[fx.Node]) -> list[Life]:
+    number = {n: i for i, n in enumerate(ops)}
+    inputs = [n for n in graph.find_nodes(op="placeholder") if is_tensor(n) and not is_weight(n)]
+    holders: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
+    for i, node in [*((-1, n) for n in inputs), *enumerate(ops)]:
+        key = storage_key(node)
+        if key is not None:
+            holders[key].append((i, node))
+    found = []
+    handed_out: set[Any] = set()
+    for held in sorted(holders.values(), key=lambda h: -h[0][0]):
+        born, first = held[0]
+        form = _form(first)
+        uses = {number.get(u, i) for i, n in held for u in n.users if u.op != "output"}
+        # What a block hands out beside its stream (keys and values for a cache) is not carried through the others.
+        if not uses and form not in handed_out:
+            handed_out.add(form)
+            uses = {len(ops) + 1}
+        makers = frozenset(i for i, _ in held)
+        found.append(Life(born, max(uses | makers), form, frozenset(uses), makers))
+    return found
+
+
+def within_blocks(lives: list[Life], stacks: list[list[int]]) -> list[Life]:
+    """The same without what goes through a stack beside its streams: values all blocks read, and long skips."""
+    streams = [_steady(lives, places) for places in stacks]
+    found = []
+    for life in lives:
+        dies = life.dies
+        for places, forms in zip(stacks, streams, strict=True):
+            if life.born < places[1] and life.dies > places[2]:
+                if life.form not in forms if life.born >= places[0] else life.dies <= places[-1]:
+                    dies = life.born
+            elif places[1] <= life.born < places[-1] and life.form not in forms:
+                crossed = [p for p in places if life.born < p <= life.dies]
+                if len(crossed) > 1:
+                    dies = min(dies, (crossed[0] + crossed[1]) // 2)
+        found.append(replace(life, dies=dies))
+    return found
+
+
+def _steady(lives: list[Life], places: list[int]) -> set[Any]:
+    """The forms of which as many tensors made in a stack are alive behind each of its blocks: streams, and no skips."""
+    made = [life for life in lives if places[0] <= life.born < places[-1]]
+    # What the last but one block makes of a stream may be unused: the last one need not read it.
+    alive = [Counter(life.form for life in made if life.born < p <= life.dies) for p in places[1:-2] or places[1:-1]]
+    return {form for form in alive[0] if all(count[form] == alive[0][form] for count in alive)}
+
+
+def _varies(graph: fx.Graph, ops: Sequence[fx.Node]) -> list[bool]:
+    inputs = list(graph.find_nodes(op="placeholder"))
+    latents = classify_inputs(graph).latents
+    reached = descendants(graph, [inputs[i] for i in latents])
+    return [n in reached or not latents for n in ops]
+
+
+def _letters(ops: Sequence[fx.Node]) -> list[int]:
+    numbers: dict[Any, int] = {}
+    found = []
+    for node in ops:
+        weights = tuple(_form(a) for a in node.all_input_nodes if is_weight(a))
+        constants = tuple(
+            repr(a) for a in tree_leaves((node.args, node.kwargs)) if not isinstance(a, fx.Node) and a is not None
+        )
+        if node.op == "call_function" and constants and _counts_up(node):
+            constants = ()
+        found.append(numbers.setdefault((node.op, callee(node), constants, _form(node), weights), len(numbers)))
+    return found
+
+
+def _counts_up(node: fx.Node) -> bool:
+    """Whether the constants may be a block's number: an element taken out of a tensor that all blocks share."""
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _reads(graph: fx.Graph, ops: Sequence[fx.Node]) -> list[list[tuple[int, Form]]]:
+    number = {n: i for i, n in enumerate(ops)}
+    inputs = {n: -1 - i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+    return [
+        [
+            (number.get(a, inputs.get(a, -1)), _form(a))
+            for a in node.all_input_nodes
+            if is_tensor(a) and not is_weight(a)
+        ]
+        for node in ops
+    ]
+
+
+def _form(node: fx.Node) -> Form:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return (type(value).__name__,)
+    shape = tuple("?" if _unbacked(s) else str(s) for s in value.shape)
+    return shape, str(value.dtype)
+
+
+def _unbacked(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
+def find_cuts(count: int, lives: list[Life]) -> list[Cut]:
+    """Where the number of tensors alive is least, for stretches of equal number; the ends of the graph are cuts too."""
+    change = [0] * (count + 3)
+    for life in lives:
+        if life.dies > life.born:
+            change[life.born + 1] += 1
+            change[life.dies + 1] -= 1
+    alive = list(accumulate(change))[: count + 1]
+    cuts: list[Cut] = []
+    first = 0
+    for i in range(1, count + 2):
+        if i <= count and alive[i] == alive[first]:
+            continue
+        falls = first == 0 or alive[first - 1] > alive[first]
+        rises = i > count or alive[i] > alive[first]
+        if first == 0 or (falls and rises):
+            cuts.append(Cut(first, i - 1, alive[first]))
+        first = i
+    if cuts[-1].last < count:
+        cuts.append(Cut(count, count, alive[count]))
+    return cuts
