@@ -171,7 +171,7 @@ def _look(name: str, row: Row, steps: Sequence[dict[str, Any]]) -> None:
     cached = {s.graph for s in found.stacks if s.span is not None and s.graph is not None}
     if cached:
         row.detectors_agree = all(detectors_agree(graphs[i]) for i in cached)
-        row.same_without_metadata = all(_cuts(graphs[i], strip=False) == _cuts(graphs[i], strip=True) for i in cached)
+        row.same_without_metadata = all(cuts(graphs[i], strip=False) == cuts(graphs[i], strip=True) for i in cached)
 
 
 def detectors_agree(gm: fx.GraphModule) -> bool:
@@ -196,7 +196,7 @@ def detectors_agree(gm: fx.GraphModule) -> bool:
 METADATA = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
 
 
-def _cuts(gm: fx.GraphModule, *, strip: bool) -> list[tuple[Any, ...]]:
+def cuts(gm: fx.GraphModule, *, strip: bool) -> list[tuple[Any, ...]]:
     """For each span what is compared and what is stored, by name; with `strip` of a graph without metadata."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
@@ -322,24 +322,23 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     torch.set_num_threads(1)
-    rows = []
+    versions = {"torch": torch.__version__, "diffusers": _version("diffusers"), "cache-dit": _version("cache-dit")}
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
+        "versions": versions,
+        "rows": [],
+    }
     with torch.no_grad():
         for name in ZOO:
             if not fnmatch.fnmatch(name, args.only):
                 continue
             begin = time.perf_counter()
             row = measure(name)
-            rows.append(row)
+            record["rows"].append(asdict(row))
             print(f"{row.name}: {_line(row)} [{time.perf_counter() - begin:.0f} s]", flush=True)
-    versions = {"torch": torch.__version__, "diffusers": _version("diffusers"), "cache-dit": _version("cache-dit")}
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
-        "versions": versions,
-        "rows": [asdict(row) for row in rows],
-    }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _line(row: Row) -> str:

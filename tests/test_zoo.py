@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch import fx
 
 import fx_cache
-from benchmarks.zoo import ZOO, compile_zoo
+from benchmarks.zoo import NOT_FULLGRAPH, ZOO, compile_zoo, cuts, detectors_agree
 from tests.models import build, walk
 from tests.oracles import tensors
 from tests.running import last_branch, relative_error
@@ -15,9 +19,23 @@ from tests.running import last_branch, relative_error
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """The graphs that reach the backend, as they are captured."""
+    found: list[fx.GraphModule] = []
+    rewrite = fx_cache.backend.rewrite
+
+    def record(gm: fx.GraphModule, *args: Any) -> Any:
+        found.append(fx.GraphModule(gm, copy.deepcopy(gm.graph)))
+        return rewrite(gm, *args)
+
+    monkeypatch.setattr(fx_cache.backend, "rewrite", record)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
-def test_exact_and_right(name: str) -> None:
+def test_exact_and_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = recorded(monkeypatch)
     model, steps = build(name), walk(name, 3)
     expected = [tensors(model(**step)) for step in steps]
     compiled = compile_zoo(name)
@@ -31,3 +49,8 @@ def test_exact_and_right(name: str) -> None:
             output = tensors(compiled(**steps[0]))
     assert all(span["hits"] == [1] for span in last_branch(compiled)["spans"])
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected[0], output, strict=True) if a.any())
+    if name not in NOT_FULLGRAPH:
+        # The structure alone shows the same blocks, and without any metadata the same is compared and stored.
+        (graph,) = graphs
+        assert detectors_agree(graph)
+        assert cuts(graph, strip=True) == cuts(graph, strip=False)
