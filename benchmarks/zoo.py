@@ -6,7 +6,7 @@ whether cache-dit and diffusers' First Block Cache reuse at the same steps with 
 
 Options:
     --json FILE     where the rows go
-    --only PATTERN  classes by shell pattern
+    --only PATTERN  classes by shell pattern; may be given several times
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def _look(name: str, row: Row, steps: Sequence[dict[str, Any]]) -> None:
     row.graphs, row.spans, row.reason = found.graphs, len(found.spans), found.reason
     row.fullgraph = name not in NOT_FULLGRAPH
     row.stacks = [(s.name, s.blocks, s.pattern) for s in found.stacks if s.span is not None]
-    row.share = max((s for s in found.shares if s is not None), default=None)
+    shares = [s for s in found.shares if s is not None]
+    row.share = sum(shares) if shares else None
     graphs = captured(name)
     config = CacheConfig(Fn_compute_blocks=1, compiler="eager")
     begin = time.perf_counter()
@@ -317,7 +318,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="*")
+    parser.add_argument("--only", action="append")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
@@ -331,7 +332,7 @@ def main() -> None:
     }
     with torch.no_grad():
         for name in ZOO:
-            if not fnmatch.fnmatch(name, args.only):
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in args.only or ["*"]):
                 continue
             begin = time.perf_counter()
             row = measure(name)

@@ -57,10 +57,33 @@ class Model(nn.Module):
     def begin(self, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         return self.embed(latent), self.time(torch.stack([timestep.sin(), timestep.cos()], dim=-1))
 
+    def window(self, i: int, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        return self.blocks[i](x, text, time)
+
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
         x, time = self.begin(latent, timestep)
         for block in self.blocks:
             x, text = block(x, text, time)
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+class Joining(Model):
+    """Before every block tokens of its own are joined to the stream, and cut off behind it, between the graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("own", torch.randn(BLOCKS, 1, 7, WIDTH))
+
+    def window(self, i: int, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        x, text = self.blocks[i](torch.cat([x, self.own[i]], dim=1), text, time)
+        return x[:, :TOKENS], text
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for own, block in zip(self.own, self.blocks, strict=True):
+            x = torch.cat([x, own], dim=1)
+            x, text = block(x, text, time)
+            x = x[:, :TOKENS]
         return (self.out(x + text.mean(dim=1, keepdim=True)),)
 
 
@@ -76,9 +99,9 @@ class Oracle:
 
     def __call__(self, step: int, latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         x, time = self.model.begin(latent, timestep)
-        blocks, begin = list(self.model.blocks), x
-        for block in blocks[: self.fn]:
-            x, text = block(x, text, time)
+        begin = x
+        for i in range(self.fn):
+            x, text = self.model.window(i, x, text, time)
         probe, start = x - begin, (x, text)
         hit = False
         if step and self.probe is not None:
@@ -88,11 +111,11 @@ class Oracle:
             self.hits.append(step)
             x, text = x + self.added[0], text + self.added[1]
         else:
-            for block in blocks[self.fn : BLOCKS - self.bn]:
-                x, text = block(x, text, time)
+            for i in range(self.fn, BLOCKS - self.bn):
+                x, text = self.model.window(i, x, text, time)
             self.probe, self.added = probe, (x - start[0], text - start[1])
-        for block in blocks[BLOCKS - self.bn :]:
-            x, text = block(x, text, time)
+        for i in range(BLOCKS - self.bn, BLOCKS):
+            x, text = self.model.window(i, x, text, time)
         return self.model.out(x + text.mean(dim=1, keepdim=True))
 
 
@@ -131,8 +154,9 @@ def test_never_reusing_is_the_model_itself() -> None:
 
 
 @pytest.mark.parametrize(("fn", "bn"), [(1, 0), (2, 1), (1, 2)])
-def test_the_caching_rule(fn: int, bn: int) -> None:
-    model, steps = Model(), walk(2)
+@pytest.mark.parametrize("kind", [Model, Joining])
+def test_the_caching_rule(kind: type[Model], fn: int, bn: int) -> None:
+    model, steps = kind(), walk(2)
     threshold = threshold_of(model, steps, fn, bn)
     compiled = compile_broken(model, Fn_compute_blocks=fn, Bn_compute_blocks=bn, residual_diff_threshold=threshold)
     oracle = Oracle(model, fn, bn, threshold)

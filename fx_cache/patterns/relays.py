@@ -110,11 +110,19 @@ def _source(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class InputTrace:
-    """One tensor that a graph was called with: its form, who made it, and the user's inputs whose tokens it holds."""
+    """One tensor that a graph was called with.
+
+    Attributes:
+        form: shape and dtype.
+        made_by: who made it, or most of it.
+        tokens: the user's inputs whose tokens it holds.
+        others: how many tokens at its beginning and at its end are none of what was made, but were joined to that.
+    """
 
     form: Form
     made_by: Place | None
     tokens: frozenset[int]
+    others: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ class RelayStream:
         output: which of the tensors that it gives back it is, in the span's last block.
         form: shape and dtype.
         tokens: the user's inputs whose tokens it holds where it enters the first block.
+        others: how many tokens at its beginning and at its end are not handed on, but joined to it before every block.
     """
 
     name: str
@@ -153,6 +162,7 @@ class RelayStream:
     output: int
     form: Form
     tokens: frozenset[int]
+    others: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -307,6 +317,7 @@ def _stretch(calls: Sequence[Call], starts: Sequence[int], carried: set[str], at
     if len(starts) < MIN_BLOCKS or not carried:
         return
     found: dict[str, tuple[RelayStream, int]] = {}
+    given_back = False
     for name in sorted(carried):
         makers = {_maker(calls, calls[b].inputs[name].made_by) for b in starts[1:]}
         if len(makers) != 1:
@@ -317,10 +328,16 @@ def _stretch(calls: Sequence[Call], starts: Sequence[int], carried: set[str], at
         traced = calls[starts[0]].inputs[name]
         if all(n == 1 for n in counts) and place is not None:
             regular = next(i for i in range(starts[0], starts[1]) if calls[i].family == family)
-            last = _same_output(calls[regular], calls[place], output) if at_end else output
+            last = _same_output(calls[regular], calls[place], output)
+            given_back = given_back or last is not None
+            if not at_end:
+                last = output
             if last is not None:
-                found[name] = RelayStream(name, family, last, traced.form, traced.tokens), place
-    if found:
+                others = {calls[b].inputs[name].others for b in starts[1:]}
+                joined = others.pop() if len(others) == 1 else (0, 0)
+                found[name] = RelayStream(name, family, last, traced.form, traced.tokens, joined), place
+    # Calls whose last one gives back nothing like what the others do belong to two stacks.
+    if found and given_back:
         end = max(place for _, place in found.values())
         # The stream that goes on behind the blocks, and of which it is known what is denoised in it, before others.
         streams = [s for s, _ in found.values()]

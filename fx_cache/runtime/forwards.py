@@ -8,7 +8,7 @@ all its graphs run; there the forward is remembered too, and with the frame it e
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -63,6 +63,10 @@ class Moves:
     schedule: frozenset[int]
 
 
+Joined = tuple[Place, tuple[int, int]]
+"""An output, and how many tokens before and behind it belong to something else."""
+
+
 class Forward:
     """One execution of a compiled call.
 
@@ -92,6 +96,7 @@ class Forward:
         self._count = 0
         self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if _stored(t)}
         self._notes: dict[int, list[_Note]] = {}
+        self._held: dict[Place | None, frozenset[int]] = {}
         self._schedule: dict[int, torch.Tensor] = {}
 
     def tokens_of(self, value: Any) -> frozenset[int]:
@@ -119,17 +124,39 @@ class Forward:
             if _stored(output):
                 storage = output.untyped_storage()
                 held = frozenset().union(*(tokens[i] for i in sources))
+                self._held[self._count, k] = held
                 note = _Note(StorageWeakRef(storage), (self._count, k), _view(output), held)
                 self._notes.setdefault(storage._cdata, []).append(note)
         self._count += 1
 
-    def trace(self, family: Hashable, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Adds a call to `calls`; before its outputs are noted."""
+    def trace(
+        self,
+        family: Hashable,
+        facts: GraphFacts,
+        args: Sequence[Any],
+        outputs: Sequence[Any],
+        joined: Mapping[str, Joined],
+    ) -> None:
+        """Adds a call to `calls`; before its outputs are noted.
+
+        Args:
+            family: the code that was called.
+            facts: the graph.
+            args: what it was called with.
+            outputs: what it made.
+            joined: for inputs, by name, the output that they hold a part of; for those that no call made as they are.
+        """
+
+        def trace(name: str, value: torch.Tensor) -> InputTrace:
+            place, others = joined.get(name, (self.made_by(value), (0, 0)))
+            tokens = self.tokens_of(value) or self._held.get(place, frozenset())
+            return InputTrace(_form(value), place, tokens, others)
+
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}
         owner = next((name for i in facts.roles.weights if (name := self._owners.get(id(args[i])))), "")
         inputs = {
-            name: InputTrace(_form(a), self.made_by(a), self.tokens_of(a))
+            name: trace(name, a)
             for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
             if isinstance(a, torch.Tensor) and i not in facts.roles.weights
         }

@@ -9,11 +9,17 @@ from typing import Any, Protocol
 import torch
 
 from fx_cache.errors import FxCacheError
-from fx_cache.patterns.relays import GraphFacts, RelayPlan
-from fx_cache.runtime.forwards import Forward
+from fx_cache.patterns.relays import GraphFacts, RelayPlan, RelayStream
+from fx_cache.runtime.forwards import Forward, Joined
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.given import Control
 from fx_cache.runtime.sessions import Branch, Store
+
+RECENT = 16
+"""Calls back to which the outputs are looked through for what a tensor is made of."""
+
+HELD = 0.25
+"""The part of a tensor's tokens that are those of an output, at the same places, where it goes on from that."""
 
 
 class Graph(Protocol):
@@ -83,6 +89,30 @@ def _ends(plan: RelayPlan, family: Hashable) -> dict[int, int]:
     return {s.output: k for k, s in enumerate(plan.streams) if s.maker == family}
 
 
+def _probe(stream: RelayStream, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """What the head adds to a stream, without tokens that are joined to it before every block."""
+    begin, end = stream.others
+    if begin or end:
+        before, after = (x[:, begin : x.shape[1] - end] for x in (before, after))
+    return after - before
+
+
+def _joined_to(made: torch.Tensor, value: torch.Tensor) -> tuple[int, int] | None:
+    """How many tokens stand before and behind those of `made` in a tensor that holds many of them, from either end."""
+    if made.dtype != value.dtype or made.ndim != value.ndim or made.shape[2:] != value.shape[2:]:
+        return None
+    if made.shape[0] != value.shape[0]:
+        return None
+    count, longest = min(made.shape[1], value.shape[1]), value.shape[1]
+    for ours, offset in ((made[:, :count], 0), (made[:, made.shape[1] - count :], longest - count)):
+        there = value[:, offset : offset + count]
+        same = ((ours == there) & (there != 0)).transpose(0, 1).flatten(1).all(dim=1)
+        at = same.nonzero().flatten().tolist()
+        if at and len(at) >= HELD * longest and len(at) == at[-1] + 1 - at[0]:
+            return offset + at[0], longest - 1 - offset - at[-1]
+    return None
+
+
 class WatchRun:
     """The first forward: computes, and remembers everything that a span may turn out to need."""
 
@@ -98,11 +128,23 @@ class WatchRun:
             if isinstance(a, torch.Tensor) and i not in facts.roles.weights and self._is_new(forward, a)
         }
         outputs = graph.step(forward, args)
-        forward.trace(family, facts, args, outputs)
+        joined = {name: found for name, a in began.items() if (found := self._holds(a)) is not None}
+        forward.trace(family, facts, args, outputs, joined)
         forward.note(facts, args, outputs)
         self._began.append(began)
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
         return outputs
+
+    def _holds(self, value: torch.Tensor) -> Joined | None:
+        """Which output a tensor holds tokens of, where code between the graphs cut it and joined it with others."""
+        if value.ndim < 3 or not value.is_floating_point() or not value.numel():
+            return None
+        for i in range(len(self._outputs) - 1, max(-1, len(self._outputs) - 1 - RECENT), -1):
+            for k, output in enumerate(self._outputs[i]):
+                others = _joined_to(output, value) if isinstance(output, torch.Tensor) else None
+                if others is not None:
+                    return (i, k), others
+        return None
 
     def _is_new(self, forward: Forward, value: torch.Tensor) -> bool:
         """Whether a tensor is none of the outputs kept; in inference mode writes to those cannot be seen."""
@@ -132,7 +174,7 @@ class WatchRun:
             script.add(calls[i].family, self._outputs[i], ends, starts)
             ended |= set(ends.values())
             i += 1
-        return script.tensors(starts[0] - value(0, main)), script
+        return script.tensors(_probe(plan.streams[0], value(0, main), starts[0])), script
 
 
 class Leg:
@@ -181,7 +223,7 @@ class Leg:
         self._branch = branch
         # Copies: the graphs of the blocks, or code between them, may write to them.
         self._starts = [self._stream(graph, args, k).clone() for k in range(len(self._plan.streams))]
-        self._probe = self._starts[0] - self._head
+        self._probe = _probe(self._plan.streams[0], self._head, self._starts[0])
         slot = branch.slots[self._number]
         self._gate = SpanGate(store, branch, program, self._number, Control.of([]))
         probe = self._probe
