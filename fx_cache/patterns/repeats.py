@@ -4,6 +4,7 @@
    the attention and the feed-forward part of one. They divide the graph into atoms.
 2. *Blocks*: a kind of atom that returns (a feed-forward part, say) marks a block each time. What lies between two
    marks may differ from block to block, but not much.
+   A block that is two is divided, and blocks between which nothing is handed on belong to two stacks.
 3. *Boundaries*: within the stretch of a cut, every block begins where the ones after it do.
 """
 
@@ -204,7 +205,7 @@ class _Reading:
         return alike(self._word(marks[i], marks[i + 1]), self._word(marks[i - 1], marks[i])) >= ALIKE
 
     def _complete(self, marks: list[int], low: int, high: int) -> list[int] | None:
-        """Adds what belongs to the first and the last block, and a first or last block of another kind."""
+        """The cuts between the blocks that some marks show, the first and the last one of them whole."""
         step = min(b - a for a, b in pairwise(marks))
         front = 0
         while front < step - 1 and marks[0] - front > low and self._same(marks[0] - front - 1, marks[1] - front - 1):
@@ -222,13 +223,15 @@ class _Reading:
         streams = self._carried(bounds[-2], bounds[-1])
         if not streams or not (self.rough or self._narrow(bounds)):
             return None
-        bounds = self._divided(bounds, streams)
+        return self._extended(self._divided(bounds, streams), streams, low, high)
+
+    def _extended(self, bounds: list[int], streams: set[Any], low: int, high: int) -> list[int]:
+        """The same with blocks before and behind that are just like these, and a first or last one of another kind."""
         longest = 2 * max(b - a for a, b in pairwise(bounds))
         words = self._distinct(bounds)
         while True:
-            end = self._like(
-                words, [(bounds[-1], e) for e in range(bounds[-1] + 1, bounds[-1] + longest)], bounds, high
-            )
+            after = [(bounds[-1], e) for e in range(bounds[-1] + 1, bounds[-1] + longest)]
+            end = self._like(words, after, bounds, high)
             if end is None or not self._carried(bounds[-1], end[1]) & streams:
                 break
             bounds.append(end[1])
