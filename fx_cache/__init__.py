@@ -1,10 +1,10 @@
 """Caching for diffusion transformers as a torch.compile backend: ``torch.compile(model, backend="dit_cache")``."""
 
 from fx_cache.config import CacheConfig
-from fx_cache.control import configure, reset
+from fx_cache.control import configure, end, reset
 from fx_cache.debug.explain import explain
 from fx_cache.errors import CacheWarning, FxCacheError, OptionError, SessionError
-from fx_cache.runtime.sessions import session
+from fx_cache.runtime.named import session
 from fx_cache.runtime.summary import summary
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "OptionError",
     "SessionError",
     "configure",
+    "end",
     "explain",
     "reset",
     "session",

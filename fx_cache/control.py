@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fx_cache.errors import SessionError
+from fx_cache.runtime.named import check_name
 from fx_cache.runtime.registry import stores
 
 
@@ -39,3 +40,17 @@ def reset(model: torch.nn.Module | None = None) -> None:
     """
     for store in stores(model):
         store.reset()
+
+
+def end(name: str) -> None:
+    """Ends a named session in every model: what was cached of it is freed. Statistics stay.
+
+    A call under the name that is running goes on, and keeps nothing; a later one starts the session afresh. A name
+    that no call was made under is no error: a request may be aborted before its first step.
+
+    Raises:
+        SessionError: a name that is no non-empty string.
+    """
+    check_name("name", name)
+    for store in stores():
+        store.end(name)

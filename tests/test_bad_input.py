@@ -136,6 +136,20 @@ def test_a_session_needs_a_name(name, branch) -> None:
         pass
 
 
+def test_what_a_session_says_is_checked() -> None:
+    for step in (-1, 1.5, True, "3"):
+        with pytest.raises(fx_cache.SessionError, match="an integer >= 0"), fx_cache.session("r", step=step):
+            pass
+    with pytest.raises(fx_cache.OptionError, match="compile the model again"):
+        fx_cache.session("r", config={"Fn_compute_blocks": 2}).__enter__()
+    with pytest.raises(fx_cache.OptionError, match="'residual_diff_threshold'"):
+        fx_cache.session("r", config={"residual_diff_thresholds": 0.2}).__enter__()
+    with pytest.raises(fx_cache.OptionError, match="an integer >= 1"):
+        fx_cache.session("r", num_inference_steps=0).__enter__()
+    with pytest.raises(fx_cache.SessionError, match="non-empty string"):
+        fx_cache.end("")
+
+
 @pytest.mark.parametrize(("fn", "bn"), [(4, 0), (1, 3), (3, 1), (9, 9)])
 def test_too_many_blocks_in_head_and_tail(fn: int, bn: int) -> None:
     model = Stack([Block(8) for _ in range(4)])

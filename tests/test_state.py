@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 import fx_cache
+from fx_cache.runtime.gate import SpanGate
 from tests.models import build, conditioning, walk
 from tests.running import compile_cached, relative_error
 
@@ -321,3 +327,124 @@ def test_branches_told_apart_by_a_python_number() -> None:
     for e, g in zip(expected, got, strict=True):
         assert_equal(e, g)
     assert hits_of(compiled)
+
+
+def test_options_of_one_session() -> None:
+    alone = {threshold: Alone("wan", residual_diff_threshold=threshold) for threshold in (0.6, 0.5)}
+    steps = {threshold: walk("wan", 8, seed=k) for k, threshold in enumerate(alone)}
+    expected = {threshold: a.run(steps[threshold]) for threshold, a in alone.items()}
+    compiled = compile_cached(alone[0.6].model, max_warmup_steps=1, residual_diff_threshold=0.0)
+    got: dict[float, list[torch.Tensor]] = {threshold: [] for threshold in alone}
+    for i in range(8):
+        for threshold in alone:
+            with fx_cache.session(f"at {threshold}", config={"residual_diff_threshold": threshold}):
+                got[threshold].append(compiled(**steps[threshold][i])[0].clone())
+    for threshold in alone:
+        assert_equal(expected[threshold], got[threshold])
+    assert torch.equal(compiled(**steps[0.6][7])[0], alone[0.6].model(**steps[0.6][7])[0])  # outside: never
+
+
+def test_steps_by_number() -> None:
+    alone = Alone("dit")
+    steps = walk("dit", 8)
+    expected, compiled = alone.run(steps), alone.compiled()
+
+    def run(numbers: list[int]) -> list[torch.Tensor]:
+        outputs = []
+        for i in numbers:
+            with fx_cache.session("request", branch="only", step=i):
+                outputs.append(compiled(**steps[i])[0].clone())
+        return outputs
+
+    assert_equal(expected, run(list(range(8))))
+    # A smaller number starts afresh; the same number twice, as samplers of second order do, computes.
+    assert_equal(expected, run(list(range(8))))
+    assert_equal(expected[:4], run([0, 1, 2, 3]))
+    (again,) = run([3])
+    assert torch.equal(again, alone.model(**steps[3])[0])
+    sessions = fx_cache.summary(compiled).to_dict()["sessions"]
+    assert sessions[-1]["branches"][0]["spans"][0]["misses"][3] == "same step twice"
+
+
+def test_num_inference_steps_of_one_session() -> None:
+    alone = Alone("dit")
+    steps = walk("dit", 8)
+    first, second, compiled = alone.run(steps[:4]), alone.run(steps[4:]), alone.compiled()
+    with fx_cache.session("request", branch="only", num_inference_steps=4):
+        got = [compiled(**step)[0].clone() for step in steps]
+    assert_equal([*first, *second], got)
+
+
+def test_an_ended_session_is_freed_and_starts_afresh() -> None:
+    alone = Alone("flux", residual_diff_threshold=1.0)
+    steps = walk("flux", 4)
+    compiled = alone.compiled()
+    with fx_cache.session("gone", branch="only"):
+        for step in steps[:3]:
+            compiled(**step)
+    with fx_cache.session("stays", branch="only"):
+        compiled(**steps[0])
+    fx_cache.end("gone")
+    fx_cache.end("never seen")
+    spans = {s["name"]: s["branches"][0]["spans"][0] for s in fx_cache.summary(compiled).to_dict()["sessions"]}
+    assert spans["gone"]["bytes"] == 0 and spans["gone"]["hits"] == [1, 2]
+    assert spans["stays"]["bytes"] > 0
+    with fx_cache.session("gone", branch="only"):
+        assert torch.equal(compiled(**steps[3])[0], alone.model(**steps[3])[0])
+
+
+def in_threads(calls: list[Callable[[], object]]) -> list[object]:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [f.result() for f in [pool.submit(call) for call in calls]]
+
+
+def test_threads_with_sessions_of_their_own() -> None:
+    alone = Alone("dit")
+    walks = [walk("dit", 8, seed=k) for k in range(3)]
+    expected, compiled = [alone.run(steps) for steps in walks], alone.compiled()
+    compiled(**walks[0][0])
+    fx_cache.reset(compiled)
+
+    def run(k: int) -> list[torch.Tensor]:
+        with torch.no_grad(), fx_cache.session(f"thread {k}"):
+            return [compiled(**step)[0].clone() for step in walks[k]]
+
+    for outputs, got in zip(expected, in_threads([partial(run, k) for k in range(3)]), strict=True):
+        assert_equal(outputs, got)
+
+
+@pytest.mark.parametrize("name", ["request", None])
+def test_two_threads_in_one_request(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name that is an error; by the data the second one computes, and leaves the first one's state alone."""
+    alone = Alone("dit", residual_diff_threshold=1.0)
+    steps, compiled = walk("dit", 4), alone.compiled()
+    named = partial(fx_cache.session, name, branch="only") if name else contextlib.nullcontext
+    with named():
+        expected = [compiled(**step)[0].clone() for step in steps[:2]]
+    inside, go_on = threading.Event(), threading.Event()
+    decide = SpanGate.__call__
+
+    def wait(gate: SpanGate, measure: Callable[[], torch.Tensor]) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert go_on.wait(60)
+        return decide(gate, measure)
+
+    def third() -> torch.Tensor:
+        with torch.no_grad(), named():
+            return compiled(**steps[2])[0].clone()
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(SpanGate, "__call__", wait)
+        running = pool.submit(third)
+        assert inside.wait(60)
+        if name:
+            with named(), pytest.raises(fx_cache.SessionError, match="another thread"):
+                compiled(**steps[3])
+        else:
+            assert torch.equal(compiled(**steps[3])[0], alone.model(**steps[3])[0])
+        go_on.set()
+        got = running.result()
+    fresh = alone.compiled()
+    with named():
+        assert_equal([*expected, got], [fresh(**step)[0].clone() for step in steps[:3]])

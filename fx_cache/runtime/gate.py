@@ -50,7 +50,7 @@ class SpanGate:
 
     def _settle(self) -> Verdict:
         branch, slot = self._branch, self._branch.slots[self._span]
-        verdict = decide(self._store.config, slot.counters, self._step, filled=slot.tensors is not None)
+        verdict = decide(self._branch.config, slot.counters, self._step, filled=slot.tensors is not None)
         if verdict.reuse is not False and branch.doubt is not None:
             return Verdict(False, branch.doubt)
         if verdict.reuse is not False and not self.control.same(slot.control):
@@ -61,4 +61,4 @@ class SpanGate:
 
     def _judge(self, diff: float) -> Verdict:
         self._counters.measured(self._step, diff)
-        return judge(self._store.config, diff)
+        return judge(self._branch.config, diff)

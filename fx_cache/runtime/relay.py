@@ -143,7 +143,7 @@ class Relay:
             self.store = self.store or store_of(forward.weight, self.config)
             branch = context.run(self.open, forward)  # in the session that it ran in, whichever is open now
             for slot, plan in zip(branch.slots, self.plans, strict=True):
-                verdict = decide(self.store.config, slot.counters, branch.record.step, filled=False)
+                verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
                 slot.tensors, slot.script = run.kept(forward, plan)
                 slot.control, slot.open = Control.of([]), False
                 slot.counters.record(branch.record.step, verdict.reason or "nothing cached")
@@ -161,6 +161,7 @@ class Relay:
             branch = self.store.begin(self.program, len(self.plans), given)
         for slot in branch.slots:
             slot.open = True
+        branch.busy = False  # its forward is many calls: what marks one that is broken off is `open`
         return branch
 
     @property

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
-from contextvars import ContextVar
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from fx_cache.errors import SessionError
 from fx_cache.runtime.clock import Clock, Direction, Move, read_schedule
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.identity import StorageHold
+from fx_cache.runtime.named import NamedSession, named_session
 from fx_cache.runtime.policy import Counters
 
 MAX_BRANCHES = 32
@@ -30,42 +30,10 @@ MAX_PENDING = 128
 FOREVER = 1 << 62
 """A number of steps that no request has."""
 
+BUSY = "another thread is at a step of this request"
+STEP_REPEATED = "same step twice"
 REPEATED = "same timestep twice: which request it belongs to is not known"
 NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
-
-
-@dataclass(frozen=True)
-class NamedSession:
-    """What `session` says about the calls inside it."""
-
-    name: str
-    branch: str | None
-
-
-_named: ContextVar[NamedSession | None] = ContextVar("fx_cache_session", default=None)
-
-
-@contextlib.contextmanager
-def session(name: str, branch: str | None = None) -> Iterator[None]:
-    """Says to which request, and to which of its branches, the calls inside belong. Per thread and task; nestable.
-
-    Args:
-        name: the request; its cached tensors are never used for another name.
-        branch: one of its passes (``"cond"``, ``"uncond"``); None: told apart by the conditioning inputs.
-
-    A timestep that goes back, or another shape, dtype or device, starts the request afresh.
-
-    Raises:
-        SessionError: a name that is no non-empty string.
-    """
-    for what, value in (("name", name), ("branch", branch)):
-        if not (isinstance(value, str) and value) and not (what == "branch" and value is None):
-            raise SessionError(f"session {what}: got {value!r}; expected a non-empty string; pass the request's id.")
-    token = _named.set(NamedSession(name, branch))
-    try:
-        yield
-    finally:
-        _named.reset(token)
 
 
 @dataclass
@@ -118,10 +86,16 @@ class Branch:
         blind: whether it may reuse without measuring: only while its place in the request is certain.
         doubt: why it computes from now on; None while there is no doubt.
         pending: schedule values that lie on a device and were not read yet, one tensor a step.
+        config: the configuration in force at its present step.
+        owner: name of the session that it belongs to, or None.
+        busy: whether a call of it is running.
     """
 
-    def __init__(self, key: Hashable, form: Hashable, hold: StorageHold, spans: int) -> None:
+    def __init__(self, key: Hashable, form: Hashable, hold: StorageHold, spans: int, config: CacheConfig) -> None:
         self.key = key
+        self.config = config
+        self.owner: str | None = None
+        self.busy = False
         self.form = form
         self.hold = hold
         self.clock = Clock()
@@ -159,17 +133,32 @@ class Store:
         self._branches: OrderedDict[Hashable, Branch] = OrderedDict()
         self._directions: dict[Hashable, Direction] = {}
         self._count = 0
+        self._lock = threading.RLock()
 
     def reset(self) -> None:
         """Forgets everything that could be reused. Statistics stay."""
-        for branch in self._branches.values():
-            branch.drop()
-        self._branches.clear()
+        with self._lock:
+            for branch in list(self._branches.values()):
+                self.discard(branch)
+
+    def end(self, name: str) -> None:
+        """Forgets what could be reused of one named session. Statistics stay."""
+        with self._lock:
+            for branch in [b for b in self._branches.values() if b.owner == name]:
+                self.discard(branch)
 
     def discard(self, branch: Branch) -> None:
-        branch.drop()
-        if self._branches.get(branch.key) is branch:
-            del self._branches[branch.key]
+        with self._lock:
+            branch.drop()
+            if self._branches.get(branch.key) is branch:
+                del self._branches[branch.key]
+
+    def release(self, branch: Branch) -> None:
+        """A call is over. A branch that was discarded meanwhile keeps nothing of it."""
+        with self._lock:
+            branch.busy = False
+            if self._branches.get(branch.key) is not branch:
+                branch.drop()
 
     def forget(self, branch: Branch) -> None:
         """Discards a branch, and its statistics."""
@@ -187,8 +176,12 @@ class Store:
             spans: number of spans in the graph.
             given: what the call was given.
         """
+        with self._lock:
+            return self._begin(program, spans, given, named_session())
+
+    def _begin(self, program: Hashable, spans: int, given: Given, named: NamedSession | None) -> Branch:
         self._purge()
-        named = _named.get()
+        config = self.config if named is None else named.config(self.config)
         form: Hashable = (program, given.form)
         controls = tuple(c.identity for c in given.controls)
         hold = given.hold
@@ -196,24 +189,41 @@ class Store:
         if named is None:
             base = (program, given.form, given.identity)
         elif named.branch is None:
-            base = (named, given.identity)
+            base = (named.key, given.identity)
         else:
-            base, controls, hold = (named, ()), (), _nothing
+            base, controls, hold = (named.key, ()), (), _nothing
         key = (base, controls)
         branch = self._branches.get(key) or self._with_other_controls(base, key, program, given)
+        if branch is not None and branch.busy:
+            return self._beside(branch, form, spans, named)
         if branch is None or branch.form != form:
             if branch is not None:
                 self.discard(branch)
-            branch = Branch(key, form, hold(), spans)
+            branch = Branch(key, form, hold(), spans, config)
+            branch.owner = None if named is None else named.name
             self._branches[key] = branch
             while len(self._branches) > MAX_BRANCHES:
                 self.discard(next(iter(self._branches.values())))
         self._branches.move_to_end(key)
+        branch.config = config
         self._advance(branch, program, given.schedule, named)
         if given.doubt is not None and (named is None or named.branch is None):
             branch.doubt, branch.doubt_until = given.doubt, FOREVER
         if len(branch.pending) >= MAX_PENDING:
             self.read_pending(branch, program)
+        branch.busy = True
+        return branch
+
+    def _beside(self, busy: Branch, form: Hashable, spans: int, named: NamedSession | None) -> Branch:
+        """A branch for one call, of a request at whose step another thread is: it computes, and keeps nothing."""
+        if named is not None:
+            raise SessionError(
+                f"session {named.name!r}: got a call while another thread is at a step of the same branch; expected "
+                "one call of a branch at a time; give each thread its own session or branch, or let it wait."
+            )
+        branch = Branch(object(), form, _nothing(), spans, busy.config)
+        self.restart(branch, named)
+        branch.doubt, branch.doubt_until = BUSY, FOREVER
         return branch
 
     def _with_other_controls(
@@ -236,6 +246,9 @@ class Store:
     def _advance(
         self, branch: Branch, program: Hashable, schedule: list[torch.Tensor], named: NamedSession | None
     ) -> None:
+        if named is not None and named.step is not None:
+            self._go_to(branch, named.step, named)
+            return
         values = read_schedule(schedule) if schedule else ()
         if isinstance(values, torch.Tensor):
             move = Move.NEXT if branch.slots else Move.START
@@ -246,10 +259,20 @@ class Store:
             move = Move.NEXT if branch.slots else Move.START
             if named is None:
                 branch.doubt, branch.doubt_until = NO_SCHEDULE, FOREVER
-        last = self.config.num_inference_steps
+        last = branch.config.num_inference_steps
         if last is not None and branch.slots and branch.record.step + 1 >= last:
             move = Move.BACK
         self._apply(branch, move, named)
+
+    def _go_to(self, branch: Branch, step: int, named: NamedSession) -> None:
+        """Goes on to a step whose number is given."""
+        branch.pending.clear()
+        branch.blind, branch.doubt = True, None
+        if not branch.slots or step < branch.record.step:
+            self.restart(branch, named)
+        elif step == branch.record.step:
+            branch.doubt, branch.doubt_until = STEP_REPEATED, step
+        branch.record.step = step
 
     def _move(self, branch: Branch, program: Hashable, values: tuple[float, ...]) -> Move:
         sure = branch.clock.direction
@@ -297,7 +320,7 @@ class Store:
         since then move to it; what they computed stays usable, what was cached before them does not.
         """
         began: int | None = None
-        named = _named.get()
+        named = named_session()
         for i, row in enumerate(rows):
             move = self._move(branch, program, tuple(row))
             if move is Move.BACK:

@@ -87,6 +87,12 @@ class CachedForward:
 
     def _run(self, store: Store, given: Given, args: Sequence[Any]) -> tuple[Branch, Any]:
         branch = store.begin(self._program, len(self._sizes), given)
+        try:
+            return branch, self._compute_or_reuse(store, branch, given, args)
+        finally:
+            store.release(branch)
+
+    def _compute_or_reuse(self, store: Store, branch: Branch, given: Given, args: Sequence[Any]) -> Any:
         gates = [SpanGate(store, branch, self._program, k, control) for k, control in enumerate(given.controls)]
         state: list[Any] = []
         for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
@@ -101,7 +107,7 @@ class CachedForward:
             if gate.reason is not None:
                 slot.control = gate.control
             slot.counters.record(branch.record.step, gate.reason)
-        return branch, outputs
+        return outputs
 
     def _store(self, args: Sequence[Any]) -> Store:
         anchor = None if self._anchor is None else args[self._anchor]
