@@ -50,8 +50,8 @@ own (a graph break in the blocks, or a loop that Dynamo leaves to Python); one d
   carry one sequence of text and image. Its probe is the image part, ours the whole.
 - **WanVACE.** In cache-dit's patched forward each block takes its hint off the end of a list. On a hit the skipped blocks
   take none, and the blocks behind them get those. First Block Cache compares the first block alone, ours with its hint.
-- **HiDream.** The second list is fed by code between the graphs that joins tensors anew: no graph hands a stream on, and
-  it is not cached. cache-dit caches both.
+- **HunyuanImage with glyph text.** Its blocks lie in graphs of their own, and then each list has a span of its own; First
+  Block Cache has one for both.
 - **Not found without a name.** Classes with no timestep among their inputs (plain 2D transformers inside a UNet,
   decoders) compute until a request is named with `fx_cache.session`: nothing says when one ends. A pass that writes keys
   and values into a cache object is never taken for a step of a request.
