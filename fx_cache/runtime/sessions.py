@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -168,6 +168,11 @@ class Store:
             if not home.branches:
                 self.sessions.remove(home)
 
+    def records(self) -> list[SessionRecord]:
+        """The statistics of all sessions, while other threads go on."""
+        with self._lock:
+            return [replace(s, branches=list(s.branches)) for s in self.sessions]
+
     def begin(self, program: Hashable, spans: int, given: Given) -> Branch:
         """Finds or opens the branch that a call belongs to, and counts the step.
 
@@ -310,7 +315,8 @@ class Store:
         parts = [*branch.pending] + ([] if diff is None else [diff.reshape(1).to(branch.pending[0])])
         numbers = torch.cat(parts).tolist()
         branch.pending.clear()
-        self.resolve(branch, program, [numbers[i * width : (i + 1) * width] for i in range(count)])
+        with self._lock:
+            self.resolve(branch, program, [numbers[i * width : (i + 1) * width] for i in range(count)])
         return None if diff is None else float(numbers[-1])
 
     def resolve(self, branch: Branch, program: Hashable, rows: list[list[float]]) -> None:

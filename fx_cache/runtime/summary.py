@@ -54,7 +54,7 @@ def summarize(found: Iterable[Store]) -> Summary:
     """The statistics of some stores."""
     sessions = []
     for store in found:
-        for record in store.sessions:
+        for record in store.records():
             branches = [{"name": b.name, "spans": [_span(slot) for slot in b.slots]} for b in record.branches]
             sessions.append({"name": record.name, "branches": branches})
     return Summary(tuple(sessions))
