@@ -48,13 +48,19 @@ own (a graph break in the blocks, or a loop that Dynamo leaves to Python); one d
   is the first block alone, ours the first block and what is added behind it.
 - **BriaFibo.** cache-dit takes the blocks of its second list as two streams, by a rewritten forward; in the graph they
   carry one sequence of text and image. Its probe is the image part, ours the whole.
+- **Other rows that compute another output in cache-dit, or fail in it** (AnyFlow FAR, Bria, ConsisID, Cosmos3, FLUX.2 with
+  cached keys, LTX2): measured with a threshold at which nothing is reused, so no caching rule has a part in it.
 - **WanVACE.** In cache-dit's patched forward each block takes its hint off the end of a list. On a hit the skipped blocks
   take none, and the blocks behind them get those. First Block Cache compares the first block alone, ours with its hint.
 - **HunyuanImage with glyph text.** Its blocks lie in graphs of their own, and then each list has a span of its own; First
   Block Cache has one for both.
+- **Latte, plain 2D transformers.** Where a block of ours is a pair of theirs, or an unnamed request computes (below), First
+  Block Cache reuses at other steps.
 - **Not found without a name.** Classes with no timestep among their inputs (plain 2D transformers inside a UNet,
-  decoders) compute until a request is named with `fx_cache.session`: nothing says when one ends. A pass that writes keys
-  and values into a cache object is never taken for a step of a request.
+  decoders) compute until a request is named with `fx_cache.session`: nothing says when one ends. So do those whose blocks
+  carry several inputs of the latent's kind in one stream (Framepack, WanAnimate): which of them is denoised the graph does
+  not show, and every step is taken for a request of its own. A pass that writes keys and values into a cache object is
+  never taken for a step of a request.
 """
 
 
