@@ -39,6 +39,7 @@ from fx_cache.passes.separate_sequences import separate_sequences
 from fx_cache.patterns.chains import Chain, chains, read_stacks
 from fx_cache.patterns.inputs import classify_inputs
 from fx_cache.patterns.repeats import GLUE, find_repeats
+from fx_cache.patterns.spans import plan_spans
 from fx_cache.patterns.streams import StackStreams
 from fx_cache.patterns.work import Work
 from tests.models import MODELS, build, walk
@@ -207,7 +208,10 @@ def cuts(gm: fx.GraphModule, *, strip: bool) -> list[tuple[Any, ...]]:
     for node in graph.nodes if strip else ():
         for key in METADATA:
             node.meta.pop(key, None)
-    plan = rewrite(fx.GraphModule(gm, graph), CacheConfig(Fn_compute_blocks=1, compiler="eager")).plan
+    prepared = fx.GraphModule(gm, graph)
+    name_inputs(prepared, None)
+    separate_sequences(prepared, None)
+    plan = plan_spans(prepared.graph, CacheConfig(Fn_compute_blocks=1, compiler="eager"))
     return [
         (s.probe[0].name, s.probe[1].name, sorted((lo.value.name, lo.rule) for lo in s.live_outs)) for s in plan.spans
     ]
