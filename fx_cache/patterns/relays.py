@@ -67,7 +67,6 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
 
     Args:
         gm: the graph as Dynamo captured it.
-        random: an operation that draws random numbers, or None.
         broken: place and reason of the graph break that ends it, or None.
         gradients: why nothing that it makes may be reused, or None.
         span_share: the part of its FLOPs in spans of its own.

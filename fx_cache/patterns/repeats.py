@@ -121,6 +121,8 @@ class _Reading:
         self.letters = operations.letters
         self.lives = lives
         self.rough = False
+        self._complete_of: dict[tuple[tuple[int, ...], int, int], list[int]] = {}
+        self._leading: dict[tuple[int, int, int], bool] = {}
         self.cuts = find_cuts(len(self.letters), lives)
         self.atoms = [tuple(self.letters[a.last : b.first]) for a, b in pairwise(self.cuts)]
 
@@ -223,7 +225,11 @@ class _Reading:
         streams = self._carried(bounds[-2], bounds[-1])
         if not streams or not (self.rough or self._narrow(bounds)):
             return None
-        return self._extended(self._divided(bounds, streams), streams, low, high)
+        # The marks of one stack, an attention and a feed-forward part, show the same blocks.
+        key = (tuple(bounds), low, high)
+        if key not in self._complete_of:
+            self._complete_of[key] = self._extended(self._divided(bounds, streams), streams, low, high)
+        return list(self._complete_of[key])
 
     def _extended(self, bounds: list[int], streams: set[Any], low: int, high: int) -> list[int]:
         """The same with blocks before and behind that are just like these, and a first or last one of another kind."""
@@ -238,11 +244,7 @@ class _Reading:
             if not end[0]:
                 break
         while True:
-            before = [
-                (b, bounds[0])
-                for b in range(max(low, bounds[0] - longest), bounds[0])
-                if self._leads_to(b, bounds[0], bounds[1])
-            ]
+            before = [(b, bounds[0]) for b in range(max(low, bounds[0] - longest), bounds[0])]
             begin = self._like(words, before, bounds, high)
             if begin is None or not self._carried(begin[1], bounds[0]) & self._carried(low, begin[1]) & streams:
                 break
@@ -331,13 +333,18 @@ class _Reading:
 
     def _leads_to(self, a: int, b: int, c: int) -> bool:
         """Whether most of what stands from cut `a` to cut `b` has a part in what is handed over cut `c`."""
+        if (a, b, c) not in self._leading:
+            self._leading[a, b, c] = self._look_back(a, b, c)
+        return self._leading[a, b, c]
+
+    def _look_back(self, a: int, b: int, c: int) -> bool:
         begin, end, at = self.cuts[a].last, self.cuts[b].last, self.cuts[c].last
-        wanted = {i for j in range(at, 2 * at - begin) if j < len(self.letters) for i in self.operations.uses[j]}
-        wanted = {i for i in wanted if self.lives[i].born < at}
+        needed = {i for j in range(at, 2 * at - begin) if j < len(self.letters) for i in self.operations.uses[j]}
+        needed = {i for i in needed if self.lives[i].born < at}
         count = 0
         for j in range(at - 1, begin - 1, -1):
-            if not wanted.isdisjoint(self.operations.makes[j]):
-                wanted |= self.operations.uses[j]
+            if not needed.isdisjoint(self.operations.makes[j]):
+                needed |= self.operations.uses[j]
                 count += j < end
         return 4 * count >= 3 * (end - begin)
 
@@ -363,7 +370,10 @@ class _Reading:
             word = self._word(a, b)
             likeness = max(alike(word, w) for w in words)
             scored = (likeness == 1.0, self.cuts[cut].width <= self.cuts[bounds[1]].width, likeness, b - a, cut)
-            if likeness >= ALIKE_AT_END and (best is None or scored > best):
+            if likeness < ALIKE_AT_END or (best is not None and scored <= best):
+                continue
+            # Before the first block may stand the end of another stack.
+            if b != bounds[0] or self._leads_to(a, b, bounds[1]):
                 best = scored
         return None if best is None else (best[0], best[-1])
 

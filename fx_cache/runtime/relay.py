@@ -229,6 +229,8 @@ class RelayRun:
             self._legs.pop(0)
             if not self._legs:
                 self._relay.misfits = 0
+                assert self._relay.store is not None and self._branch is not None
+                self._relay.store.release(self._branch)
         forward.note(graph.facts, args, outputs)
         return outputs
 
