@@ -51,6 +51,10 @@ class Operations:
         """By operation, the numbers of the tensors that it makes, looks at in another shape, or writes to."""
         return self._by_operation([life.makers for life in self.lives])
 
+    def equal(self, a: int, b: int, size: int) -> bool:
+        """Whether the same operations stand at two places, as many as asked for."""
+        return b + size <= len(self.letters) and self.letters[a : a + size] == self.letters[b : b + size]
+
     def _by_operation(self, numbers: list[frozenset[int]]) -> list[set[int]]:
         found: list[set[int]] = [set() for _ in self.nodes]
         for i, at in enumerate(numbers):
@@ -58,6 +62,34 @@ class Operations:
                 if 0 <= j < len(found):
                     found[j].add(i)
         return found
+
+
+class Ancestry:
+    """Which operations have a part in what is made before a place and used right behind it; looked up when asked."""
+
+    def __init__(self, operations: Operations, place: int, until: int) -> None:
+        """
+        Args:
+            operations: the graph.
+            place: number of the operation before which it is made.
+            until: number of the operation before which it is used.
+        """
+        self._operations = operations
+        self._place = place
+        used = {i for uses in operations.uses[place:until] for i in uses}
+        self._needed = {i for i in used if operations.lives[i].born < place}
+        self._counts = [0]
+
+    def count(self, begin: int, end: int) -> int:
+        """How many of the operations from `begin` to `end`, before the place."""
+        uses, makes = self._operations.uses, self._operations.makes
+        while len(self._counts) <= self._place - begin:
+            j = self._place - len(self._counts)
+            part = not self._needed.isdisjoint(makes[j])
+            if part:
+                self._needed |= uses[j]
+            self._counts.append(self._counts[-1] + part)
+        return self._counts[self._place - begin] - self._counts[self._place - end]
 
 
 @dataclass(frozen=True)

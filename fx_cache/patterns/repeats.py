@@ -13,28 +13,23 @@ from __future__ import annotations
 import bisect
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 from torch import fx
 
+from fx_cache.patterns.boundaries import GLUE, MIN_ATOM, Boundaries
 from fx_cache.patterns.graph import is_tensor, is_tensor_sequence, is_weight
-from fx_cache.patterns.operations import Form, Life, Operations, find_cuts, within_blocks
+from fx_cache.patterns.operations import Ancestry, Life, Operations, find_cuts, within_blocks
 from fx_cache.patterns.stacks import MIN_BLOCKS, Block, Stack
-
-MIN_ATOM = 3
-"""Operations that an atom has at least: less is glue."""
 
 REFINEMENTS = 2
 """How often the cuts are made anew, knowing the stacks so far."""
 
 REGULAR = 0.8
 """How alike blocks are on the average where some of them have more atoms than others."""
-
-GLUE = 8
-"""Operations between two stacks that may lie within one cut."""
 
 ALIKE = 0.5
 """Part of the operations of two neighbouring blocks, of those of both, that are the same."""
@@ -49,7 +44,7 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
     if not operations.nodes:
         return []
     ops, letters = operations.nodes, operations.letters
-    stacks = rough = _Reading(operations, operations.lives).stacks(rough=True)
+    stacks = rough = _Reading(operations, operations.lives, rough=True).stacks()
     # What all blocks read dies somewhere in the last one, and a long skip in a later one: that is no end of a block.
     for _ in range(REFINEMENTS):
         stacks = _Reading(operations, within_blocks(operations.lives, stacks)).stacks()
@@ -116,23 +111,26 @@ class _Run:
 class _Reading:
     """The search for blocks in one sequence of operations, divided at its cuts."""
 
-    def __init__(self, operations: Operations, lives: list[Life]) -> None:
+    def __init__(self, operations: Operations, lives: list[Life], *, rough: bool = False) -> None:
+        """
+        Args:
+            operations: the graph.
+            lives: its tensors, each as long as it counts as alive here.
+            rough: take also stacks within whose blocks less is alive than between them.
+        """
         self.operations = operations
         self.letters = operations.letters
         self.lives = lives
-        self.rough = False
+        self.rough = rough
         self._complete_of: dict[tuple[tuple[int, ...], int, int], list[int]] = {}
-        self._leading: dict[tuple[int, int, int], bool] = {}
+        self._ancestries: dict[tuple[int, int], Ancestry] = {}
+        self._words: dict[tuple[int, int], list[int]] = {}
+        self._by_birth = sorted(lives, key=lambda life: life.born)
         self.cuts = find_cuts(len(self.letters), lives)
         self.atoms = [tuple(self.letters[a.last : b.first]) for a, b in pairwise(self.cuts)]
 
-    def stacks(self, rough: bool = False) -> list[list[int]]:
-        """For each stack the places of its boundaries: the stack that covers most operations is taken first.
-
-        Args:
-            rough: take also stacks within whose blocks less is alive than between them.
-        """
-        self.rough = rough
+    def stacks(self) -> list[list[int]]:
+        """For each stack the places of its boundaries: the stack that covers most operations is taken first."""
         free = [(0, len(self.atoms))]
         runs = []
         while free:
@@ -154,12 +152,15 @@ class _Reading:
             places[-1] = min(places[-1], following[0])
         return found
 
+    def _places(self, run: _Run) -> list[int]:
+        return Boundaries(self.operations).places([self.cuts[c] for c in run.cuts])
+
     def _word(self, a: int, b: int) -> list[int]:
         """The operations from cut `a` to cut `b` that have to do with a stream."""
-        begin, end = self.cuts[a].last, self.cuts[b].first
-        return [
-            x for x, varies in zip(self.letters[begin:end], self.operations.varies[begin:end], strict=True) if varies
-        ]
+        if (a, b) not in self._words:
+            begin, end = self.cuts[a].last, self.cuts[b].first
+            self._words[a, b] = list(compress(self.letters[begin:end], self.operations.varies[begin:end]))
+        return self._words[a, b]
 
     def _best_run(self, low: int, high: int) -> _Run | None:
         marks: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -211,7 +212,7 @@ class _Reading:
         step = min(b - a for a, b in pairwise(marks))
         front = 0
         while front < step - 1 and marks[0] - front > low and self._same(marks[0] - front - 1, marks[1] - front - 1):
-            if not self._leads_to(marks[0] - front - 1, marks[0] - front, marks[1]):
+            if not self._leads_to(marks[0] - front - 1, marks[0] - front, (marks[0], marks[1])):
                 break
             front += 1
         back, room = 0, step - 1 - front
@@ -257,7 +258,7 @@ class _Reading:
         """The cut where the block of a mark begins, which lies `front` atoms before another mark."""
         place, begin = self.cuts[other].last, self.cuts[other - front].last
         here = self.cuts[mark].last
-        if self._equal(begin, here - (place - begin), place - begin):
+        if self.operations.equal(begin, here - (place - begin), place - begin):
             # In the last block more cuts may show, for there what all blocks read dies.
             exact = bisect.bisect_left(self.cuts, here - (place - begin), key=lambda c: c.last)
             if self.cuts[exact].last == here - (place - begin):
@@ -331,22 +332,13 @@ class _Reading:
                 reached.update(self.operations.makes[j])
         return any(b <= self.lives[i].born and any(c <= u < d for u in self.lives[i].uses) for i in reached)
 
-    def _leads_to(self, a: int, b: int, c: int) -> bool:
-        """Whether most of what stands from cut `a` to cut `b` has a part in what is handed over cut `c`."""
-        if (a, b, c) not in self._leading:
-            self._leading[a, b, c] = self._look_back(a, b, c)
-        return self._leading[a, b, c]
-
-    def _look_back(self, a: int, b: int, c: int) -> bool:
-        begin, end, at = self.cuts[a].last, self.cuts[b].last, self.cuts[c].last
-        needed = {i for j in range(at, 2 * at - begin) if j < len(self.letters) for i in self.operations.uses[j]}
-        needed = {i for i in needed if self.lives[i].born < at}
-        count = 0
-        for j in range(at - 1, begin - 1, -1):
-            if not needed.isdisjoint(self.operations.makes[j]):
-                needed |= self.operations.uses[j]
-                count += j < end
-        return 4 * count >= 3 * (end - begin)
+    def _leads_to(self, a: int, b: int, block: tuple[int, int]) -> bool:
+        """Whether most of what stands from cut `a` to cut `b` has a part in what a block hands on to the next one."""
+        begin, end = self.cuts[a].last, self.cuts[b].last
+        if block not in self._ancestries:
+            at = self.cuts[block[1]].last
+            self._ancestries[block] = Ancestry(self.operations, at, 2 * at - self.cuts[block[0]].last)
+        return 4 * self._ancestries[block].count(begin, end) >= 3 * (end - begin)
 
     def _same(self, a: int, b: int) -> bool:
         return alike(self.atoms[a], self.atoms[b]) >= ALIKE
@@ -373,100 +365,15 @@ class _Reading:
             if likeness < ALIKE_AT_END or (best is not None and scored <= best):
                 continue
             # Before the first block may stand the end of another stack.
-            if b != bounds[0] or self._leads_to(a, b, bounds[1]):
+            if b != bounds[0] or self._leads_to(a, b, (bounds[0], bounds[1])):
                 best = scored
         return None if best is None else (best[0], best[-1])
 
     def _carried(self, a: int, b: int) -> set[Any]:
         """The forms of the tensors made between two cuts and used behind the second."""
         begin, end = self.cuts[a].last, self.cuts[b].first
-        return {life.form for life in self.lives if begin <= life.born < end <= life.dies}
-
-    def _places(self, run: _Run) -> list[int]:
-        """One place out of each cut: as early as all blocks, seen from where they use their stream, begin alike."""
-        first, *others = run.cuts[:-1]
-        stretches = [self.letters[self.cuts[c].first : self.cuts[c].last] for c in others]
-        # Before the first block other streams may still be apart, and the cut be shorter.
-        stretches.append(self.letters[max(0, self.cuts[first].last - max(map(len, stretches))) : self.cuts[first].last])
-        lead = 0
-        while all(len(s) > lead for s in stretches) and len({s[-1 - lead] for s in stretches}) == 1:
-            lead += 1
-        lead = self._even_lead(run, self._lead_in(run, lead))
-        places = [self.cuts[c].last - lead for c in run.cuts[:-1]]
-        places[0] = self._behind_preparation(places[0], places[1])
-        if len(places) > 2:
-            # A first or last block just like its neighbour is whole: what else the cut holds belongs to no block.
-            size = places[2] - places[1]
-            if size <= places[1] and self._equal(places[1] - size, places[1], size):
-                places[0] = places[1] - size
-        size = places[-1] - places[-2]
-        if self._equal(places[-2], places[-1], size):
-            # So may more blocks behind it: where from then on ever fewer tensors are alive, no cut shows the last one.
-            while self._equal(places[-2], places[-1], places[-1] - places[-2]):
-                places.append(2 * places[-1] - places[-2])
-            return places
-        glue = stretches[-2][: len(stretches[-2]) - lead]
-        end = self.cuts[run.cuts[-1]]
-        place = self._behind(end.first, self.cuts[run.cuts[-2]].first)
-        for letter in self.letters[place : end.last]:
-            if letter not in glue:
-                break
-            glue = glue[glue.index(letter) + 1 :]
-            place += 1
-        return [*places, place]
-
-    def _equal(self, a: int, b: int, size: int) -> bool:
-        """Whether the same operations stand at two places, as many as asked for."""
-        return b + size <= len(self.letters) and self.letters[a : a + size] == self.letters[b : b + size]
-
-    def _behind_preparation(self, place: int, following: int) -> int:
-        """Where the first block begins as the one at `following` does, behind operations that prepare what all read."""
-        for p in range(place, following):
-            if self.letters[p] == self.letters[following]:
-                return p
-            if self.operations.varies[p]:
-                break
-        return place
-
-    def _even_lead(self, run: _Run, lead: int) -> int:
-        """The greatest lead, up to one, with which the first blocks read the same, and least that is theirs alone."""
-        starts = [self.cuts[c].last for c in run.cuts[:4]]
-        best: tuple[int, int] | None = None
-        for less in range(lead, -1, -1):
-            reads = [self._reads(a - less, b - less) for a, b in pairwise(starts)]
-            if Counter(form for _, form in reads[0]) != Counter(form for _, form in reads[1]):
-                continue
-            own = sum(number < starts[0] - less for number, _ in reads[1] - reads[-1])
-            if best is None or own < best[0]:
-                best = own, less
-        return lead if best is None else best[1]
-
-    def _reads(self, a: int, b: int) -> set[tuple[int, Form]]:
-        """What is made before a stretch of operations and read in it."""
-        return {(number, form) for j in range(a, b) for number, form in self.operations.reads[j] if number < a}
-
-    def _lead_in(self, run: _Run, lead: int) -> int:
-        """How far before their cuts the blocks begin: a step back where the last block does not end as the others.
-
-        Streams that are joined where a block begins make the cut there narrower than the boundary before it.
-        """
-        starts = [self.cuts[c].last for c in run.cuts[:-1]]
-        end = self.cuts[run.cuts[-1]]
-        behind = self.letters[end.first - 1 : end.last]
-        for more in range(lead, lead + GLUE):
-            if min(starts) <= more or len({self.letters[s - more] for s in starts} if more > lead else {0}) > 1:
-                break
-            if self.letters[starts[-1] - more - 1] in behind:
-                return more
-        return lead
-
-    def _behind(self, place: int, pattern: int) -> int:
-        """The end of a block, at `place` or shortly before it, where it ends as the block before `pattern` does."""
-        last = self.letters[pattern - MIN_ATOM : pattern]
-        for p in range(place, max(place - GLUE, 0), -1):
-            if self.letters[p - MIN_ATOM : p] == last:
-                return p
-        return place
+        first, last = (bisect.bisect_left(self._by_birth, place, key=lambda life: life.born) for place in (begin, end))
+        return {life.form for life in self._by_birth[first:last] if life.dies >= end}
 
 
 def _begins_anew(words: list[list[int]], at: int) -> bool:
@@ -484,11 +391,12 @@ def _better(a: _Run, b: _Run) -> bool:
     return (len(a.cuts), a.operations) > (len(b.cuts), b.operations)
 
 
-def alike(a: Iterable[Any], b: Iterable[Any]) -> float:
+def alike(a: Sequence[Any], b: Sequence[Any]) -> float:
     """The common part of two bags of operations, of all that is in them: 0.0 to 1.0."""
     left, right = Counter(a), Counter(b)
-    union = (left | right).total()
-    return (left & right).total() / union if union else 1.0
+    common = sum(min(count, right[x]) for x, count in left.items() if x in right)
+    union = len(a) + len(b) - common
+    return common / union if union else 1.0
 
 
 def same_boundaries(graph: fx.Graph, one: Sequence[Stack], other: Sequence[Stack]) -> bool:
