@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from tests.models import build, conditioning, walk
 from tests.running import compile_cached
 from tests.test_state import REUSING, hits_of
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUESTS = {
     "cond": (0, 0, 0),
     "uncond": (1, 0, 1),
@@ -45,11 +43,16 @@ def alone(name: str, which: str, path: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "flux"])
 def test_every_request_is_what_a_fresh_process_gives(name: str, tmp_path: Path) -> None:
+    # Forked from a process that has imported this file and run nothing.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.test_fresh_process"])
     expected = {}
     for which in REQUESTS:
-        path = str(tmp_path / "outputs.pt")
-        code = f"from tests.test_fresh_process import alone; alone({name!r}, {which!r}, {path!r})"
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+        path = tmp_path / f"{which}.pt"
+        process = processes.Process(target=alone, args=(name, which, str(path)))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, which
         expected[which] = torch.load(path)
     compiled = compile_cached(build(name), **REUSING)
     prompts: dict = {}

@@ -79,7 +79,7 @@ class Boundaries:
 
     def _reads(self, a: int, b: int) -> set[tuple[int, Form]]:
         """What is made before a stretch of operations and read in it."""
-        return {(number, form) for j in range(a, b) for number, form in self._operations.reads[j] if number < a}
+        return {(number, form) for j in range(a, b) for number, form in self._operations.reads(j) if number < a}
 
     def _lead_in(self, cuts: Sequence[Cut], lead: int) -> int:
         """How far before their cuts the blocks begin: a step back where the last block does not end as the others.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_leaves
 
 from fx_cache.patterns.graph import callee, descendants, is_tensor, is_weight, storage_key, value_of
 from fx_cache.patterns.inputs import classify_inputs
@@ -28,18 +27,25 @@ class Operations:
         nodes: they themselves, in the order in which they run.
         letters: for each a number that is the same for like operations on weights of like shapes.
         varies: whether it depends on what is denoised.
-        reads: what it reads beside weights: by which operation that is made (before all: a graph input), and its form.
         lives: the tensors.
+        reads: what an operation reads beside weights: which operation makes it (below 0: a graph input), and its form.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = [
             n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module") and is_tensor(n)
         ]
-        self.letters = _letters(self.nodes)
+        self._form = cache(_form)
+        self.reads = cache(self._reads)
+        self.letters = _letters(self.nodes, self._form)
         self.varies = _varies(graph, self.nodes)
-        self.reads = _reads(graph, self.nodes)
-        self.lives = _lives(graph, self.nodes)
+        self._makers = {n: -1 - i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+        self._makers |= {n: i for i, n in enumerate(self.nodes)}
+        self.lives = _lives(graph, self.nodes, self._form)
+
+    def _reads(self, operation: int) -> list[tuple[int, Form]]:
+        inputs = [a for a in self.nodes[operation].all_input_nodes if is_tensor(a) and not is_weight(a)]
+        return [(self._makers.get(a, -1), self._form(a)) for a in inputs]
 
     @cached_property
     def uses(self) -> list[set[int]]:
@@ -115,7 +121,7 @@ class Life:
     makers: frozenset[int]
 
 
-def _lives(graph: fx.Graph, ops: Sequence[fx.Node]) -> list[Life]:
+def _lives(graph: fx.Graph, ops: Sequence[fx.Node], form_of: Callable[[fx.Node], Form]) -> list[Life]:
     number = {n: i for i, n in enumerate(ops)}
     inputs = [n for n in graph.find_nodes(op="placeholder") if is_tensor(n) and not is_weight(n)]
     holders: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
@@ -127,7 +133,7 @@ def _lives(graph: fx.Graph, ops: Sequence[fx.Node]) -> list[Life]:
     handed_out: set[Any] = set()
     for held in sorted(holders.values(), key=lambda h: -h[0][0]):
         born, first = held[0]
-        form = _form(first)
+        form = form_of(first)
         uses = {number.get(u, i) for i, n in held for u in n.users if u.op != "output"}
         # What a block hands out beside its stream (keys and values for a cache) is not carried through the others.
         if not uses and form not in handed_out:
@@ -171,36 +177,32 @@ def _varies(graph: fx.Graph, ops: Sequence[fx.Node]) -> list[bool]:
     return [n in reached or not latents for n in ops]
 
 
-def _letters(ops: Sequence[fx.Node]) -> list[int]:
+def _letters(ops: Sequence[fx.Node], form_of: Callable[[fx.Node], Form]) -> list[int]:
     numbers: dict[Any, int] = {}
     found = []
     for node in ops:
-        weights = tuple(_form(a) for a in node.all_input_nodes if is_weight(a))
-        constants = tuple(
-            repr(a) for a in tree_leaves((node.args, node.kwargs)) if not isinstance(a, fx.Node) and a is not None
-        )
+        weights = tuple(form_of(a) for a in node.all_input_nodes if is_weight(a))
+        constants = (*_constants(node.args), *_constants(node.kwargs))
         if node.op == "call_function" and constants and _counts_up(node):
             constants = ()
-        found.append(numbers.setdefault((node.op, callee(node), constants, _form(node), weights), len(numbers)))
+        found.append(numbers.setdefault((node.op, callee(node), constants, form_of(node), weights), len(numbers)))
     return found
+
+
+def _constants(value: Any) -> Iterator[str]:
+    """What stands among the arguments of an operation beside nodes."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _constants(item)
+    elif isinstance(value, dict):
+        yield from _constants(tuple(value.values()))
+    elif value is not None and not isinstance(value, fx.Node):
+        yield repr(value)
 
 
 def _counts_up(node: fx.Node) -> bool:
     """Whether the constants may be a block's number: an element taken out of a tensor that all blocks share."""
     return getattr(node.target, "__name__", "") == "getitem"
-
-
-def _reads(graph: fx.Graph, ops: Sequence[fx.Node]) -> list[list[tuple[int, Form]]]:
-    number = {n: i for i, n in enumerate(ops)}
-    inputs = {n: -1 - i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
-    return [
-        [
-            (number.get(a, inputs.get(a, -1)), _form(a))
-            for a in node.all_input_nodes
-            if is_tensor(a) and not is_weight(a)
-        ]
-        for node in ops
-    ]
 
 
 def _form(node: fx.Node) -> Form:

@@ -47,7 +47,9 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
     stacks = rough = _Reading(operations, operations.lives, rough=True).stacks()
     # What all blocks read dies somewhere in the last one, and a long skip in a later one: that is no end of a block.
     for _ in range(REFINEMENTS):
-        stacks = _Reading(operations, within_blocks(operations.lives, stacks)).stacks()
+        before, stacks = stacks, _Reading(operations, within_blocks(operations.lives, stacks)).stacks()
+        if stacks == before:
+            break
     stacks = rough if _lost_some(rough, stacks) else stacks
     order = {n: i for i, n in enumerate(graph.nodes)}
     nodes = list(graph.nodes)
@@ -360,7 +362,9 @@ class _Reading:
                 continue
             cut = a if b == bounds[0] else b
             word = self._word(a, b)
-            likeness = max(alike(word, w) for w in words)
+            # What is much longer than a block, or much shorter, is not like it.
+            fitting = [w for w in words if min(len(w), len(word)) >= ALIKE_AT_END * max(len(w), len(word))]
+            likeness = max((alike(word, w) for w in fitting), default=0.0)
             scored = (likeness == 1.0, self.cuts[cut].width <= self.cuts[bounds[1]].width, likeness, b - a, cut)
             if likeness < ALIKE_AT_END or (best is not None and scored <= best):
                 continue
@@ -394,7 +398,7 @@ def _better(a: _Run, b: _Run) -> bool:
 def alike(a: Sequence[Any], b: Sequence[Any]) -> float:
     """The common part of two bags of operations, of all that is in them: 0.0 to 1.0."""
     left, right = Counter(a), Counter(b)
-    common = sum(min(count, right[x]) for x, count in left.items() if x in right)
+    common = sum(min(count, right[x]) for x, count in left.items() if x in right) if a != b else len(a)
     union = len(a) + len(b) - common
     return common / union if union else 1.0
 
