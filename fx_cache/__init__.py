@@ -1,7 +1,7 @@
 """Caching for diffusion transformers as a torch.compile backend: ``torch.compile(model, backend="dit_cache")``."""
 
 from fx_cache.config import CacheConfig
-from fx_cache.control import configure, end, reset
+from fx_cache.control import configure, end, offload, reset
 from fx_cache.debug.explain import explain
 from fx_cache.errors import CacheWarning, FxCacheError, OptionError, SessionError
 from fx_cache.runtime.named import session
@@ -16,6 +16,7 @@ __all__ = [
     "configure",
     "end",
     "explain",
+    "offload",
     "reset",
     "session",
     "summary",

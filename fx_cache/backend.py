@@ -21,7 +21,7 @@ from fx_cache.passes import PIPELINE
 from fx_cache.passes.dump import Dump
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
 from fx_cache.patterns.explanation import Explanation
-from fx_cache.patterns.graph import hinted_shape, is_weight, value_of
+from fx_cache.patterns.graph import hinted_shape, is_tensor, is_weight, storage_key, value_of, written_inputs
 from fx_cache.patterns.relays import read_facts
 from fx_cache.patterns.spans import Plan
 from fx_cache.runtime.forwards import Forward, surroundings
@@ -93,6 +93,7 @@ def dit_cache(
         facts.program,
         tuple((s.stacks, tuple(s.blocks.values()), tuple(lo.rule for lo in s.live_outs)) for s in spans),
         _anchor(gm, plan),
+        _guarded(gm, plan),
         config,
         facts,
         frozenset() if whole else _latents_given(gm, plan, around.forward),
@@ -194,6 +195,17 @@ def _state_sizes(gm: fx.GraphModule) -> list[int]:
     """For each span, how many tensors its new state has: the second result of a rewritten graph."""
     output = next(iter(gm.graph.find_nodes(op="output")))
     return [len(state) for state in output.args[0][1]]
+
+
+def _guarded(gm: fx.GraphModule, plan: Plan) -> list[int]:
+    """Positions of the weights that the graph does not write to: if one of them changes, somebody changed it.
+
+    With dynamic shapes numbers that the module holds come as tensors, made anew at every call; those are not looked at.
+    """
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    written = {storage_key(a) for n in gm.graph.nodes for a in written_inputs(n)} - {None}
+    held = [i for i in plan.roles.weights if is_tensor(inputs[i]) and storage_key(inputs[i]) not in written]
+    return [i for i in held if value_of(inputs[i]).ndim or isinstance(value_of(inputs[i]), torch.nn.Parameter)]
 
 
 def _anchor(gm: fx.GraphModule, plan: Plan) -> int | None:

@@ -38,6 +38,10 @@ class CacheConfig:
         max_cached_steps: reused steps a request may have; -1: no limit.
         max_continuous_cached_steps: reused steps in a row; -1: no limit.
         num_inference_steps: steps of a request, where known: the step after the last one starts a new request.
+        max_sessions: requests that may hold cached tensors at a time; the one used longest ago is dropped for a new
+            one, and computes.
+        max_bytes: bytes that cached tensors may take up, where they were made; those used longest ago are dropped,
+            and computed anew. None: no limit.
     """
 
     Fn_compute_blocks: int = 8
@@ -49,6 +53,8 @@ class CacheConfig:
     max_cached_steps: int = -1
     max_continuous_cached_steps: int = -1
     num_inference_steps: int | None = None
+    max_sessions: int = 32
+    max_bytes: int | None = None
     scope: Scope = "model"
     compiler: str = "inductor"
     dump_dir: str | None = None
@@ -62,6 +68,9 @@ class CacheConfig:
         _check_int(self, "max_continuous_cached_steps", -1)
         if self.num_inference_steps is not None:
             _check_int(self, "num_inference_steps", 1)
+        _check_int(self, "max_sessions", 1)
+        if self.max_bytes is not None:
+            _check_int(self, "max_bytes", 0)
         _check_number(self, "residual_diff_threshold")
         if self.max_accumulated_residual_diff_threshold is not None:
             _check_number(self, "max_accumulated_residual_diff_threshold")

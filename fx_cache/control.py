@@ -54,3 +54,17 @@ def end(name: str) -> None:
     check_name("name", name)
     for store in stores():
         store.end(name)
+
+
+def offload(name: str) -> None:
+    """Moves what is cached of a named session to the host, in every model; its next step brings it back.
+
+    A branch at whose step a call is, and a span over several graphs, stay where they are. A name that no call was made
+    under is no error.
+
+    Raises:
+        SessionError: a name that is no non-empty string.
+    """
+    check_name("name", name)
+    for store in stores():
+        store.offload(name)

@@ -100,7 +100,7 @@ def test_the_backend_is_found_by_name_without_an_import() -> None:
 
 
 def test_public_surface() -> None:
-    expected = {"CacheConfig", "explain", "summary", "reset", "session", "end", "configure"}
+    expected = {"CacheConfig", "explain", "summary", "reset", "session", "end", "offload", "configure"}
     errors = {"FxCacheError", "OptionError", "SessionError", "CacheWarning"}
     assert set(fx_cache.__all__) == expected | errors
     assert all(getattr(fx_cache, name).__doc__ for name in fx_cache.__all__)

@@ -33,7 +33,7 @@ def ours(config: fx_cache.CacheConfig, diffs: list[float]) -> list[int]:
 
 def theirs(config: fx_cache.CacheConfig, diffs: list[float]) -> list[int]:
     """cache-dit's `can_cache` on probes whose diff to the stored probe of ones is what `diffs` says."""
-    names = [n for n in fx_cache.CacheConfig.__dataclass_fields__ if n not in ("scope", "compiler", "dump_dir")]
+    names = [n for n in fx_cache.CacheConfig.__dataclass_fields__ if n in DBCacheConfig.__dataclass_fields__]
     manager = CachedContextManager("policy")
     manager.new_context(name="c", cache_config=DBCacheConfig(**{n: getattr(config, n) for n in names}))
     manager.set_context("c")

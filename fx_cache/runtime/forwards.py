@@ -25,8 +25,7 @@ from fx_cache.patterns.inputs import InputRoles, differs_in_channels
 from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.identity import SMALL, StorageHold, identity_key, signature
-
-UNKNOWN_LATENT = "which input is denoised is not known: name the request and its branch with fx_cache.session"
+from fx_cache.runtime.moves import UNKNOWN_LATENT, Moves
 
 _KEPT_AS = "__fx_cache_forward__"
 _MACHINERY = (
@@ -55,14 +54,6 @@ class _Note:
     tokens: frozenset[int]
 
 
-@dataclass(frozen=True)
-class Moves:
-    """Numbers of the inputs that change from step to step: those that are denoised, and the timestep and the like."""
-
-    latents: frozenset[int]
-    schedule: frozenset[int]
-
-
 Joined = tuple[Place, tuple[int, int]]
 """An output, and how many tokens before and behind it belong to something else."""
 
@@ -88,7 +79,7 @@ class Forward:
         self.keys = [identity_key([v]) if comparable(v) else None for v in inputs]
         self._times = {i: v.clone() for i, v in enumerate(inputs) if _stored(v) and v.numel() <= SMALL}
         self.calls: list[Call] = []
-        self.moves = Moves(frozenset(), frozenset())
+        self.moves = Moves()
         self.weight: torch.Tensor | None = None
         self.branches: dict[str, tuple[Any, Any]] = {}
         self.run: Any = None
@@ -233,6 +224,11 @@ class Surroundings:
         """The execution of the compiled call."""
         return None if self.compiled_call is None else _forward_of(self.compiled_call)
 
+    @property
+    def root(self) -> Any:
+        """The module or function that was compiled; None outside a compiled call."""
+        return None if self.compiled_call is None else _root_of(self.compiled_call.f_locals)
+
 
 def surroundings() -> Surroundings:
     """Where this is called."""
@@ -262,12 +258,16 @@ def _forward_of(frame: FrameType) -> Forward:
     """The forward of a compiled call's frame: made at the first look."""
     local = frame.f_locals
     if _KEPT_AS not in local:
-        called = local.get("fn")
         given = (local.get("args"), local.get("kwargs"))
-        local[_KEPT_AS] = Forward(getattr(called, "__self__", called), _contents(given))
+        local[_KEPT_AS] = Forward(_root_of(local), _contents(given))
     found = local[_KEPT_AS]
     assert isinstance(found, Forward)
     return found
+
+
+def _root_of(local: Mapping[str, Any]) -> Any:
+    called = local.get("fn")
+    return getattr(called, "__self__", called)
 
 
 def _contents(value: Any, depth: int = 0) -> list[Any]:

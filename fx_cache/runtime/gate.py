@@ -8,7 +8,8 @@ import torch
 
 from fx_cache.runtime.given import Control
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
-from fx_cache.runtime.sessions import Branch, Store
+from fx_cache.runtime.sessions import Store
+from fx_cache.runtime.slots import Branch
 
 
 class SpanGate:
@@ -51,6 +52,8 @@ class SpanGate:
     def _settle(self) -> Verdict:
         branch, slot = self._branch, self._branch.slots[self._span]
         verdict = decide(self._branch.config, slot.counters, self._step, filled=slot.tensors is not None)
+        if verdict.reason == "nothing cached" and slot.lost is not None:
+            return Verdict(False, slot.lost)
         if verdict.reuse is not False and branch.doubt is not None:
             return Verdict(False, branch.doubt)
         if verdict.reuse is not False and not self.control.same(slot.control):

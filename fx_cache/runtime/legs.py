@@ -13,7 +13,8 @@ from fx_cache.patterns.relays import GraphFacts, RelayPlan, RelayStream
 from fx_cache.runtime.forwards import Forward, Joined
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.given import Control
-from fx_cache.runtime.sessions import Branch, Store
+from fx_cache.runtime.sessions import Store
+from fx_cache.runtime.slots import Branch
 
 RECENT = 16
 """Calls back to which the outputs are looked through for what a tensor is made of."""

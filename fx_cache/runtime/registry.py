@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fx_cache.config import CacheConfig
+from fx_cache.runtime.contexts import listen
 from fx_cache.runtime.sessions import Store
 
 _by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _without_weight: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
-def store_of(anchor: torch.Tensor | None, config: CacheConfig) -> Store:
-    """The store of the model that holds the weight `anchor`, for one compile-time configuration."""
+def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any) -> Store:
+    """The store of the model that holds the weight `anchor`, for one compile-time configuration.
+
+    Args:
+        anchor: the weight; None: the model has none.
+        config: the configuration.
+        root: what was compiled.
+    """
     if anchor is None:
-        store = Store(config)
+        store = Store(config, listen(root))
         _without_weight.add(store)
         return store
     stores = _by_weight.setdefault(anchor, {})
     if config not in stores:
-        stores[config] = Store(config)
+        stores[config] = Store(config, listen(root))
     found = stores[config]
     assert isinstance(found, Store)
     return found

@@ -10,31 +10,26 @@ takes the same way.
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context, copy_context
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
-
 from fx_cache.config import CacheConfig
 from fx_cache.errors import CacheWarning, Refusal
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE
-from fx_cache.runtime.forwards import Forward, Moves, family_of, surroundings
+from fx_cache.runtime.forwards import Forward, family_of, surroundings
 from fx_cache.runtime.given import Control
-from fx_cache.runtime.identity import SMALL, StorageHold
 from fx_cache.runtime.legs import Graph, Leg, WatchRun
+from fx_cache.runtime.moves import Learner, Moves
 from fx_cache.runtime.policy import decide
 from fx_cache.runtime.registry import store_of
-from fx_cache.runtime.sessions import Branch, Store
+from fx_cache.runtime.sessions import Store
+from fx_cache.runtime.slots import Branch
 
 MAX_MISFITS = 4
 """Forwards that may run otherwise than planned before the model is watched again."""
-
-HISTORY = 4
-"""Forwards whose inputs are compared with those of the next one, to see which of them is denoised."""
 
 
 class Run(Protocol):
@@ -85,12 +80,11 @@ class Relay:
         self.misfits = 0
         self.store: Store | None = None
         self._watched: tuple[Forward, WatchRun, Context] | None = None
-        self._history: deque[Inputs] = deque(maxlen=HISTORY)
-        self._moves: Moves | None = None
+        self._learner = Learner()
 
     def begin(self, forward: Forward) -> Run:
         """What drives a forward that begins."""
-        self._see_moves(forward)
+        forward.moves = self._learner.see(forward.inputs, forward.keys) or Moves()
         self._learn()
         if self.enabled or self.refusal is not None:
             return PlainRun(self)
@@ -102,23 +96,12 @@ class Relay:
         self._watched = forward, run, copy_context()
         return run
 
-    def _see_moves(self, forward: Forward) -> None:
-        """Compares what was given with the forwards before, until it is clear what changes from step to step."""
-        if self._moves is None:
-            given = Inputs(forward)
-            found = {moves for before in self._history if (moves := given.moves_since(before)) is not None}
-            self._moves = found.pop() if len(found) == 1 else None
-            self._history.append(given)
-        if self._moves is not None:
-            forward.moves = self._moves
-
     def read(self) -> Forward | None:
         """Plans what is cached where, by the forward that was watched; None if none was."""
         if self._watched is None:
             return None
         forward = self._watched[0]
-        if self._moves is not None:
-            forward.moves = self._moves
+        forward.moves = self._learner.moves or Moves()
         plans, refusal = plan_relays(forward.calls, self.config)
         total = sum(c.facts.work for c in forward.calls)
         own = {c.facts.program: w for c in forward.calls if (w := c.facts.span_work) >= MIN_SHARE * total > 0}
@@ -140,7 +123,7 @@ class Relay:
             if program not in self.enabled:
                 store.forget(branch)
         if self.plans:
-            self.store = self.store or store_of(forward.weight, self.config)
+            self.store = self.store or store_of(forward.weight, self.config, forward.root)
             branch = context.run(self.open, forward)  # in the session that it ran in, whichever is open now
             for slot, plan in zip(branch.slots, self.plans, strict=True):
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
@@ -167,30 +150,6 @@ class Relay:
     @property
     def program(self) -> Hashable:
         return "relay", self.plans
-
-
-class Inputs:
-    """Who the inputs of one forward were."""
-
-    def __init__(self, forward: Forward) -> None:
-        known = [v if k is not None else None for v, k in zip(forward.inputs, forward.keys, strict=True)]
-        self._keys = forward.keys
-        tensors = {i: v for i, v in enumerate(known) if isinstance(v, torch.Tensor)}
-        self._large = {i for i, v in tensors.items() if v.numel() > SMALL and v.is_floating_point()}
-        self._small = {i for i, v in tensors.items() if v.numel() <= SMALL}
-        self._small |= {i for i, v in enumerate(known) if isinstance(v, int | float) and not isinstance(v, bool)}
-        self._hold = StorageHold(known)
-
-    def moves_since(self, other: Inputs) -> Moves | None:
-        """What differs, if it looks like two steps of a request: one large tensor, and something small (a timestep)."""
-        if len(self._keys) != len(other._keys):
-            return None
-        different = [i for i, (a, b) in enumerate(zip(self._keys, other._keys, strict=True)) if a != b]
-        large = [i for i in different if i in self._large]
-        small = [i for i in different if i in self._small]
-        if len(large) != 1 or not small or len(different) > 1 + len(small):
-            return None
-        return Moves(frozenset(large), frozenset(small))
 
 
 class PlainRun:

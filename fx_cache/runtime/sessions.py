@@ -1,28 +1,34 @@
-"""Sessions, branches and slots: who owns what is cached, and when it ends. In doubt: compute."""
+"""Who owns what is cached, and when it ends: the branch that a call belongs to. In doubt: compute."""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict, deque
-from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import torch
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import SessionError
-from fx_cache.runtime.clock import Clock, Direction, Move, read_schedule
-from fx_cache.runtime.given import Control, Given
-from fx_cache.runtime.identity import StorageHold
+from fx_cache.errors import CacheWarning, SessionError
+from fx_cache.runtime.clock import Direction, Move, read_schedule
+from fx_cache.runtime.complaints import one_step_each, without_hits
+from fx_cache.runtime.contexts import Listener
+from fx_cache.runtime.given import Given
+from fx_cache.runtime.moves import Learner
 from fx_cache.runtime.named import NamedSession, named_session
-from fx_cache.runtime.policy import Counters
+from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot, nothing_held
+from fx_cache.runtime.weights import Weights
 
-MAX_BRANCHES = 32
-"""Branches of a model that may hold cached tensors at a time; the one used longest ago is dropped for a new one."""
-
-MAX_SESSIONS = 64
+MAX_RECORDS = 64
 """Sessions of a model whose statistics are kept."""
+
+MAX_BRANCHES = 8
+"""Branches that are taken for those of one request because they began together."""
+
+MAX_SHORT = 64
+"""Calls in a row each of which began a request, before that is worth a word."""
 
 MAX_PENDING = 128
 """Steps that may pass before schedule values on a device are read although nobody needs them."""
@@ -34,90 +40,7 @@ BUSY = "another thread is at a step of this request"
 STEP_REPEATED = "same step twice"
 REPEATED = "same timestep twice: which request it belongs to is not known"
 NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
-
-
-@dataclass
-class Slot:
-    """The cached state of one branch at one span.
-
-    Attributes:
-        tensors: (probe, what is stored of each live-out), or None.
-        control: who the inputs were that feed only the span, when it was computed.
-        script: where the span lies over several graphs, what each of them gave back.
-        open: whether a span over several graphs has begun and not ended.
-        counters: what the policy remembers.
-    """
-
-    tensors: tuple[torch.Tensor, ...] | None = None
-    control: Control | None = None
-    script: Any = None
-    open: bool = False
-    counters: Counters = field(default_factory=Counters)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors or ())
-
-
-@dataclass
-class BranchRecord:
-    """One branch of one session, as statistics: its slots hold tensors only while the branch lives."""
-
-    key: Hashable
-    name: str
-    slots: list[Slot]
-    step: int = 0
-
-
-@dataclass
-class SessionRecord:
-    """One request, as statistics."""
-
-    name: str
-    named: bool
-    branches: list[BranchRecord] = field(default_factory=list)
-
-
-class Branch:
-    """A pass of a request that goes on from call to call, and its slots.
-
-    Attributes:
-        record: its statistics within the present session.
-        blind: whether it may reuse without measuring: only while its place in the request is certain.
-        doubt: why it computes from now on; None while there is no doubt.
-        pending: schedule values that lie on a device and were not read yet, one tensor a step.
-        config: the configuration in force at its present step.
-        owner: name of the session that it belongs to, or None.
-        busy: whether a call of it is running.
-    """
-
-    def __init__(self, key: Hashable, form: Hashable, hold: StorageHold, spans: int, config: CacheConfig) -> None:
-        self.key = key
-        self.config = config
-        self.owner: str | None = None
-        self.busy = False
-        self.form = form
-        self.hold = hold
-        self.clock = Clock()
-        self.spans = spans
-        self.record = BranchRecord(key, "", [])
-        self.blind = True
-        self.doubt: str | None = None
-        self.doubt_until = 0
-        self.pending: list[torch.Tensor] = []
-
-    @property
-    def slots(self) -> list[Slot]:
-        return self.record.slots
-
-    def drop(self) -> None:
-        for slot in self.slots:
-            slot.tensors = None
-
-
-def _nothing() -> StorageHold:
-    """A branch that is named lives until it is ended."""
-    return StorageHold(())
+MAX_BYTES = "max_bytes"
 
 
 class Store:
@@ -125,33 +48,57 @@ class Store:
 
     Attributes:
         config: the configuration in force; run-time values may be replaced at any time.
+        listener: what a pipeline says about the present call.
     """
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, listener: Listener | None = None) -> None:
         self.config = config
-        self.sessions: deque[SessionRecord] = deque(maxlen=MAX_SESSIONS)
+        self.listener = listener
+        self.sessions: deque[SessionRecord] = deque(maxlen=MAX_RECORDS)
         self._branches: OrderedDict[Hashable, Branch] = OrderedDict()
         self._directions: dict[Hashable, Direction] = {}
+        self._learners: dict[Hashable, Learner] = {}
+        self._weights: dict[Hashable, Weights] = {}
         self._count = 0
+        self._unheard = listener is not None
+        self._short = 0
+        self._complaints: deque[str] = deque()
         self._lock = threading.RLock()
+
+    def learner(self, program: Hashable) -> Learner:
+        """What is learned of a program whose graph does not show which input is denoised."""
+        with self._lock:
+            return self._learners.setdefault(program, Learner())
 
     def reset(self) -> None:
         """Forgets everything that could be reused. Statistics stay."""
         with self._lock:
             for branch in list(self._branches.values()):
                 self.discard(branch)
+        self._complain()
 
     def end(self, name: str) -> None:
         """Forgets what could be reused of one named session. Statistics stay."""
         with self._lock:
-            for branch in [b for b in self._branches.values() if b.owner == name]:
+            for branch in self._of(name):
                 self.discard(branch)
+        self._complain()
+
+    def offload(self, name: str) -> None:
+        """Moves what is cached of one named session to the host, but for branches at a step and spans in progress."""
+        with self._lock:
+            for slot in [slot for b in self._of(name) if not b.busy for slot in b.slots]:
+                slot.offload()
+
+    def _of(self, name: str) -> list[Branch]:
+        return [b for b in self._branches.values() if b.owner == name]
 
     def discard(self, branch: Branch) -> None:
         with self._lock:
             branch.drop()
             if self._branches.get(branch.key) is branch:
                 del self._branches[branch.key]
+                self._is_over(branch)
 
     def release(self, branch: Branch) -> None:
         """A call is over. A branch that was discarded meanwhile keeps nothing of it."""
@@ -159,6 +106,47 @@ class Store:
             branch.busy = False
             if self._branches.get(branch.key) is not branch:
                 branch.drop()
+            self._keep_within(self.config.max_bytes)
+        self._complain()
+
+    def _keep_within(self, limit: int | None) -> None:
+        """Drops the tensors of the branches used longest ago until those that are left fit."""
+        if limit is None:
+            return
+        held = {k: sum(slot.bytes for slot in b.slots if slot.home is None) for k, b in self._branches.items()}
+        total = sum(held.values())
+        for key, size in held.items():
+            if total <= limit:
+                break
+            if size and not self._branches[key].busy:
+                self._branches[key].drop(MAX_BYTES)
+                total -= size
+
+    def changed(self, program: Hashable, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether a program's weights are not what they were at its last call. Then everything is forgotten."""
+        with self._lock:
+            known = self._weights.get(program)
+            if known is not None and known.same(weights):
+                return False
+            self._weights[program] = Weights(weights)
+            if known is None:
+                return False
+            self.reset()
+            return True
+
+    def _is_over(self, branch: Branch) -> None:
+        complaint = without_hits(branch.record, branch.config)
+        if complaint is not None:
+            self._complaints.append(complaint)
+
+    def _complain(self) -> None:
+        """Says, once a model, what went wrong."""
+        with self._lock:
+            if not self._complaints:
+                return
+            said, self._complaints = list(self._complaints), deque(maxlen=0)
+        for text in said[:1]:
+            warnings.warn(f"dit_cache: {text}", CacheWarning, stacklevel=2)
 
     def forget(self, branch: Branch) -> None:
         """Discards a branch, and its statistics."""
@@ -173,16 +161,20 @@ class Store:
         with self._lock:
             return [replace(s, branches=list(s.branches)) for s in self.sessions]
 
-    def begin(self, program: Hashable, spans: int, given: Given) -> Branch:
+    def begin(self, program: Hashable, spans: int, given: Given, lost: str | None = None) -> Branch:
         """Finds or opens the branch that a call belongs to, and counts the step.
 
         Args:
             program: what the graph computes and caches; graphs of one program go on with each other's requests.
             spans: number of spans in the graph.
             given: what the call was given.
+            lost: why nothing that was cached before this call may be reused; None: it may.
         """
         with self._lock:
-            return self._begin(program, spans, given, named_session())
+            branch = self._begin(program, spans, given, named_session())
+            for slot in branch.slots if lost is not None else ():
+                slot.lost = lost
+            return branch
 
     def _begin(self, program: Hashable, spans: int, given: Given, named: NamedSession | None) -> Branch:
         self._purge()
@@ -190,15 +182,18 @@ class Store:
         form: Hashable = (program, given.form)
         controls = tuple(c.identity for c in given.controls)
         hold = given.hold
+        heard = None if self.listener is None else self.listener.branch
         base: Hashable
         if named is None:
-            base = (program, given.form, given.identity)
+            base = (program, given.form, given.identity, heard)
         elif named.branch is None:
-            base = (named.key, given.identity)
+            base = (named.key, given.identity, heard)
         else:
-            base, controls, hold = (named.key, ()), (), _nothing
+            base, controls, hold = (named.key, ()), (), nothing_held
         key = (base, controls)
         branch = self._branches.get(key) or self._with_other_controls(base, key, program, given)
+        if branch is None and heard is not None and isinstance(base, tuple):
+            branch = self._heard_late(((*base[:-1], None), controls), key, program, given)
         if branch is not None and branch.busy:
             return self._beside(branch, form, spans, named)
         if branch is None or branch.form != form:
@@ -206,17 +201,44 @@ class Store:
                 self.discard(branch)
             branch = Branch(key, form, hold(), spans, config)
             branch.owner = None if named is None else named.name
+            branch.unheard, self._unheard = self._unheard, False
             self._branches[key] = branch
-            while len(self._branches) > MAX_BRANCHES:
-                self.discard(next(iter(self._branches.values())))
         self._branches.move_to_end(key)
         branch.config = config
         self._advance(branch, program, given.schedule, named)
+        self._make_room(branch)
         if given.doubt is not None and (named is None or named.branch is None):
             branch.doubt, branch.doubt_until = given.doubt, FOREVER
         if len(branch.pending) >= MAX_PENDING:
             self.read_pending(branch, program)
         branch.busy = True
+        return branch
+
+    def _make_room(self, branch: Branch) -> None:
+        """Discards the sessions used longest ago, but not that of `branch`, until no more than allowed are left."""
+        limit = self.config.max_sessions
+        if len(self._branches) <= limit:
+            return
+        used = {id(b.session): b.session for b in reversed(self._branches.values())}
+        for session in list(used.values())[limit:]:
+            for other in [b for b in self._branches.values() if b.session is session and b is not branch]:
+                self.discard(other)
+
+    def _heard_late(
+        self, unheard: Hashable, key: tuple[Hashable, ...], program: Hashable, given: Given
+    ) -> Branch | None:
+        """The branch that began with the very first call, before which nobody could listen."""
+        branch = self._branches.get(unheard)
+        if branch is None or not branch.unheard or branch.record.step > 0:
+            return None
+        values = read_schedule(given.schedule) if given.schedule else ()
+        if isinstance(values, torch.Tensor):
+            return None
+        if values and branch.clock.preview(values, self._directions.get(program)) not in (Move.NEXT, Move.UNSURE):
+            return None
+        self._branches[key] = self._branches.pop(unheard)
+        branch.key = key
+        branch.unheard = False
         return branch
 
     def _beside(self, busy: Branch, form: Hashable, spans: int, named: NamedSession | None) -> Branch:
@@ -226,7 +248,7 @@ class Store:
                 f"session {named.name!r}: got a call while another thread is at a step of the same branch; expected "
                 "one call of a branch at a time; give each thread its own session or branch, or let it wait."
             )
-        branch = Branch(object(), form, _nothing(), spans, busy.config)
+        branch = Branch(object(), form, nothing_held(), spans, busy.config)
         self.restart(branch, named)
         branch.doubt, branch.doubt_until = BUSY, FOREVER
         return branch
@@ -251,8 +273,11 @@ class Store:
     def _advance(
         self, branch: Branch, program: Hashable, schedule: list[torch.Tensor], named: NamedSession | None
     ) -> None:
-        if named is not None and named.step is not None:
-            self._go_to(branch, named.step, named)
+        step = named.step if named is not None else None
+        if step is None and self.listener is not None:
+            step = self.listener.step
+        if step is not None:
+            self._go_to(branch, step, named)
             return
         values = read_schedule(schedule) if schedule else ()
         if isinstance(values, torch.Tensor):
@@ -269,7 +294,7 @@ class Store:
             move = Move.BACK
         self._apply(branch, move, named)
 
-    def _go_to(self, branch: Branch, step: int, named: NamedSession) -> None:
+    def _go_to(self, branch: Branch, step: int, named: NamedSession | None) -> None:
         """Goes on to a step whose number is given."""
         branch.pending.clear()
         branch.blind, branch.doubt = True, None
@@ -299,15 +324,21 @@ class Store:
                 return
             branch.doubt, branch.doubt_until = REPEATED, FOREVER
         branch.record.step += 1
+        self._short = 0
         branch.blind = move is not Move.UNSURE or named is not None
         if branch.doubt is not None and branch.record.step > branch.doubt_until:
             branch.doubt = None
 
     def restart(self, branch: Branch, named: NamedSession | None) -> None:
         """Begins a request: empty slots and new statistics."""
+        if branch.slots:
+            self._is_over(branch)
         branch.drop()
+        self._short += 1
+        if self._short == MAX_SHORT:
+            self._complaints.append(one_step_each(self._short))
         branch.record = BranchRecord(branch.key, "", [Slot() for _ in range(branch.spans)])
-        self._enlist(branch.record, named)
+        branch.session = self._enlist(branch.record, named)
 
     def read_pending(self, branch: Branch, program: Hashable, diff: torch.Tensor | None = None) -> float | None:
         """One copy to the host: the schedule values of the steps since the last reading, and a diff."""
@@ -347,9 +378,9 @@ class Store:
             for step in range(since):
                 reason = before.counters.misses.pop(old.step - since + step, "computed")
                 slot.counters.misses[step] = reason
-        self._enlist(branch.record, named)
+        branch.session = self._enlist(branch.record, named)
 
-    def _enlist(self, record: BranchRecord, named: NamedSession | None) -> None:
+    def _enlist(self, record: BranchRecord, named: NamedSession | None) -> SessionRecord:
         """Puts a branch that begins into a session: the named one, or the last one if that has only just begun."""
         last = next((s for s in reversed(self.sessions) if not s.named), None)
         if named is not None:
@@ -357,7 +388,8 @@ class Store:
             fits = own is not None and all(b.key != record.key for b in own.branches)
             home = own if fits else None
         else:
-            fits = last is not None and all(b.key != record.key and b.step == 0 for b in last.branches)
+            began = [] if last is None else last.branches
+            fits = len(began) < MAX_BRANCHES and all(b.key != record.key and b.step == 0 for b in began)
             home = last if fits else None
         if home is None:
             self._count += 1
@@ -365,6 +397,7 @@ class Store:
             self.sessions.append(home)
         record.name = (named.branch if named else None) or f"branch-{len(home.branches)}"
         home.branches.append(record)
+        return home
 
     def _purge(self) -> None:
         for branch in [b for b in self._branches.values() if b.hold.expired()]:

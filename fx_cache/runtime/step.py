@@ -9,12 +9,14 @@ from typing import Any
 from fx_cache.config import CacheConfig
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.relays import GraphFacts
-from fx_cache.runtime.forwards import Forward, surroundings
+from fx_cache.runtime.forwards import Forward, Surroundings, surroundings
 from fx_cache.runtime.gate import SpanGate
-from fx_cache.runtime.given import Given, read_given
+from fx_cache.runtime.given import Given, read_given, read_learned
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.relay import Relays
-from fx_cache.runtime.sessions import Branch, Store
+from fx_cache.runtime.sessions import Store
+from fx_cache.runtime.slots import Branch
+from fx_cache.runtime.weights import CHANGED
 
 
 class CachedForward:
@@ -31,6 +33,7 @@ class CachedForward:
         program: str,
         layout: Hashable,
         anchor: int | None,
+        guarded: Sequence[int],
         config: CacheConfig,
         facts: GraphFacts,
         latents: Collection[int],
@@ -46,6 +49,7 @@ class CachedForward:
             program: digest of what the graph computes, but for its sizes.
             layout: what is cached where; state fits only a graph of the same layout.
             anchor: position of an input that is a weight of the model, or None.
+            guarded: positions of the weights that the graph does not write to itself.
             config: the configuration that the graph was compiled with.
             facts: what the graph is as a part of a forward.
             latents: where it is a part, which of the forward's inputs are denoised.
@@ -57,6 +61,7 @@ class CachedForward:
         self._sizes = tuple(state_sizes)
         self._program = (program, layout)
         self._anchor = anchor
+        self._guarded = tuple(guarded)
         self._config = config
         self.facts = facts
         self._latents = latents
@@ -68,12 +73,13 @@ class CachedForward:
         # A graph that was a whole forward when it was compiled may serve as a part of another one.
         around = surroundings() if self._whole else None
         if around is not None and (around.compiled_call is None or around.depth <= 1):
-            return self._run(self._store(args), read_given(self._roles, args), args)[1]
+            store = self._store(args, around)
+            return self._run(store, self._given(store, args), args)[1]
         return self._relays.call(self, self._config, args)
 
     def step(self, forward: Forward, args: Sequence[Any]) -> Any:
         """One step as a part of a forward: requests and branches are told apart by what that was given."""
-        store = self._store(args)
+        store = self._store(args, forward)
         branch, outputs = self._run(store, forward.given(self._latents, len(self._sizes)), args)
         forward.branches[self.facts.program] = store, branch
         return outputs
@@ -85,8 +91,14 @@ class CachedForward:
             state += [_never, *[None] * size]
         return self._rewritten(*args, *state)[0]
 
+    def _given(self, store: Store, args: Sequence[Any]) -> Given:
+        if self._roles.latents:
+            return read_given(self._roles, args)
+        return read_learned(self._roles, args, store.learner(self._program))
+
     def _run(self, store: Store, given: Given, args: Sequence[Any]) -> tuple[Branch, Any]:
-        branch = store.begin(self._program, len(self._sizes), given)
+        lost = CHANGED if store.changed(self._program, [args[i] for i in self._guarded]) else None
+        branch = store.begin(self._program, len(self._sizes), given, lost)
         try:
             return branch, self._compute_or_reuse(store, branch, given, args)
         finally:
@@ -96,7 +108,7 @@ class CachedForward:
         gates = [SpanGate(store, branch, self._program, k, control) for k, control in enumerate(given.controls)]
         state: list[Any] = []
         for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
-            state += [gate, *(slot.tensors if slot.tensors is not None else [None] * size)]
+            state += [gate, *(slot.load() or [None] * size)]
         try:
             outputs, new_state = self._rewritten(*args, *state)
         except BaseException:
@@ -109,11 +121,11 @@ class CachedForward:
             slot.counters.record(branch.record.step, gate.reason)
         return outputs
 
-    def _store(self, args: Sequence[Any]) -> Store:
+    def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> Store:
         anchor = None if self._anchor is None else args[self._anchor]
         if self._last is not None and (self._last[0] is None or self._last[0]() is anchor):
             return self._last[1]
-        store = store_of(anchor, self._config)
+        store = store_of(anchor, self._config, within.root)
         self._last = (None if anchor is None else weakref.ref(anchor), store)
         return store
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fx_cache.runtime.registry import stores
-from fx_cache.runtime.sessions import Slot, Store
+from fx_cache.runtime.sessions import Store
+from fx_cache.runtime.slots import Slot
 
 
 @dataclass(frozen=True)

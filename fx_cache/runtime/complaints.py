@@ -1,0 +1,48 @@
+"""What is said to the user when a request ends that reused nothing although it could have."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fx_cache.config import CacheConfig
+from fx_cache.runtime.slots import BranchRecord
+
+ENOUGH = 8
+"""Steps behind the warm-up that a request has at least, for its having no hit to be worth a word."""
+
+CHOSEN = {"threshold <= 0", "max_cached_steps", "max_continuous_cached_steps"}
+"""Reasons of misses that the user has chosen."""
+
+REMEDIES = {
+    "diff >= threshold": "raise residual_diff_threshold",
+    "probe not finite": "look at the model's inputs for NaN and Inf",
+    "max_bytes": "raise max_bytes",
+}
+
+
+def without_hits(record: BranchRecord, config: CacheConfig) -> str | None:
+    """What to say of a branch whose request is over; None if it had a hit, was short, or was not to reuse anything."""
+    misses = Counter(r for slot in record.slots for r in slot.counters.misses.values() if r != "warm-up")
+    if any(slot.counters.hits for slot in record.slots) or misses.total() < ENOUGH * max(1, len(record.slots)):
+        return None
+    reason, count = misses.most_common(1)[0]
+    if reason in CHOSEN:
+        return None
+    diffs = [d for slot in record.slots for d in slot.counters.diffs.values() if d >= 0.0]
+    measured = ""
+    if reason == "diff >= threshold" and diffs:
+        measured = f", the least {min(diffs):.4f}, the threshold {config.residual_diff_threshold}"
+    remedy = REMEDIES.get(reason, "see fx_cache.summary() and docs/sessions.md")
+    return (
+        f"a request of {record.step + 1} steps: got no step that reused anything ({count} times: {reason}"
+        f"{measured}); expected some; {remedy}."
+    )
+
+
+def one_step_each(count: int) -> str:
+    """What to say when no call goes on with an earlier one."""
+    return (
+        f"the last {count} calls: got a request of its own from each, and none reused anything; expected calls of one "
+        "request to be given the same conditioning objects; keep prompt embeddings, masks and ids in the same tensors "
+        "over its steps, or name it with fx_cache.session."
+    )

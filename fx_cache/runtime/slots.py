@@ -1,0 +1,124 @@
+"""What is remembered of requests: sessions, branches and slots, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fx_cache.config import CacheConfig
+from fx_cache.runtime.clock import Clock
+from fx_cache.runtime.given import Control
+from fx_cache.runtime.identity import StorageHold
+from fx_cache.runtime.policy import Counters
+
+
+@dataclass
+class Slot:
+    """The cached state of one branch at one span.
+
+    Attributes:
+        tensors: (probe, what is stored of each live-out), or None.
+        home: where they were made, while they lie on the host instead.
+        lost: why there are none any more, where it is no matter of course.
+        control: who the inputs were that feed only the span, when it was computed.
+        script: where the span lies over several graphs, what each of them gave back.
+        open: whether a span over several graphs has begun and not ended.
+        counters: what the policy remembers.
+    """
+
+    tensors: tuple[torch.Tensor, ...] | None = None
+    home: tuple[torch.device, ...] | None = None
+    lost: str | None = None
+    control: Control | None = None
+    script: Any = None
+    open: bool = False
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def bytes(self) -> int:
+        """What the tensors take up, wherever they lie."""
+        storages = {s._cdata: s.nbytes() for t in self.tensors or () if (s := t.untyped_storage())}
+        return sum(storages.values())
+
+    def offload(self) -> None:
+        """Moves the tensors to the host, but for those of a span over several graphs."""
+        if self.tensors is not None and self.home is None and self.script is None:
+            self.home = tuple(t.device for t in self.tensors)
+            self.tensors = tuple(t.to("cpu") for t in self.tensors)
+
+    def load(self) -> tuple[torch.Tensor, ...] | None:
+        """The tensors, where they were made."""
+        if self.tensors is not None and self.home is not None:
+            self.tensors = tuple(t.to(device) for t, device in zip(self.tensors, self.home, strict=True))
+        self.home = None
+        return self.tensors
+
+
+@dataclass
+class BranchRecord:
+    """One branch of one session, as statistics: its slots hold tensors only while the branch lives."""
+
+    key: Hashable
+    name: str
+    slots: list[Slot]
+    step: int = 0
+
+
+@dataclass
+class SessionRecord:
+    """One request, as statistics."""
+
+    name: str
+    named: bool
+    branches: list[BranchRecord] = field(default_factory=list)
+
+
+class Branch:
+    """A pass of a request that goes on from call to call, and its slots.
+
+    Attributes:
+        record: its statistics within the present session.
+        blind: whether it may reuse without measuring: only while its place in the request is certain.
+        doubt: why it computes from now on; None while there is no doubt.
+        pending: schedule values that lie on a device and were not read yet, one tensor a step.
+        config: the configuration in force at its present step.
+        owner: name of the session that it belongs to, or None.
+        session: the present session, as statistics.
+        unheard: whether it began with a call before which nobody could listen to what the pipeline says.
+        busy: whether a call of it is running.
+    """
+
+    def __init__(self, key: Hashable, form: Hashable, hold: StorageHold, spans: int, config: CacheConfig) -> None:
+        self.key = key
+        self.config = config
+        self.owner: str | None = None
+        self.session: SessionRecord | None = None
+        self.unheard = False
+        self.busy = False
+        self.form = form
+        self.hold = hold
+        self.clock = Clock()
+        self.spans = spans
+        self.record = BranchRecord(key, "", [])
+        self.blind = True
+        self.doubt: str | None = None
+        self.doubt_until = 0
+        self.pending: list[torch.Tensor] = []
+
+    @property
+    def slots(self) -> list[Slot]:
+        return self.record.slots
+
+    def drop(self, why: str | None = None) -> None:
+        """Lets go of what is cached."""
+        for slot in self.slots:
+            if slot.tensors is not None:
+                slot.tensors, slot.home, slot.script, slot.lost = None, None, None, why
+
+
+def nothing_held() -> StorageHold:
+    """A branch that is named lives until it is ended."""
+    return StorageHold(())

@@ -1,0 +1,68 @@
+"""Notices that a model's weights are not those that the cached tensors were computed with."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+CHANGED = "weights changed"
+
+SAMPLED = 8
+"""Elements of a weight that are compared where it has moved to other storage."""
+
+_version = operator.attrgetter("_version")
+
+
+class Weights:
+    """The weights of a graph as they were at its last call.
+
+    A weight has changed if it is another object, if it was written to (its version), or if it lies elsewhere and holds
+    something else there: hooks that offload weights move them back and forth, which is no change. What is written
+    through ``.data`` to the same storage leaves no trace.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._references = [weakref.ref(w) for w in weights]
+        self._versions = _versions(weights)
+        self._places = _places(weights)
+        self._samples = [_sample(w) for w in weights]
+
+    def same(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether nothing has changed since the last call."""
+        if not all(map(operator.is_, (r() for r in self._references), weights)):
+            return False
+        if _versions(weights) != self._versions:
+            return False
+        places = _places(weights)
+        if places == self._places:
+            return True
+        moved = [i for i, (a, b) in enumerate(zip(places, self._places, strict=True)) if a != b]
+        self._places = places
+        return all(_sample(weights[i]) == self._samples[i] for i in moved)
+
+
+def _versions(weights: Sequence[torch.Tensor]) -> list[Any]:
+    try:
+        return list(map(_version, weights))
+    except RuntimeError:  # tensors made in inference mode have none
+        return [None if w.is_inference() else w._version for w in weights]
+
+
+def _places(weights: Sequence[torch.Tensor]) -> list[Any]:
+    try:
+        return list(map(torch.Tensor.data_ptr, weights))
+    except RuntimeError:  # some tensor subclasses have no storage of their own
+        return [None] * len(weights)
+
+
+def _sample(weight: torch.Tensor) -> Any:
+    """Some elements, spread over the weight; None where they cannot be read."""
+    try:
+        flat = weight.detach().reshape(-1)
+        return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].tolist()
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None

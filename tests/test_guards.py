@@ -1,0 +1,282 @@
+"""What ends a request or bounds what is kept: weights that change, limits, and what is said when nothing was reused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import fx_cache
+from tests.models import build, conditioning, walk
+from tests.running import compile_cached, last_branch
+
+REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
+
+
+def first_weight(model: torch.nn.Module) -> torch.nn.Parameter:
+    return next(p for n, p in model.named_parameters() if "blocks.2" in n and p.ndim == 2)
+
+
+def add_in_place(model: torch.nn.Module) -> None:
+    first_weight(model).add_(0.5)
+
+
+def other_parameter(model: torch.nn.Module) -> None:
+    weight = first_weight(model)
+    name = next(n for n, p in model.named_parameters() if p is weight)
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight + 0.5, requires_grad=False))
+
+
+def other_data(model: torch.nn.Module) -> None:
+    weight = first_weight(model)
+    weight.data = weight.detach() + 0.5
+
+
+@pytest.mark.parametrize("change", [add_in_place, other_parameter, other_data])
+def test_weights_that_change_end_the_request(change) -> None:
+    model = build("dit")
+    compiled = compile_cached(model, **REUSING)
+    steps = walk("dit", 8)
+    for step in steps[:4]:
+        compiled(**step)
+    assert last_branch(model)["spans"][0]["hits"]
+    change(model)
+    changed = compile_cached(copy.deepcopy(model), **REUSING)
+    for step in steps[4:]:
+        assert torch.equal(changed(**step)[0], compiled(**step)[0])
+    assert [s["branches"][0]["spans"][0]["steps"] for s in fx_cache.summary(model).to_dict()["sessions"]] == [4, 4]
+
+
+def test_weights_that_are_moved_away_and_back_have_not_changed() -> None:
+    model = build("dit")
+    compiled = compile_cached(model, **REUSING)
+    for step in walk("dit", 8):
+        for weight in model.parameters():
+            weight.data = weight.detach().clone()  # as hooks do that keep weights on the host between calls
+        compiled(**step)
+    span = last_branch(model)["spans"][0]
+    assert span["steps"] == 8
+    assert span["hits"]
+
+
+def test_the_reason_is_told() -> None:
+    model = build("dit")
+    compiled = compile_cached(model, **{**REUSING, "max_warmup_steps": 0})
+    steps = walk("dit", 3)
+    compiled(**steps[0])
+    add_in_place(model)
+    compiled(**steps[1])
+    assert last_branch(model)["spans"][0]["misses"] == {0: "weights changed"}
+
+
+def test_max_sessions() -> None:
+    model = build("dit")
+    compiled = compile_cached(model, **REUSING, max_sessions=2)
+    walks = [walk("dit", 6, seed=s) for s in range(3)]
+    for k in range(3):
+        with fx_cache.session(f"request-{k}"):
+            compiled(**walks[k][0])
+    held = {s["name"]: s["branches"][0]["spans"][0]["bytes"] > 0 for s in fx_cache.summary(model).to_dict()["sessions"]}
+    assert held == {"request-0": False, "request-1": True, "request-2": True}
+    # The one that was dropped computes, and is as good as new.
+    expected = compile_cached(copy.deepcopy(model), **REUSING)
+    for step in walks[0]:
+        with fx_cache.session("request-0"):
+            assert torch.equal(expected(**step)[0], compiled(**step)[0])
+
+
+def test_max_bytes() -> None:
+    model = build("dit")
+    compiled = compile_cached(model, **REUSING)
+    walks = [walk("dit", 4, seed=s) for s in range(2)]
+
+    def call(k: int, i: int) -> int:
+        with fx_cache.session(f"request-{k}", step=i):
+            compiled(**walks[k][i])
+        return sum(s["branches"][0]["spans"][0]["bytes"] for s in fx_cache.summary(model).to_dict()["sessions"])
+
+    one = call(0, 0)
+    assert call(1, 0) == 2 * one
+    fx_cache.configure(model, max_bytes=2 * one - 1)
+    assert call(0, 1) == one
+    assert call(1, 1) == one
+    misses = {
+        s["name"]: s["branches"][0]["spans"][0]["misses"].get(1) for s in fx_cache.summary(model).to_dict()["sessions"]
+    }
+    assert misses == {"request-0": None, "request-1": "max_bytes"}
+    fx_cache.configure(model, max_bytes=0)
+    assert call(0, 2) == 0
+
+
+def test_offloaded_slots_come_back() -> None:
+    model = build("dit")
+    steps = walk("dit", 8)
+    expected = compile_cached(copy.deepcopy(model), **REUSING)
+    compiled = compile_cached(model, **REUSING)
+    for step in steps:
+        with fx_cache.session("request"):
+            assert torch.equal(expected(**step)[0], compiled(**step)[0])
+        store = next(iter(fx_cache.runtime.registry.stores(model)))
+        (branch,) = store._branches.values()
+        fx_cache.offload("request")
+        assert all(t.device.type == "cpu" for t in branch.slots[0].tensors)
+        assert branch.slots[0].home == tuple(t.device for t in branch.slots[0].tensors)
+    assert last_branch(model)["spans"][0]["hits"]
+    fx_cache.offload("a name that nobody used")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_offloaded_slots_leave_the_device() -> None:
+    model = build("dit").to("cuda")
+    compiled = compile_cached(model, **REUSING)
+    steps = [{k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in s.items()} for s in walk("dit", 3)]
+    with fx_cache.session("request"):
+        compiled(**steps[0])
+        before = torch.cuda.memory_allocated()
+        fx_cache.offload("request")
+        assert torch.cuda.memory_allocated() < before
+        compiled(**steps[1])
+    assert last_branch(model)["spans"][0]["hits"] == [1]
+
+
+def test_a_request_without_a_hit_is_told_of_once() -> None:
+    compiled = compile_cached(build("dit"), residual_diff_threshold=1e-9)
+    for _ in range(2):
+        for step in walk("dit", 10):
+            compiled(**step)
+        if _ == 0:
+            with pytest.warns(fx_cache.CacheWarning, match=r"10 steps: got no .* \(9 times: diff >= threshold, the le"):
+                fx_cache.reset(compiled)
+        else:
+            fx_cache.reset(compiled)
+
+
+def test_one_that_was_not_to_reuse_is_not() -> None:
+    compiled = compile_cached(build("dit"), residual_diff_threshold=0.0)
+    for step in walk("dit", 12):
+        compiled(**step)
+    fx_cache.reset(compiled)
+
+
+def test_conditioning_made_anew_at_every_step_is_told_of() -> None:
+    compiled = compile_cached(build("flux"), **REUSING)
+    prompt = conditioning("flux")
+    told = []
+    for step in walk("flux", 70, conditioning=prompt):
+        anew = {k: v.clone() if k in prompt and isinstance(v, torch.Tensor) else v for k, v in step.items()}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compiled(**anew)
+        told += [str(w.message) for w in caught]
+    assert len(told) == 1
+    assert "a request of its own from each" in told[0]
+
+
+def test_what_is_denoised_is_learned_where_the_graph_does_not_show_it() -> None:
+    """Two inputs are joined in the stream; only from call to call it shows which of them is denoised."""
+
+    class Joined(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(5)])
+
+        def forward(self, x: torch.Tensor, reference: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            h = torch.cat([reference, x], dim=1) + torch.sin(t).reshape(-1, 1, 1)
+            for block in self.blocks:
+                h = h + torch.tanh(block(h))
+            return h.mean(dim=1)
+
+    def steps(seed: int) -> list[tuple[torch.Tensor, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        reference, x = (torch.randn(1, 8, 16, generator=generator) for _ in range(2))
+        return [(x + 0.02 * i, reference, torch.tensor([1.0 - 0.1 * i])) for i in range(8)]
+
+    model = Joined().eval().requires_grad_(False)
+    compiled = compile_cached(model, **REUSING)
+    for args in steps(0):
+        compiled(*args)
+    first = last_branch(model)["spans"][0]
+    assert first["hits"], "from the third step on it is known"
+    expected = [compiled(*args).clone() for args in steps(1)]
+    again = compile_cached(copy.deepcopy(model), **REUSING)
+    with fx_cache.session("named", branch="only"):
+        assert all(torch.equal(e, again(*args)) for e, args in zip(expected, steps(1), strict=True))
+    assert last_branch(model)["spans"][0]["hits"] == last_branch(again)["spans"][0]["hits"]
+
+
+class TestCacheContext:
+    """diffusers' ``cache_context`` tells passes apart that the data cannot."""
+
+    def run(self, compiled, steps: dict[str, list[dict]], say: bool = True) -> dict[str, list[torch.Tensor]]:
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in steps}
+        for i in range(8):
+            for name, own in steps.items():
+                if say:
+                    with compiled.cache_context(name):
+                        found[name].append(compiled(**own[i])[0].clone())
+                else:
+                    found[name].append(compiled(**own[i])[0].clone())
+        return found
+
+    def test_one_prompt_in_two_passes(self) -> None:
+        model = build("flux")
+        prompt = conditioning("flux")
+        steps = {name: walk("flux", 8, seed=s, conditioning=prompt) for s, name in enumerate(("cond", "uncond"))}
+        expected = {}
+        for name, own in steps.items():
+            alone = compile_cached(copy.deepcopy(model), **REUSING)
+            expected[name] = [alone(**step)[0].clone() for step in own]
+            assert last_branch(alone)["spans"][0]["hits"]
+        compiled = compile_cached(model, **REUSING)
+        torch._dynamo.reset()
+        counters.clear()
+        for _ in range(2):
+            found = self.run(compiled, steps)
+            for name in steps:
+                assert all(torch.equal(a, b) for a, b in zip(expected[name], found[name], strict=True)), name
+        assert counters["stats"]["unique_graphs"] == 1
+        sessions = fx_cache.summary(model).to_dict()["sessions"]
+        assert [len(s["branches"]) for s in sessions] == [2, 2]
+
+    def test_the_step_is_heard(self) -> None:
+        model = build("flux")
+        compiled = compile_cached(model, **REUSING)
+        steps = walk("flux", 4)
+        for i, step in enumerate(steps):
+            with compiled.cache_context("cond", step_index=i):
+                compiled(**step)
+        with compiled.cache_context("cond", step_index=3):
+            compiled(**steps[3])
+        assert last_branch(model)["spans"][0]["misses"][3] == "same step twice"
+
+    def test_other_hooks_come_and_go(self) -> None:
+        from diffusers.hooks import HookRegistry, ModelHook
+
+        model = build("flux")
+        step = walk("flux", 1)[0]
+        with torch.no_grad():
+            expected = model(**step)[0]
+            compile_cached(model, **REUSING)(**step)
+            registry = HookRegistry.check_if_exists_or_initialize(model)
+
+            class Counting(ModelHook):
+                calls = 0
+
+                def pre_forward(self, module, *args, **kwargs):
+                    self.calls += 1
+                    return args, kwargs
+
+            hooks = [Counting(), Counting()]
+            for k, hook in enumerate(hooks):
+                registry.register_hook(hook, f"counting_{k}")
+            assert torch.equal(model(**step)[0], expected)
+            registry.remove_hook("counting_0")
+            model(**step)
+            registry.remove_hook("counting_1")
+            assert torch.equal(model(**step)[0], expected)
+            assert [h.calls for h in hooks] == [1, 2]
