@@ -73,6 +73,39 @@ def test_the_reason_is_told() -> None:
     assert last_branch(model)["spans"][0]["misses"] == {0: "weights changed"}
 
 
+def test_a_request_that_comes_back_where_another_began_computes() -> None:
+    """Two unnamed requests with one prompt, out of step: which of them a call belongs to is not known."""
+    model = build("flux")
+    prompt = conditioning("flux")
+    one, other = (walk("flux", 8, seed=s, conditioning=prompt) for s in range(2))
+    compiled = compile_cached(model, **REUSING)
+    for step in [*one[:5], *other[:2]]:
+        compiled(**step)
+    with torch.no_grad():
+        assert torch.equal(compiled(**one[5])[0], model(**one[5])[0])
+    reason = last_branch(model)["spans"][0]["misses"][2]
+    assert reason == "may belong to the request that was left before this one began"
+
+
+def test_a_request_begun_afresh_goes_past_where_it_was_left() -> None:
+    model = build("flux")
+    prompt = conditioning("flux")
+    one, other = (walk("flux", 8, seed=s, conditioning=prompt) for s in range(2))
+    compiled = compile_cached(model, **REUSING)
+    for step in [*one[:4], *other]:
+        compiled(**step)
+    span = last_branch(model)["spans"][0]
+    assert span["hits"] == run_alone(other, model)
+
+
+def run_alone(steps: list[dict], model: torch.nn.Module) -> list[int]:
+    alone = copy.deepcopy(model)
+    compiled = compile_cached(alone, **REUSING)
+    for step in steps:
+        compiled(**step)
+    return last_branch(alone)["spans"][0]["hits"]
+
+
 def test_max_sessions() -> None:
     model = build("dit")
     compiled = compile_cached(model, **REUSING, max_sessions=2)

@@ -14,11 +14,15 @@ class Move(Enum):
     START = "first call"
     NEXT = "one step on"
     UNSURE = "one step on, in a direction not seen before"
+    EITHER = "one step on for this request, and for the one that it interrupted"
     REPEAT = "same timestep again"
     BACK = "timestep went back"
 
 
 Direction = tuple[int, ...]
+
+LEAP = 1.5
+"""How much longer than the step before a step is that looks as if another request went on."""
 
 
 class Clock:
@@ -26,11 +30,18 @@ class Clock:
 
     A request moves its values one way: those that move keep moving in their direction, those that rest keep resting.
     Anything else is the start of another request.
+
+    Attributes:
+        last: the values of the last call.
+        left: those at which the request before was left; it may be under way still, and come back.
+        direction: which way the values move.
     """
 
     def __init__(self) -> None:
         self.last: tuple[float, ...] | None = None
+        self.left: tuple[float, ...] | None = None
         self.direction: Direction | None = None
+        self._stride: tuple[float, ...] = ()
 
     def move(self, values: tuple[float, ...], known: Direction | None) -> Move:
         """Takes the values of a call.
@@ -42,8 +53,10 @@ class Clock:
         move = self.preview(values, known)
         if move in (Move.NEXT, Move.UNSURE):
             self.direction = self._step(values)
-        elif move is not Move.REPEAT:
-            self.direction = None
+        elif move in (Move.START, Move.BACK):
+            self.direction, self.left = None, self.last
+        before = values if self.last is None or move in (Move.START, Move.BACK) else self.last
+        self._stride = tuple(abs(a - b) for a, b in zip(values, before, strict=True))
         self.last = values
         return move
 
@@ -57,7 +70,19 @@ class Clock:
         expected = self.direction or known
         if expected is None:
             return Move.UNSURE
-        return Move.NEXT if step == expected else Move.BACK
+        if step != expected:
+            return Move.BACK
+        return Move.EITHER if self._passes(expected, values) else Move.NEXT
+
+    def _passes(self, direction: Direction, values: tuple[float, ...]) -> bool:
+        """Whether the request before, where it was left, lies between the last call and this one, in a leap."""
+        if self.left is None or self.last is None or len(self.left) != len(values):
+            return False
+        for d, last, left, now, stride in zip(direction, self.last, self.left, values, self._stride, strict=True):
+            leaps = not stride or abs(now - last) >= LEAP * stride
+            if d and not (leaps and d * last < d * left < d * now):
+                return False
+        return True
 
     def _step(self, values: tuple[float, ...]) -> Direction:
         assert self.last is not None

@@ -39,6 +39,7 @@ FOREVER = 1 << 62
 BUSY = "another thread is at a step of this request"
 STEP_REPEATED = "same step twice"
 REPEATED = "same timestep twice: which request it belongs to is not known"
+EITHER = "may belong to the request that was left before this one began"
 NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
 MAX_BYTES = "max_bytes"
 
@@ -307,7 +308,7 @@ class Store:
     def _move(self, branch: Branch, program: Hashable, values: tuple[float, ...]) -> Move:
         sure = branch.clock.direction
         move = branch.clock.move(values, self._directions.get(program))
-        if move is Move.NEXT and sure is not None:
+        if move in (Move.NEXT, Move.EITHER) and sure is not None:
             self._directions[program] = sure
         return move
 
@@ -323,6 +324,8 @@ class Store:
                 branch.doubt, branch.doubt_until = REPEATED, 1
                 return
             branch.doubt, branch.doubt_until = REPEATED, FOREVER
+        if move is Move.EITHER and named is None:
+            branch.doubt, branch.doubt_until = EITHER, FOREVER
         branch.record.step += 1
         self._short = 0
         branch.blind = move is not Move.UNSURE or named is not None
@@ -357,14 +360,17 @@ class Store:
         since then move to it; what they computed stays usable, what was cached before them does not.
         """
         began: int | None = None
+        doubt = branch.doubt
         named = named_session()
         for i, row in enumerate(rows):
             move = self._move(branch, program, tuple(row))
             if move is Move.BACK:
-                began = i
-            elif move is Move.REPEAT and named is None:
-                branch.doubt, branch.doubt_until = REPEATED, FOREVER
+                began, doubt = i, None
+            elif move in (Move.REPEAT, Move.EITHER) and named is None:
+                doubt = REPEATED if move is Move.REPEAT else EITHER
+                branch.doubt_until = FOREVER
             branch.blind = move is not Move.UNSURE or named is not None
+        branch.doubt = doubt
         if began is None:
             return
         since = len(rows) - 1 - began
@@ -372,7 +378,7 @@ class Store:
         old = branch.record
         branch.record = BranchRecord(branch.key, "", [Slot(tensors) for tensors in kept])
         branch.record.step = since
-        branch.doubt, branch.blind = None, True
+        branch.blind = True
         for slot, before in zip(branch.slots, old.slots, strict=True):
             before.tensors = None
             for step in range(since):
