@@ -256,10 +256,11 @@ class TestCacheContext:
                     found[name].append(compiled(**own[i])[0].clone())
         return found
 
-    def test_one_prompt_in_two_passes(self) -> None:
-        model = build("flux")
-        prompt = conditioning("flux")
-        steps = {name: walk("flux", 8, seed=s, conditioning=prompt) for s, name in enumerate(("cond", "uncond"))}
+    @pytest.mark.parametrize("kind", ["flux", "AllegroTransformer3DModel"])
+    def test_one_prompt_in_two_passes(self, kind: str) -> None:
+        model = build(kind)
+        prompt = conditioning(kind)
+        steps = {name: walk(kind, 8, seed=s, conditioning=prompt) for s, name in enumerate(("cond", "uncond"))}
         expected = {}
         for name, own in steps.items():
             alone = compile_cached(copy.deepcopy(model), **REUSING)

@@ -7,51 +7,62 @@ front of all others and beside the chain of forwards: it listens, and calls noth
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 from torch import nn
 
 _NAME = "fx_cache"
+_HOOKS = "diffusers.hooks.hooks"
 
 
 class Listener:
-    """What a pipeline says about the present call.
+    """What a pipeline says about the present call, as soon as it has said anything at all."""
 
-    Attributes:
-        branch: name of the pass ("cond", "uncond"), None if nothing is said.
-        step: number of the step, None if that is not said.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._said: Any = None
 
-    def __init__(self, state: Any) -> None:
-        self._state = state
+    def begin(self) -> bool:
+        """Begins to listen, if the model has a hook registry by now: what was said just before was not heard."""
+        model = self._model()
+        # Not made here: models look for it in their forward, and would be captured anew.
+        registry = None if model is None else model.__dict__.get("_diffusers_hook")
+        if self._said is not None or model is None or registry is None:
+            return False
+        first = _NAME not in registry.hooks
+        if first:
+            _put_in_front(registry, model)
+        self._said = registry.hooks[_NAME].said
+        return first
 
     @property
     def branch(self) -> str | None:
-        return getattr(self._state._context, "name", None)
+        """Name of the pass ("cond", "uncond"), None if nothing is said."""
+        return None if self._said is None else getattr(self._said._context, "name", None)
 
     @property
     def step(self) -> int | None:
-        return getattr(self._state._context, "step_index", None)
+        """Number of the step, None if that is not said."""
+        return None if self._said is None else getattr(self._said._context, "step_index", None)
 
 
 def listen(root: Any) -> Listener | None:
     """A listener for a compiled model; None for models that pipelines say nothing about."""
     model = getattr(root, "_orig_mod", root)
-    hooks = sys.modules.get("diffusers.hooks.hooks")
-    if hooks is None or not isinstance(model, nn.Module) or not hasattr(type(model), "cache_context"):
+    if not isinstance(model, nn.Module) or not hasattr(type(model), "cache_context"):
         return None
-    registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
-    if _NAME not in registry.hooks:
-        _put_in_front(hooks, registry, model)
-    return Listener(registry.hooks[_NAME].said)
+    return Listener(model) if _HOOKS in sys.modules else None
 
 
-def _put_in_front(hooks: Any, registry: Any, model: nn.Module) -> None:
+def _put_in_front(registry: Any, model: nn.Module) -> None:
     """Puts a hook where the registry looks for those to tell.
 
     `register_hook` would wrap the forward that has just been captured, and so have it captured anew. In front of the
     other hooks, with the model's own forward behind it, this one is in nobody's way when those are removed.
     """
+
+    hooks: Any = sys.modules[_HOOKS]
 
     class Said(hooks.ModelHook):
         _is_stateful = True

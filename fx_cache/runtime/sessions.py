@@ -61,7 +61,6 @@ class Store:
         self._learners: dict[Hashable, Learner] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._count = 0
-        self._unheard = listener is not None
         self._short = 0
         self._complaints: deque[str] = deque()
         self._lock = threading.RLock()
@@ -183,7 +182,8 @@ class Store:
         form: Hashable = (program, given.form)
         controls = tuple(c.identity for c in given.controls)
         hold = given.hold
-        heard = None if self.listener is None else self.listener.branch
+        unheard = self.listener is not None and self.listener.begin()
+        heard = None if self.listener is None or unheard else self.listener.branch
         base: Hashable
         if named is None:
             base = (program, given.form, given.identity, heard)
@@ -202,7 +202,7 @@ class Store:
                 self.discard(branch)
             branch = Branch(key, form, hold(), spans, config)
             branch.owner = None if named is None else named.name
-            branch.unheard, self._unheard = self._unheard, False
+            branch.unheard = unheard
             self._branches[key] = branch
         self._branches.move_to_end(key)
         branch.config = config
@@ -275,7 +275,7 @@ class Store:
         self, branch: Branch, program: Hashable, schedule: list[torch.Tensor], named: NamedSession | None
     ) -> None:
         step = named.step if named is not None else None
-        if step is None and self.listener is not None:
+        if step is None and self.listener is not None and not branch.unheard:
             step = self.listener.step
         if step is not None:
             self._go_to(branch, step, named)

@@ -87,7 +87,7 @@ class Branch:
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
         session: the present session, as statistics.
-        unheard: whether it began with a call before which nobody could listen to what the pipeline says.
+        unheard: whether it began with a call before which nobody listened to what the pipeline says.
         busy: whether a call of it is running.
     """
 
