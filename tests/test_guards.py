@@ -178,14 +178,24 @@ def test_offloaded_slots_leave_the_device() -> None:
 
 def test_a_request_without_a_hit_is_told_of_once() -> None:
     compiled = compile_cached(build("dit"), residual_diff_threshold=1e-9)
-    for _ in range(2):
-        for step in walk("dit", 10):
-            compiled(**step)
-        if _ == 0:
-            with pytest.warns(fx_cache.CacheWarning, match=r"10 steps: got no .* \(9 times: diff >= threshold, the le"):
-                fx_cache.reset(compiled)
-        else:
-            fx_cache.reset(compiled)
+    for step in walk("dit", 10):
+        compiled(**step)
+    with pytest.warns(fx_cache.CacheWarning, match=r"10 steps: got no .* \(9 times: diff >= threshold, the least"):
+        fx_cache.reset(compiled)
+    for step in walk("dit", 10):
+        compiled(**step)
+    fx_cache.reset(compiled)
+
+
+def test_requests_by_step_that_reuse_are_not_told_of() -> None:
+    """An engine that numbers its steps: many requests begin, and every one of them goes on."""
+    compiled = compile_cached(build("dit"), **REUSING)
+    steps = walk("dit", 2)
+    for request in range(70):
+        for i, step in enumerate(steps):
+            with fx_cache.session(f"request-{request}", branch="only", step=i):
+                compiled(**step)
+        fx_cache.end(f"request-{request}")
 
 
 def test_one_that_was_not_to_reuse_is_not() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 
 from fx_cache.config import CacheConfig
+from fx_cache.errors import CacheWarning
 from fx_cache.runtime.slots import BranchRecord
 
 ENOUGH = 8
 """Steps behind the warm-up that a request has at least, for its having no hit to be worth a word."""
+
+MAX_BEGUN = 64
+"""Calls in a row each of which began a request, before that is worth a word."""
 
 CHOSEN = {"threshold <= 0", "max_cached_steps", "max_continuous_cached_steps"}
 """Reasons of misses that the user has chosen."""
@@ -20,7 +25,39 @@ REMEDIES = {
 }
 
 
-def without_hits(record: BranchRecord, config: CacheConfig) -> str | None:
+class Complaints:
+    """What there is to say of one model's requests. Only the first thing is said, and only once."""
+
+    def __init__(self) -> None:
+        self._text: str | None = None
+        self._said = False
+        self._begun = 0
+
+    def began(self) -> None:
+        """A call has begun a request."""
+        self._begun += 1
+        if self._begun == MAX_BEGUN:
+            self._note(_one_step_each(self._begun))
+
+    def went_on(self) -> None:
+        """A call has gone on with a request."""
+        self._begun = 0
+
+    def ended(self, record: BranchRecord, config: CacheConfig) -> None:
+        """A request is over."""
+        self._note(_without_hits(record, config))
+
+    def say(self) -> None:
+        """Warns, where there is a reason."""
+        if self._text is not None and not self._said:
+            self._said = True
+            warnings.warn(f"dit_cache: {self._text}", CacheWarning, stacklevel=2)
+
+    def _note(self, text: str | None) -> None:
+        self._text = self._text or text
+
+
+def _without_hits(record: BranchRecord, config: CacheConfig) -> str | None:
     """What to say of a branch whose request is over; None if it had a hit, was short, or was not to reuse anything."""
     misses = Counter(r for slot in record.slots for r in slot.counters.misses.values() if r != "warm-up")
     if any(slot.counters.hits for slot in record.slots) or misses.total() < ENOUGH * max(1, len(record.slots)):
@@ -39,7 +76,7 @@ def without_hits(record: BranchRecord, config: CacheConfig) -> str | None:
     )
 
 
-def one_step_each(count: int) -> str:
+def _one_step_each(count: int) -> str:
     """What to say when no call goes on with an earlier one."""
     return (
         f"the last {count} calls: got a request of its own from each, and none reused anything; expected calls of one "

@@ -66,11 +66,13 @@ def read_given(roles: InputRoles, args: Sequence[Any], doubt: str | None = None)
 
 def read_learned(roles: InputRoles, args: Sequence[Any], learner: Learner) -> Given:
     """The same for a graph that does not show which input is denoised: learned from the calls, in doubt until then."""
-    told = {*roles.conditioning, *roles.scalars, *roles.schedule}
-    moves = learner.see(
-        [a if i in told else None for i, a in enumerate(args)],
-        [identity_key([a]) if i in told else None for i, a in enumerate(args)],
-    )
+    moves = learner.moves
+    if moves is None:
+        told = {*roles.conditioning, *roles.scalars, *roles.schedule}
+        moves = learner.see(
+            [a if i in told else None for i, a in enumerate(args)],
+            [identity_key([a]) if i in told else None for i, a in enumerate(args)],
+        )
     if moves is None:
         return read_given(roles, args, UNKNOWN_LATENT)
     moving = moves.latents | moves.schedule

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -11,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import CacheWarning, SessionError
+from fx_cache.errors import SessionError
 from fx_cache.runtime.clock import Direction, Move, read_schedule
-from fx_cache.runtime.complaints import one_step_each, without_hits
+from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
 from fx_cache.runtime.given import Given
 from fx_cache.runtime.moves import Learner
@@ -26,9 +25,6 @@ MAX_RECORDS = 64
 
 MAX_BRANCHES = 8
 """Branches that are taken for those of one request because they began together."""
-
-MAX_SHORT = 64
-"""Calls in a row each of which began a request, before that is worth a word."""
 
 MAX_PENDING = 128
 """Steps that may pass before schedule values on a device are read although nobody needs them."""
@@ -61,8 +57,7 @@ class Store:
         self._learners: dict[Hashable, Learner] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._count = 0
-        self._short = 0
-        self._complaints: deque[str] = deque()
+        self._complaints = Complaints()
         self._lock = threading.RLock()
 
     def learner(self, program: Hashable) -> Learner:
@@ -75,14 +70,14 @@ class Store:
         with self._lock:
             for branch in list(self._branches.values()):
                 self.discard(branch)
-        self._complain()
+        self._complaints.say()
 
     def end(self, name: str) -> None:
         """Forgets what could be reused of one named session. Statistics stay."""
         with self._lock:
             for branch in self._of(name):
                 self.discard(branch)
-        self._complain()
+        self._complaints.say()
 
     def offload(self, name: str) -> None:
         """Moves what is cached of one named session to the host, but for branches at a step and spans in progress."""
@@ -98,7 +93,7 @@ class Store:
             branch.drop()
             if self._branches.get(branch.key) is branch:
                 del self._branches[branch.key]
-                self._is_over(branch)
+                self._complaints.ended(branch.record, branch.config)
 
     def release(self, branch: Branch) -> None:
         """A call is over. A branch that was discarded meanwhile keeps nothing of it."""
@@ -107,7 +102,7 @@ class Store:
             if self._branches.get(branch.key) is not branch:
                 branch.drop()
             self._keep_within(self.config.max_bytes)
-        self._complain()
+        self._complaints.say()
 
     def _keep_within(self, limit: int | None) -> None:
         """Drops the tensors of the branches used longest ago until those that are left fit."""
@@ -133,20 +128,6 @@ class Store:
                 return False
             self.reset()
             return True
-
-    def _is_over(self, branch: Branch) -> None:
-        complaint = without_hits(branch.record, branch.config)
-        if complaint is not None:
-            self._complaints.append(complaint)
-
-    def _complain(self) -> None:
-        """Says, once a model, what went wrong."""
-        with self._lock:
-            if not self._complaints:
-                return
-            said, self._complaints = list(self._complaints), deque(maxlen=0)
-        for text in said[:1]:
-            warnings.warn(f"dit_cache: {text}", CacheWarning, stacklevel=2)
 
     def forget(self, branch: Branch) -> None:
         """Discards a branch, and its statistics."""
@@ -184,7 +165,7 @@ class Store:
         hold = given.hold
         unheard = self.listener is not None and self.listener.begin()
         heard = None if self.listener is None or unheard else self.listener.branch
-        base: Hashable
+        base: tuple[Hashable, ...]
         if named is None:
             base = (program, given.form, given.identity, heard)
         elif named.branch is None:
@@ -193,7 +174,7 @@ class Store:
             base, controls, hold = (named.key, ()), (), nothing_held
         key = (base, controls)
         branch = self._branches.get(key) or self._with_other_controls(base, key, program, given)
-        if branch is None and heard is not None and isinstance(base, tuple):
+        if branch is None and heard is not None:
             branch = self._heard_late(((*base[:-1], None), controls), key, program, given)
         if branch is not None and branch.busy:
             return self._beside(branch, form, spans, named)
@@ -226,20 +207,27 @@ class Store:
                 self.discard(other)
 
     def _heard_late(
-        self, unheard: Hashable, key: tuple[Hashable, ...], program: Hashable, given: Given
+        self, unheard: tuple[Hashable, ...], key: tuple[Hashable, ...], program: Hashable, given: Given
     ) -> Branch | None:
-        """The branch that began with the very first call, before which nobody could listen."""
+        """The branch that began with the very first call, before which nobody listened."""
         branch = self._branches.get(unheard)
         if branch is None or not branch.unheard or branch.record.step > 0:
             return None
-        values = read_schedule(given.schedule) if given.schedule else ()
-        if isinstance(values, torch.Tensor):
+        if given.schedule and not self._goes_on(branch, program, given):
             return None
-        if values and branch.clock.preview(values, self._directions.get(program)) not in (Move.NEXT, Move.UNSURE):
-            return None
-        self._branches[key] = self._branches.pop(unheard)
-        branch.key = key
         branch.unheard = False
+        return self._renamed(branch, key)
+
+    def _goes_on(self, branch: Branch, program: Hashable, given: Given) -> bool:
+        """Whether a call is one step on in time for a branch; not where the timestep would have to be waited for."""
+        values = read_schedule(given.schedule) if given.schedule else ()
+        if isinstance(values, torch.Tensor) or not values:
+            return False
+        return branch.clock.preview(values, self._directions.get(program)) in (Move.NEXT, Move.UNSURE)
+
+    def _renamed(self, branch: Branch, key: tuple[Hashable, ...]) -> Branch:
+        self._branches[key] = self._branches.pop(branch.key)
+        branch.key = key
         return branch
 
     def _beside(self, busy: Branch, form: Hashable, spans: int, named: NamedSession | None) -> Branch:
@@ -260,15 +248,9 @@ class Store:
         """The branch that goes on with other inputs that feed only spans: one step on in time, else it is another."""
         if not any(c.identity for c in given.controls):
             return None
-        values = read_schedule(given.schedule) if given.schedule else ()
-        if isinstance(values, torch.Tensor) or not values:
-            return None
-        for other in reversed([k for k in self._branches if isinstance(k, tuple) and k[0] == base]):
-            branch = self._branches[other]
-            if branch.clock.preview(values, self._directions.get(program)) in (Move.NEXT, Move.UNSURE):
-                self._branches[key] = self._branches.pop(other)
-                branch.key = key
-                return branch
+        for branch in reversed([b for k, b in self._branches.items() if isinstance(k, tuple) and k[0] == base]):
+            if self._goes_on(branch, program, given):
+                return self._renamed(branch, key)
         return None
 
     def _advance(
@@ -303,6 +285,8 @@ class Store:
             self.restart(branch, named)
         elif step == branch.record.step:
             branch.doubt, branch.doubt_until = STEP_REPEATED, step
+        else:
+            self._complaints.went_on()
         branch.record.step = step
 
     def _move(self, branch: Branch, program: Hashable, values: tuple[float, ...]) -> Move:
@@ -327,7 +311,7 @@ class Store:
         if move is Move.EITHER and named is None:
             branch.doubt, branch.doubt_until = EITHER, FOREVER
         branch.record.step += 1
-        self._short = 0
+        self._complaints.went_on()
         branch.blind = move is not Move.UNSURE or named is not None
         if branch.doubt is not None and branch.record.step > branch.doubt_until:
             branch.doubt = None
@@ -335,11 +319,9 @@ class Store:
     def restart(self, branch: Branch, named: NamedSession | None) -> None:
         """Begins a request: empty slots and new statistics."""
         if branch.slots:
-            self._is_over(branch)
+            self._complaints.ended(branch.record, branch.config)
+        self._complaints.began()
         branch.drop()
-        self._short += 1
-        if self._short == MAX_SHORT:
-            self._complaints.append(one_step_each(self._short))
         branch.record = BranchRecord(branch.key, "", [Slot() for _ in range(branch.spans)])
         branch.session = self._enlist(branch.record, named)
 
