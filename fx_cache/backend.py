@@ -23,6 +23,7 @@ from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
 from fx_cache.patterns.explanation import Explanation
 from fx_cache.patterns.graph import hinted_shape, is_tensor, is_weight, storage_key, value_of, written_inputs
 from fx_cache.patterns.relays import read_facts
+from fx_cache.patterns.samples import fewer_allowed
 from fx_cache.patterns.spans import Plan
 from fx_cache.runtime.forwards import Forward, surroundings
 from fx_cache.runtime.relay import ObservedForward, Relays
@@ -86,8 +87,9 @@ def dit_cache(
         return ObservedForward(compiler(gm, list(example_inputs)), facts, config, _relays)
     plan = rewritten.plan
     spans = plan.spans
+    compiled = compile_pieces(rewritten.gm, compiler).forward
     return CachedForward(
-        compile_pieces(rewritten.gm, compiler).forward,
+        compiled,
         plan.roles,
         _state_sizes(rewritten.gm),
         facts.program,
@@ -99,6 +101,7 @@ def dit_cache(
         frozenset() if whole else _latents_given(gm, plan, around.forward),
         whole,
         _relays,
+        all(fewer_allowed(s.samples) for s in spans),
     )
 
 

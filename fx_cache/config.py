@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from fx_cache.errors import OptionError
 
 Scope = Literal["model", "stack"]
+BatchPolicy = Literal["all", "any", "per_sample"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class CacheConfig:
         warmup_interval: within the warm-up, only every n-th step is forced to compute.
         max_cached_steps: reused steps a request may have; -1: no limit.
         max_continuous_cached_steps: reused steps in a row; -1: no limit.
+        batch_policy: in a batch, whose samples have a diff each: ``"all"``: a step reuses if every sample may;
+            ``"any"``: if one may; ``"per_sample"``: those that may reuse, the others compute.
         num_inference_steps: steps of a request, where known: the step after the last one starts a new request.
         max_sessions: requests that may hold cached tensors at a time; the one used longest ago is dropped for a new
             one, and computes.
@@ -52,6 +55,7 @@ class CacheConfig:
     warmup_interval: int = 1
     max_cached_steps: int = -1
     max_continuous_cached_steps: int = -1
+    batch_policy: BatchPolicy = "all"
     num_inference_steps: int | None = None
     max_sessions: int = 32
     max_bytes: int | None = None
@@ -74,8 +78,8 @@ class CacheConfig:
         _check_number(self, "residual_diff_threshold")
         if self.max_accumulated_residual_diff_threshold is not None:
             _check_number(self, "max_accumulated_residual_diff_threshold")
-        if self.scope not in get_args(Scope):
-            raise _invalid("scope", self.scope, " or ".join(map(repr, get_args(Scope))))
+        _check_choice(self, "scope", get_args(Scope))
+        _check_choice(self, "batch_policy", get_args(BatchPolicy))
         if not isinstance(self.compiler, str) or not self.compiler:
             raise _invalid("compiler", self.compiler, "the name of a torch.compile backend")
         if self.compiler == "dit_cache":
@@ -140,6 +144,12 @@ def _check_int(config: CacheConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise _invalid(name, value, f"an integer >= {least}")
+
+
+def _check_choice(config: CacheConfig, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise _invalid(name, value, " or ".join(map(repr, choices)))
 
 
 def _check_number(config: CacheConfig, name: str) -> None:

@@ -7,29 +7,85 @@ from typing import Any, Protocol
 
 import torch
 
+Branch = Callable[..., Any]
+
+
+class Mixed(Protocol):
+    """A decision that is not the same for all samples of a batch."""
+
+    def run(self, reuse: Branch, compute: Branch, operands: tuple[Any, ...], by_sample: tuple[bool, ...] | None) -> Any:
+        """The results of both branches, put together by sample."""
+
 
 class Gate(Protocol):
     """Decides one span at one step."""
 
-    def __call__(self, measure: Callable[[], torch.Tensor]) -> bool: ...
+    def __call__(
+        self, measure: Callable[[], torch.Tensor], samples: int = 1, separable: bool = False
+    ) -> bool | Mixed: ...
 
 
 def check(
-    gate: Gate, measure: Callable[..., Any], probe: torch.Tensor, previous: torch.Tensor | None, *sizes: int
-) -> bool:
+    gate: Gate,
+    measure: Callable[..., Any],
+    probe: torch.Tensor,
+    previous: torch.Tensor | None,
+    *sizes: int,
+    samples: int = 1,
+    separable: bool = False,
+) -> bool | Mixed:
     """Whether this step may reuse the span.
 
     Args:
         gate: the policy, bound to this step and slot; it asks for the diff only where it needs it.
-        measure: ``(previous, probe, *sizes) -> (diff,)``, compiled; diff is 0-d,
-            ``mean|previous - probe| / mean|previous|``.
+        measure: `residual_diff` as ``(previous, probe, *sizes) -> (diff,)``, compiled.
         probe: residual of the head's blocks at this step, any shape.
         previous: the probe of the last computed step, same shape; None in an empty slot.
         sizes: the integers that the probe's dynamic shape is made of.
+        samples: how many samples of a batch the probe's rows belong to.
+        separable: whether all that the span hands on has one row for each of them.
     """
-    return gate(lambda: measure(previous, probe, *sizes)[0])
+    return gate(lambda: measure(previous, probe, *sizes)[0], samples, separable)
 
 
-def cond(hit: bool, reuse: Callable[..., Any], compute: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
-    """Runs one of two branches over the same operands. The order of arguments is that of ``torch.cond``."""
+def cond(
+    hit: bool | Mixed,
+    reuse: Branch,
+    compute: Branch,
+    operands: tuple[Any, ...],
+    *,
+    by_sample: tuple[bool, ...] | None = None,
+) -> Any:
+    """Runs one of two branches over the same operands. The order of arguments is that of ``torch.cond``.
+
+    Where `hit` is not the same for all samples, both, and puts the results together by sample.
+
+    Args:
+        hit: the decision.
+        reuse: takes the operands, returns a tuple of tensors.
+        compute: the same.
+        operands: tensors and integers.
+        by_sample: which operands have one row for each sample, or are their number; None: `compute` takes no fewer.
+    """
+    if not isinstance(hit, bool):
+        return hit.run(reuse, compute, operands, by_sample)
     return reuse(*operands) if hit else compute(*operands)
+
+
+def residual_diff(previous: Any, probe: Any, samples: Any, ndim: int) -> Any:
+    """``mean|previous - probe| / mean|previous|`` of each sample; of a batch of one as cache-dit and FBCache have it.
+
+    Args:
+        previous: tensor of `ndim` dimensions; dim 0 holds the same number of rows for each sample.
+        probe: the same.
+        samples: their number.
+        ndim: number of dimensions.
+
+    Returns:
+        Tensor of shape [samples].
+    """
+
+    def mean(x: Any) -> Any:
+        return x.abs().unflatten(0, (samples, -1)).mean(tuple(range(1, ndim + 1)))
+
+    return mean(previous - probe) / mean(previous)

@@ -90,8 +90,8 @@ def play(compiled, found: list[Request], rng: random.Random, monkeypatch: pytest
     """Runs all requests call by call, in a random order that keeps that of each."""
     decide = SpanGate.__call__
 
-    def interrupted(self: SpanGate, measure: Any) -> bool:
-        decide(self, measure)
+    def interrupted(self: SpanGate, *seen: Any) -> bool:
+        decide(self, *seen)
         raise KeyboardInterrupt
 
     order = [r for r in found for _ in r.calls]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -424,11 +425,11 @@ def test_two_threads_in_one_request(name: str | None, monkeypatch: pytest.Monkey
     inside, go_on = threading.Event(), threading.Event()
     decide = SpanGate.__call__
 
-    def wait(gate: SpanGate, measure: Callable[[], torch.Tensor]) -> bool:
+    def wait(gate: SpanGate, *seen: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             inside.set()
             assert go_on.wait(60)
-        return decide(gate, measure)
+        return decide(gate, *seen)
 
     def third() -> torch.Tensor:
         with torch.no_grad(), named():

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fx_cache.ops import check, cond
+from fx_cache.ops import check, cond, residual_diff
 from fx_cache.passes.outline import (
     build,
     fake,
@@ -19,6 +20,7 @@ from fx_cache.passes.outline import (
 )
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.samples import one_row_each, taken_by_sample
 from fx_cache.patterns.spans import SpanPlan
 
 
@@ -36,6 +38,8 @@ def insert_conditionals(gm: fx.GraphModule, context: RewriteContext) -> int:
             hit_0 = check(slot_0_gate, self.measure_0, probe_0, slot_0_probe)
             y, probe, cached_y = cond(hit_0, self.reuse_0, self.compute_0, (x1, ..., probe_0, slot_0_probe, slot_0_y))
             return (tail(y),), ((probe, cached_y),)
+
+    and in a batch, whose samples may be decided one by one: ``check(..., samples=2, separable=True)``.
 
         compute_0: y = span(x1);  return y, probe_0, y - x1
         reuse_0:   y = x1 + slot_0_y;  return y, slot_0_probe, slot_0_y
@@ -82,23 +86,32 @@ def _insert(
     operands = (*inputs, probe, *slots)
     operands += tuple(n for n in size_inputs(graph, operands) if n not in operands)
     sizes = size_inputs(graph, [probe])
+    samples = _number(span.samples, sizes)
+    batch: dict[str, Any] = {}
+    by_sample = None
+    if samples != 1:
+        stored = [value_of(probe), *map(value_of, live_outs), *cached_values]
+        batch = {"samples": samples, "separable": one_row_each(stored, span.samples)}
+        by_sample = taken_by_sample(map(value_of, operands), span.samples)
 
     compute = build(gm, nodes, operands, live_outs)
     _store(compute, operands, live_outs, live_ins, probe, cached_values)
     reuse = _reuse(operands, live_outs, live_ins, slots)
-    gm.add_submodule(f"measure_{k}", _measure(probe, sizes))
+    gm.add_submodule(f"measure_{k}", _measure(probe, sizes, samples))
     gm.add_submodule(f"compute_{k}", compute)
     gm.add_submodule(f"reuse_{k}", reuse)
 
     with graph.inserting_before(nodes[0]):
         measure = mark(graph.get_attr(f"measure_{k}"), 2 * k)
-        hit = graph.create_node("call_function", check, (gate, measure, probe, slots[0], *sizes), name=f"hit_{k}")
+        seen = (gate, measure, probe, slots[0], *sizes)
+        hit = graph.create_node("call_function", check, seen, batch, name=f"hit_{k}")
         mark(hit, 2 * k)
     with graph.inserting_after(nodes[-1]):
         call = graph.create_node("call_function", cond, (), name=f"cond_{k}")
     with graph.inserting_before(call):
         branches = [mark(graph.get_attr(f"{b}_{k}"), 2 * k + 1) for b in ("reuse", "compute")]
     call.args = (hit, *branches, operands)
+    call.kwargs = {} if by_sample is None else {"by_sample": by_sample}
     mark(call, 2 * k + 1, tuple(value_of(o) for o in live_outs))
     following = call.next
     replace_by_call(gm, nodes, live_outs, call)
@@ -163,20 +176,22 @@ def _reuse(
     return fx.GraphModule({}, graph)
 
 
-def _measure(probe: fx.Node, sizes: list[fx.Node]) -> fx.GraphModule:
-    """``mean|previous - probe| / mean|previous|``, as cache-dit and FBCache define the residual diff."""
+def _number(value: Any, sizes: list[fx.Node]) -> Any:
+    """A number of samples as an argument: itself, or the one of `sizes` that it is; 1 if it is none."""
+    if isinstance(value, int):
+        return value
+    return next((n for n in sizes if statically_known_true(value_of(n) == value)), 1)
+
+
+def _measure(probe: fx.Node, sizes: list[fx.Node], samples: Any) -> fx.GraphModule:
+    """`residual_diff` as a graph."""
     graph = fx.Graph()
     previous, now = graph.placeholder("previous"), graph.placeholder("probe")
     for node in (previous, now):
         mark(node, None, value_of(probe))
-    for size in sizes:
-        mark(graph.placeholder(size.name), None, value_of(size))
-    difference = mark(graph.call_function(operator.sub, (previous, now)), None, fake(operator.sub, probe, probe))
-    means = []
-    for node in (difference, previous):
-        absolute = mark(graph.call_method("abs", (node,)), None, fake(torch.abs, probe))
-        means.append(mark(graph.call_method("mean", (absolute,)), None, fake(torch.mean, probe)))
-    diff = graph.call_function(operator.truediv, tuple(means))
-    mark(diff, None, fake(torch.mean, probe))
-    graph.output((diff,))
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    numbers = {n: fx.Proxy(mark(graph.placeholder(n.name), None, value_of(n)), tracer) for n in sizes}
+    count = numbers[samples] if isinstance(samples, fx.Node) else samples
+    diff = residual_diff(fx.Proxy(previous, tracer), fx.Proxy(now, tracer), count, value_of(probe).ndim)
+    graph.output((diff.node,))
     return fx.GraphModule({}, graph)

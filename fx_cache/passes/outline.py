@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from fx_cache.patterns.graph import external_inputs, is_scalar, is_tensor, structure, value_of
+from fx_cache.patterns.graph import external_inputs, is_scalar, is_tensor, structure, symbols_of, value_of
 
 REGION = "fx_cache_region"
 """Key of `node.meta`: 2 * k before span k, 2 * k + 1 inside it; behind the last of n spans, 2 * n."""
@@ -125,16 +124,12 @@ def size_inputs(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
     A compiler binds a symbol to an input that has it as its size; in ``[1, s0 * s1 // 4]`` it could not.
     """
-    symbols = set().union(*(_symbols(value_of(n)) for n in nodes))
+    symbols = set().union(*(symbols_of(value_of(n)) for n in nodes))
     return [
         n
         for n in graph.find_nodes(op="placeholder")
-        if isinstance(value_of(n), torch.SymInt) and _symbols(value_of(n)) & symbols
+        if isinstance(value_of(n), torch.SymInt) and symbols_of(value_of(n)) & symbols
     ]
-
-
-def _symbols(value: Any) -> set[Any]:
-    return set(free_symbols(value)) if isinstance(value, torch.Tensor | torch.SymInt) else set()
 
 
 def _is_subgraph(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -37,6 +37,10 @@ def check_rewritten(gm: fx.GraphModule) -> None:
 
 def _check_cond(gm: fx.GraphModule, node: fx.Node) -> None:
     hit, reuse, compute, operands = node.args
+    by_sample = node.kwargs.get("by_sample")
+    if by_sample is not None:
+        assert isinstance(operands, tuple) and isinstance(by_sample, tuple)
+        assert len(by_sample) == len(operands), f"{node}: {len(operands)} operands, {len(by_sample)} said to have rows"
     assert isinstance(hit, fx.Node) and hit.target is check, f"{node} is not decided by a check"
     results = []
     for branch in (reuse, compute):

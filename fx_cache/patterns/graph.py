@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves
 
 _INPLACE_OPERATORS = {
@@ -35,6 +36,11 @@ def value_of(node: fx.Node) -> Any:
 def is_tensor(node: fx.Node) -> bool:
     """Whether the node's value is one tensor."""
     return isinstance(value_of(node), torch.Tensor)
+
+
+def symbols_of(value: Any) -> set[Any]:
+    """The symbols in a tensor's shape and strides, or in a number."""
+    return set(free_symbols(value)) if isinstance(value, torch.Tensor | torch.SymInt) else set()
 
 
 def is_tensor_sequence(node: fx.Node) -> bool:

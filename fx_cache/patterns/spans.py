@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx
 
@@ -25,6 +25,7 @@ from fx_cache.patterns.graph import (
     written_inputs,
 )
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls, with_latents_from
+from fx_cache.patterns.samples import count_samples
 from fx_cache.patterns.streams import continues
 from fx_cache.patterns.work import Work
 
@@ -67,6 +68,7 @@ class SpanPlan:
         live_outs: what is used behind the span.
         blocks: for each stack, (head, span, tail) block ranges as (start, stop).
         share: the part of the graph's FLOPs that a hit saves; None where none were counted.
+        samples: how many samples the probe's rows belong to, a number or a symbol.
     """
 
     stacks: tuple[str, ...]
@@ -76,6 +78,7 @@ class SpanPlan:
     live_outs: tuple[LiveOut, ...]
     blocks: dict[str, Ranges]
     share: float | None
+    samples: Any
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,8 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
             "choose a smaller Fn_compute_blocks or Bn_compute_blocks, or run this model uncached",
         )
     blocks = _ranges(group, fn, total - bn)
-    return SpanPlan(tuple(r.stack.name for r in group), head, span, probe, live_outs, blocks, share)
+    samples = count_samples(graph, probe[1])
+    return SpanPlan(tuple(r.stack.name for r in group), head, span, probe, live_outs, blocks, share, samples)
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:

@@ -24,6 +24,11 @@ REMEDIES = {
     "max_bytes": "raise max_bytes",
 }
 
+NOT_APART = (
+    "option 'batch_policy': got 'per_sample' for a span whose values do not have one row for each sample; expected "
+    "such values throughout; all samples are decided together, as by 'all'."
+)
+
 
 class Complaints:
     """What there is to say of one model's requests. Only the first thing is said, and only once."""
@@ -47,6 +52,10 @@ class Complaints:
         """A request is over."""
         self._note(_without_hits(record, config))
 
+    def not_apart(self) -> None:
+        """Samples of a batch are to be decided one by one, and cannot be."""
+        self._note(NOT_APART)
+
     def say(self) -> None:
         """Warns, where there is a reason."""
         if self._text is not None and not self._said:
@@ -60,7 +69,7 @@ class Complaints:
 def _without_hits(record: BranchRecord, config: CacheConfig) -> str | None:
     """What to say of a branch whose request is over; None if it had a hit, was short, or was not to reuse anything."""
     misses = Counter(r for slot in record.slots for r in slot.counters.misses.values() if r != "warm-up")
-    if any(slot.counters.hits for slot in record.slots) or misses.total() < ENOUGH * max(1, len(record.slots)):
+    if any(slot.reused for slot in record.slots) or misses.total() < ENOUGH * max(1, len(record.slots)):
         return None
     reason, count = misses.most_common(1)[0]
     if reason in CHOSEN:

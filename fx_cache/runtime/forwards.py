@@ -168,6 +168,15 @@ class Forward:
             found |= set(fitting) if len(fitting) == 1 else set()
         return frozenset(found)
 
+    def batch(self, latents: Collection[int]) -> int:
+        """Size of dim 0 of what is denoised; 0 where that is not known.
+
+        Args:
+            latents: the inputs that are denoised as the graphs show it.
+        """
+        sizes = {self.inputs[i].shape[0] for i in latents or self.moves.latents if self.inputs[i].ndim}
+        return sizes.pop() if len(sizes) == 1 else 0
+
     def given(self, latents: Collection[int], spans: int) -> Given:
         """What the user gave this forward.
 

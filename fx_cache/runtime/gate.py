@@ -2,56 +2,104 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 
 import torch
 
+from fx_cache.runtime.batches import MixedHit, Separation
 from fx_cache.runtime.given import Control
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
 
+NOT_REACHED = Verdict(False, "not reached")
+NOT_MEASURED = Verdict(False, "not measured")
+
 
 class SpanGate:
     """The policy, bound to one span of one branch at one step."""
 
-    def __init__(self, store: Store, branch: Branch, program: Hashable, span: int, control: Control) -> None:
+    def __init__(
+        self,
+        store: Store,
+        branch: Branch,
+        program: Hashable,
+        span: int,
+        control: Control,
+        separation: Separation,
+    ) -> None:
+        """
+        Args:
+            store: where the branch is kept.
+            branch: the branch.
+            program: what the graph computes and caches.
+            span: number of the span in the graph.
+            control: who the inputs are that feed only the span.
+            separation: how some samples of a batch are computed by themselves.
+        """
         self._store = store
         self.control = control
         self._branch = branch
         self._program = program
         self._span = span
-        self.reason: str | None = "not reached"
+        self._separation = separation
+        self._verdicts = [NOT_REACHED]
 
-    def __call__(self, measure: Callable[[], torch.Tensor]) -> bool:
+    def __call__(
+        self, measure: Callable[[], torch.Tensor], samples: int = 1, separable: bool = False
+    ) -> bool | MixedHit:
         """Decides. The host waits for the device at most once, and not where the policy settles the step alone."""
-        verdict = self._settle()
-        if verdict.reuse is not False and self._branch.pending:
-            diff = measure() if verdict.reuse is None else None
-            number = self._store.read_pending(self._branch, self._program, diff)
-            verdict = self._settle()
-            if verdict.reuse is None and number is not None:
-                verdict = self._judge(number)
-            elif verdict.reuse is None:
-                verdict = Verdict(False, "not measured")
-        elif verdict.reuse is None:
-            verdict = self._judge(float(measure()))
-        if verdict.reuse and self._step not in self._counters.diffs:
-            self._counters.measured(self._step, UNMEASURED)
-        self.reason = verdict.reason
-        return bool(verdict.reuse)
+        verdicts = self._settle(samples, separable)
+        if self._branch.pending and any(v.reuse is not False for v in verdicts):
+            diff = measure() if any(v.reuse is None for v in verdicts) else None
+            diffs = self._store.read_pending(self._branch, self._program, diff)
+            verdicts = self._settle(samples, separable)
+        else:
+            diffs = measure().tolist() if any(v.reuse is None for v in verdicts) else []
+        if any(v.reuse is None for v in verdicts):
+            verdicts = self._judge(verdicts, diffs)
+        self._verdicts = verdicts
+        misses = tuple(i for i, v in enumerate(verdicts) if not v.reuse)
+        for counters, verdict in self._decided():
+            if verdict.reuse and self._step not in counters.diffs:
+                counters.measured(self._step, UNMEASURED)
+        if 0 < len(misses) < len(verdicts):
+            return MixedHit(misses, self._separation)
+        return not misses
 
     @property
-    def _counters(self) -> Counters:
-        return self._branch.slots[self._span].counters
+    def verdict(self) -> Verdict:
+        """That of the first sample that computes, if any does."""
+        return next((v for v in self._verdicts if not v.reuse), self._verdicts[0])
+
+    def record(self) -> None:
+        """Notes that the step is over."""
+        for counters, verdict in self._decided():
+            counters.record(self._step, verdict.reason)
+
+    def _decided(self) -> list[tuple[Counters, Verdict]]:
+        """What was decided of the whole step, and of each sample that is decided by itself."""
+        slot = self._branch.slots[self._span]
+        apart = len(slot.samples) == len(self._verdicts)
+        return [(slot.counters, self.verdict), *zip(slot.samples if apart else (), self._verdicts, strict=False)]
 
     @property
     def _step(self) -> int:
         return self._branch.record.step
 
-    def _settle(self) -> Verdict:
+    def _settle(self, samples: int, separable: bool) -> list[Verdict]:
+        """What the policy says without the diff: of each sample, or of all together."""
+        apart = samples > 1 and self._branch.config.batch_policy == "per_sample"
+        if apart and not separable:
+            self._store.not_apart()
+        slot = self._branch.slots[self._span]
+        slot.separate(samples if apart and separable else 1)
+        return [self._settled(counters) for counters in slot.samples or [slot.counters]]
+
+    def _settled(self, counters: Counters) -> Verdict:
         branch, slot = self._branch, self._branch.slots[self._span]
-        verdict = decide(self._branch.config, slot.counters, self._step, filled=slot.tensors is not None)
+        verdict = decide(self._branch.config, counters, self._step, filled=slot.tensors is not None)
         if verdict.reason == "nothing cached" and slot.lost is not None:
             return Verdict(False, slot.lost)
         if verdict.reuse is not False and branch.doubt is not None:
@@ -62,6 +110,27 @@ class SpanGate:
             return Verdict(False, "direction of the timestep not known yet")
         return verdict
 
-    def _judge(self, diff: float) -> Verdict:
-        self._counters.measured(self._step, diff)
-        return judge(self._branch.config, diff)
+    def _judge(self, verdicts: list[Verdict], diffs: list[float] | None) -> list[Verdict]:
+        """The same with the diffs, one for each sample; None: they were not measured."""
+        if diffs is None:
+            return [v if v.reuse is not None else NOT_MEASURED for v in verdicts]
+        slot, config = self._branch.slots[self._span], self._branch.config
+        together = _best(diffs) if config.batch_policy == "any" else _worst(diffs)
+        slot.counters.measured(self._step, together)
+        if not slot.samples:
+            return [judge(config, together)]
+        judged = []
+        for verdict, counters, diff in zip(verdicts, slot.samples, diffs, strict=True):
+            if verdict.reuse is None:
+                counters.measured(self._step, diff)
+                verdict = judge(config, diff)
+            judged.append(verdict)
+        return judged
+
+
+def _worst(diffs: list[float]) -> float:
+    return next((d for d in diffs if not math.isfinite(d)), max(diffs, default=math.nan))
+
+
+def _best(diffs: list[float]) -> float:
+    return min((d for d in diffs if math.isfinite(d)), default=math.nan)

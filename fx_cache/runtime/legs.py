@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from fx_cache.errors import FxCacheError
+from fx_cache.ops import residual_diff
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, RelayStream
+from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.given import Control
@@ -218,22 +220,25 @@ class Leg:
         assert isinstance(value, torch.Tensor)
         return value
 
-    def decide(self, store: Store, branch: Branch, program: Hashable, graph: Graph, args: Sequence[Any]) -> None:
-        """The one decision for all graphs of the span."""
+    def decide(
+        self, store: Store, branch: Branch, program: Hashable, batch: int, graph: Graph, args: Sequence[Any]
+    ) -> None:
+        """The one decision for all graphs of the span and all samples, `batch` of them (0: that is not known)."""
         assert self._head is not None
         self._branch = branch
         # Copies: the graphs of the blocks, or code between them, may write to them.
         self._starts = [self._stream(graph, args, k).clone() for k in range(len(self._plan.streams))]
         self._probe = _probe(self._plan.streams[0], self._head, self._starts[0])
         slot = branch.slots[self._number]
-        self._gate = SpanGate(store, branch, program, self._number, Control.of([]))
+        self._gate = SpanGate(store, branch, program, self._number, Control.of([]), Separation(fewer=False))
         probe = self._probe
+        samples = batch if batch and probe.shape[0] % batch == 0 else 1
 
         def measure() -> torch.Tensor:
             assert slot.tensors is not None
-            return residual_diff(slot.tensors[0], probe)
+            return residual_diff(slot.tensors[0], probe, samples, probe.ndim)
 
-        self._hit = self._gate(measure)
+        self._hit = self._gate(measure, samples) is True
         self._script = slot.script if self._hit else Script(len(self._plan.streams))
 
     def call(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
@@ -255,7 +260,7 @@ class Leg:
             if not self._hit:
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
                 slot.control = self._gate.control
-            slot.counters.record(self._branch.record.step, self._gate.reason)
+            self._gate.record()
             slot.open = False
         return outputs
 
@@ -278,8 +283,3 @@ class Leg:
             else:
                 outputs.append(self._script.values[what].clone() if kind == "value" else what)
         return tuple(outputs)
-
-
-def residual_diff(previous: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
-    """``mean|previous - probe| / mean|previous|`` of two tensors of one shape; 0-d."""
-    return (previous - probe).abs().mean() / previous.abs().mean()

@@ -136,8 +136,7 @@ class Relay:
     def open(self, forward: Forward) -> Branch:
         """The branch that a forward belongs to; counts the step."""
         assert self.store is not None
-        latents = {latent for p in self.plans if (latent := p.latent) is not None}
-        given = forward.given(latents, len(self.plans))
+        given = forward.given(self.latents, len(self.plans))
         branch = self.store.begin(self.program, len(self.plans), given)
         if any(slot.open for slot in branch.slots):  # its last forward was broken off
             self.store.discard(branch)
@@ -150,6 +149,11 @@ class Relay:
     @property
     def program(self) -> Hashable:
         return "relay", self.plans
+
+    @property
+    def latents(self) -> set[int]:
+        """The inputs that are denoised, as far as the plans show it."""
+        return {latent for p in self.plans if (latent := p.latent) is not None}
 
 
 class PlainRun:
@@ -182,7 +186,8 @@ class RelayRun:
             if self._branch is None:
                 self._branch = self._relay.open(forward)
             assert self._relay.store is not None
-            leg.decide(self._relay.store, self._branch, self._relay.program, graph, args)
+            batch = forward.batch(self._relay.latents)
+            leg.decide(self._relay.store, self._branch, self._relay.program, batch, graph, args)
         outputs = leg.call(graph, family, args)
         if leg.over:
             self._legs.pop(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
@@ -84,6 +85,10 @@ class Store:
         with self._lock:
             for slot in [slot for b in self._of(name) if not b.busy for slot in b.slots]:
                 slot.offload()
+
+    def not_apart(self) -> None:
+        """Notes that samples of a batch cannot be decided one by one."""
+        self._complaints.not_apart()
 
     def _of(self, name: str) -> list[Branch]:
         return [b for b in self._branches.values() if b.owner == name]
@@ -325,15 +330,15 @@ class Store:
         branch.record = BranchRecord(branch.key, "", [Slot() for _ in range(branch.spans)])
         branch.session = self._enlist(branch.record, named)
 
-    def read_pending(self, branch: Branch, program: Hashable, diff: torch.Tensor | None = None) -> float | None:
-        """One copy to the host: the schedule values of the steps since the last reading, and a diff."""
+    def read_pending(self, branch: Branch, program: Hashable, diffs: torch.Tensor | None = None) -> list[float] | None:
+        """One copy to the host: the schedule values of the steps since the last reading, and diffs, shape [samples]."""
         count, width = len(branch.pending), branch.pending[0].numel()
-        parts = [*branch.pending] + ([] if diff is None else [diff.reshape(1).to(branch.pending[0])])
+        parts = [*branch.pending] + ([] if diffs is None else [diffs.to(branch.pending[0])])
         numbers = torch.cat(parts).tolist()
         branch.pending.clear()
         with self._lock:
             self.resolve(branch, program, [numbers[i * width : (i + 1) * width] for i in range(count)])
-        return None if diff is None else float(numbers[-1])
+        return None if diffs is None else numbers[count * width :]
 
     def resolve(self, branch: Branch, program: Hashable, rows: list[list[float]]) -> None:
         """Takes schedule values that have come from the device, one row for each step since the last reading.
@@ -363,9 +368,10 @@ class Store:
         branch.blind = True
         for slot, before in zip(branch.slots, old.slots, strict=True):
             before.tensors = None
-            for step in range(since):
-                reason = before.counters.misses.pop(old.step - since + step, "computed")
-                slot.counters.misses[step] = reason
+            slot.separate(len(before.samples))
+            pairs = zip((slot.counters, *slot.samples), (before.counters, *before.samples), strict=True)
+            for (counters, ended), step in itertools.product(list(pairs), range(since)):
+                counters.misses[step] = ended.misses.pop(old.step - since + step, "computed")
         branch.session = self._enlist(branch.record, named)
 
     def _enlist(self, record: BranchRecord, named: NamedSession | None) -> SessionRecord:

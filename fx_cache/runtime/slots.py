@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Slot:
         script: where the span lies over several graphs, what each of them gave back.
         open: whether a span over several graphs has begun and not ended.
         counters: what the policy remembers.
+        samples: the same of each sample of a batch, where each is decided by itself.
     """
 
     tensors: tuple[torch.Tensor, ...] | None = None
@@ -36,6 +38,17 @@ class Slot:
     script: Any = None
     open: bool = False
     counters: Counters = field(default_factory=Counters)
+    samples: list[Counters] = field(default_factory=list)
+
+    def separate(self, samples: int) -> None:
+        """Lets each of some samples go on by itself from where all together are; one: they go on together."""
+        if samples != max(1, len(self.samples)):
+            self.samples = [copy.deepcopy(self.counters) for _ in range(samples)] if samples > 1 else []
+
+    @property
+    def reused(self) -> bool:
+        """Whether any sample has reused anything."""
+        return any(c.hits for c in (self.counters, *self.samples))
 
     @property
     def bytes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from fx_cache.config import CacheConfig
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.relays import GraphFacts
+from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Surroundings, surroundings
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.given import Given, read_given, read_learned
@@ -39,6 +40,7 @@ class CachedForward:
         latents: Collection[int],
         whole: bool,
         relays: Relays,
+        fewer: bool,
     ) -> None:
         """
         Args:
@@ -55,10 +57,12 @@ class CachedForward:
             latents: where it is a part, which of the forward's inputs are denoised.
             whole: whether it is a whole forward.
             relays: where to look up the forward's other graphs.
+            fewer: whether a span can be computed for fewer samples than there are in a batch.
         """
         self._rewritten = rewritten
         self._roles = roles
         self._sizes = tuple(state_sizes)
+        self._separations = [Separation(fewer) for _ in self._sizes]
         self._program = (program, layout)
         self._anchor = anchor
         self._guarded = tuple(guarded)
@@ -105,7 +109,10 @@ class CachedForward:
             store.release(branch)
 
     def _compute_or_reuse(self, store: Store, branch: Branch, given: Given, args: Sequence[Any]) -> Any:
-        gates = [SpanGate(store, branch, self._program, k, control) for k, control in enumerate(given.controls)]
+        gates = [
+            SpanGate(store, branch, self._program, k, control, separation)
+            for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
+        ]
         state: list[Any] = []
         for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
             state += [gate, *(slot.load() or [None] * size)]
@@ -116,9 +123,9 @@ class CachedForward:
             raise
         for gate, slot, tensors in zip(gates, branch.slots, new_state, strict=True):
             slot.tensors = tensors
-            if gate.reason is not None:
+            if not gate.verdict.reuse:
                 slot.control = gate.control
-            slot.counters.record(branch.record.step, gate.reason)
+            gate.record()
         return outputs
 
     def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> Store:
@@ -130,7 +137,6 @@ class CachedForward:
         return store
 
 
-def _never(measure: Callable[..., Any]) -> bool:
+def _never(*_: Any) -> bool:
     """A gate that lets every span compute."""
-    del measure
     return False

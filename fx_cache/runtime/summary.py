@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fx_cache.runtime.policy import Counters
 from fx_cache.runtime.registry import stores
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Slot
@@ -26,7 +27,8 @@ class Summary:
         """``{"sessions": [{"name", "branches": [{"name", "spans": [span, ...]}]}]}``
 
         with span = ``{"steps", "hits": [step, ...], "misses": {step: reason}, "diffs": {step: float}, "bytes"}``.
-        A diff of -1.0 stands for a step that reused without measuring.
+        A diff of -1.0 stands for a step that reused without measuring. With ``batch_policy="per_sample"`` a span has
+        ``"samples"`` too: the same of each sample, but for the bytes; its own hits are the steps that all reused.
         """
         return {"sessions": list(self.sessions)}
 
@@ -62,13 +64,16 @@ def summarize(found: Iterable[Store]) -> Summary:
 
 
 def _span(slot: Slot) -> dict[str, Any]:
-    counters = slot.counters
+    samples = {"samples": [_counted(c) for c in slot.samples]} if slot.samples else {}
+    return {**_counted(slot.counters), "bytes": slot.bytes, **samples}
+
+
+def _counted(counters: Counters) -> dict[str, Any]:
     return {
         "steps": len(counters.hits) + len(counters.misses),
         "hits": list(counters.hits),
         "misses": dict(counters.misses),
         "diffs": dict(counters.diffs),
-        "bytes": slot.bytes,
     }
 
 
