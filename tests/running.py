@@ -10,6 +10,7 @@ from torch import nn
 
 import fx_cache
 from fx_cache.demo.sheet import default_compiler
+from fx_cache.runtime import sessions
 
 needs_inductor = pytest.mark.skipif(default_compiler() != "inductor", reason="Inductor needs a C++ compiler")
 
@@ -38,6 +39,12 @@ def run_cached(model: nn.Module, steps: list[dict], **options) -> CachedRun:
 
 def last_branch(model: nn.Module) -> dict:
     return fx_cache.summary(model).to_dict()["sessions"][-1]["branches"][-1]
+
+
+def schedule_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the schedule inputs look as if they lay on a device: their values come as a tensor."""
+    read = sessions.read_schedule
+    monkeypatch.setattr(sessions, "read_schedule", lambda t: torch.tensor(read(t), dtype=torch.float64))
 
 
 def relative_error(reference: torch.Tensor, value: torch.Tensor) -> float:

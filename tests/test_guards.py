@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import fx_cache
 from tests.models import build, conditioning, walk
-from tests.running import compile_cached, last_branch
+from tests.running import compile_cached, last_branch, schedule_on_a_device
 
 REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
 
@@ -296,7 +296,18 @@ class TestCacheContext:
                 compiled(**step)
         with compiled.cache_context("cond", step_index=3):
             compiled(**steps[3])
-        assert last_branch(model)["spans"][0]["misses"][3] == "same step twice"
+        assert last_branch(model)["spans"][0]["misses"][4] == "same step twice"
+
+    def test_the_first_call_belongs_to_its_pass_on_a_device_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody listens before it: its pass is known by its timestep, for which the host then waits, once."""
+        model, steps = build("flux"), walk("flux", 8)
+        expected = compile_cached(copy.deepcopy(model), **REUSING)
+        outputs = [expected(**step)[0] for step in steps]
+        schedule_on_a_device(monkeypatch)
+        found = self.run(compile_cached(model, **REUSING), {"cond": steps})
+        assert all(torch.equal(a, b) for a, b in zip(outputs, found["cond"], strict=True))
+        assert last_branch(model)["spans"][0]["hits"] == last_branch(expected)["spans"][0]["hits"]
+        assert len(fx_cache.summary(model).to_dict()["sessions"]) == 1
 
     def test_other_hooks_come_and_go(self) -> None:
         from diffusers.hooks import HookRegistry, ModelHook

@@ -16,7 +16,7 @@ from fx_cache.runtime.clock import Clock, Move
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.policy import Counters, decide, judge
 from tests.models import build, conditioning, walk
-from tests.running import compile_cached
+from tests.running import compile_cached, schedule_on_a_device
 
 
 def ours(config: fx_cache.CacheConfig, diffs: list[float]) -> list[int]:
@@ -76,7 +76,12 @@ def test_the_clock_knows_a_request_from_the_next() -> None:
     # A guidance value that changes on the way is another request's.
     assert clock.move((7.0, 4.0), None) is Move.BACK
     rising = Clock()
-    assert [rising.move((t,), (1,)) for t in (0.1, 0.2, 0.3, 0.1)] == [Move.START, Move.NEXT, Move.NEXT, Move.BACK]
+    assert [rising.move((t,), (1,)) for t in (0.1, 0.2, 0.3, 0.1)] == [*(Move.START, Move.UNSURE, Move.NEXT, Move.BACK)]
+    # One that goes against what others did is known by its third step.
+    falling = Clock()
+    assert [falling.move((t,), (1,)) for t in (0.9, 0.8, 0.7, 0.6)] == [
+        *(Move.START, Move.BACK, Move.UNSURE, Move.NEXT)
+    ]
 
 
 def host_reads(compiled, steps: list[dict], monkeypatch) -> list[int]:
@@ -109,12 +114,6 @@ def test_at_most_one_host_read_a_step(monkeypatch) -> None:
     assert [i + 1 for i, n in enumerate(reads) if n] == sorted(span["diffs"])
     assert max(reads) == 1 and span["hits"]
     assert {span["misses"][i] for i in range(8) if i not in span["diffs"]} == {"warm-up", "max_continuous_cached_steps"}
-
-
-def schedule_on_a_device(monkeypatch) -> None:
-    """Lets the schedule inputs look as if they lay on a device: their values come as a tensor."""
-    read = sessions.read_schedule
-    monkeypatch.setattr(sessions, "read_schedule", lambda t: torch.tensor(read(t), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("most", [sessions.MAX_PENDING, 2])

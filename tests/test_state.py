@@ -17,7 +17,7 @@ import torch
 import fx_cache
 from fx_cache.runtime.gate import SpanGate
 from tests.models import build, conditioning, walk
-from tests.running import compile_cached, relative_error
+from tests.running import compile_cached, last_branch, relative_error
 
 REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
 
@@ -392,6 +392,31 @@ def test_an_ended_session_is_freed_and_starts_afresh() -> None:
     assert spans["stays"]["bytes"] > 0
     with fx_cache.session("gone", branch="only"):
         assert torch.equal(compiled(**steps[3])[0], alone.model(**steps[3])[0])
+
+
+def test_requests_may_go_either_way() -> None:
+    """A picture is inverted, with rising timesteps, and then denoised."""
+    model = build("dit")
+    compiled = compile_cached(model, **REUSING)
+    up, down = walk("dit", 8)[::-1], walk("dit", 8, seed=1)
+    for number, request in enumerate((up, down, up, down)):
+        alone = compile_cached(copy.deepcopy(model), **REUSING)
+        expected = [alone(**step)[0].clone() for step in request]
+        outputs = [compiled(**step)[0].clone() for step in request]
+        if number != 1:  # the first that goes the other way is known by its third step
+            assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
+        assert last_branch(model)["spans"][0]["hits"]
+
+
+@pytest.mark.parametrize("threshold", [0.6, 1.0])
+def test_what_was_learned_of_one_request_changes_no_other(threshold: float) -> None:
+    model = build("dit")
+    options = {"residual_diff_threshold": threshold, "max_warmup_steps": 1}
+    compiled = compile_cached(model, **options)
+    for seed in range(3):
+        alone = compile_cached(copy.deepcopy(model), **options)
+        for step in walk("dit", 6, seed=seed):
+            assert torch.equal(alone(**step)[0], compiled(**step)[0])
 
 
 def in_threads(calls: list[Callable[[], object]]) -> list[object]:

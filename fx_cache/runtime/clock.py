@@ -13,7 +13,7 @@ class Move(Enum):
 
     START = "first call"
     NEXT = "one step on"
-    UNSURE = "one step on, in a direction not seen before"
+    UNSURE = "one step on, in a direction that this request has not gone before"
     EITHER = "one step on for this request, and for the one that it interrupted"
     REPEAT = "same timestep again"
     BACK = "timestep went back"
@@ -42,6 +42,7 @@ class Clock:
         self.left: tuple[float, ...] | None = None
         self.direction: Direction | None = None
         self._stride: tuple[float, ...] = ()
+        self._against: Direction | None = None
 
     def move(self, values: tuple[float, ...], known: Direction | None) -> Move:
         """Takes the values of a call.
@@ -51,6 +52,9 @@ class Clock:
             known: the direction that earlier requests of this graph had, if any.
         """
         move = self.preview(values, known)
+        # Against the way that earlier requests went: another request, or the second step of one that goes the other
+        # way; then the next step shows it.
+        self._against = self._step(values) if move is Move.BACK and self.direction is None else None
         if move in (Move.NEXT, Move.UNSURE):
             self.direction = self._step(values)
         elif move in (Move.START, Move.BACK):
@@ -68,11 +72,11 @@ class Clock:
         if not any(step):
             return Move.REPEAT
         expected = self.direction or known
-        if expected is None:
-            return Move.UNSURE
-        if step != expected:
+        if expected and step not in (expected, self._against):
             return Move.BACK
-        return Move.EITHER if self._passes(expected, values) else Move.NEXT
+        if self._passes(step, values):
+            return Move.EITHER
+        return Move.UNSURE if self.direction is None else Move.NEXT
 
     def _passes(self, direction: Direction, values: tuple[float, ...]) -> bool:
         """Whether the request before, where it was left, lies between the last call and this one, in a leap."""

@@ -99,7 +99,8 @@ class SpanGate:
 
     def _settled(self, counters: Counters) -> Verdict:
         branch, slot = self._branch, self._branch.slots[self._span]
-        verdict = decide(self._branch.config, counters, self._step, filled=slot.tensors is not None)
+        steps = self._step - branch.record.began
+        verdict = decide(branch.config, counters, steps, filled=slot.tensors is not None)
         if verdict.reason == "nothing cached" and slot.lost is not None:
             return Verdict(False, slot.lost)
         if verdict.reuse is not False and branch.doubt is not None:

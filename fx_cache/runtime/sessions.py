@@ -30,6 +30,9 @@ MAX_BRANCHES = 8
 MAX_PENDING = 128
 """Steps that may pass before schedule values on a device are read although nobody needs them."""
 
+BOTH_WAYS: Direction = ()
+"""The direction of a model whose requests go either way (one that is inverted, and then denoised)."""
+
 FOREVER = 1 << 62
 """A number of steps that no request has."""
 
@@ -218,14 +221,18 @@ class Store:
         branch = self._branches.get(unheard)
         if branch is None or not branch.unheard or branch.record.step > 0:
             return None
-        if given.schedule and not self._goes_on(branch, program, given):
+        if given.schedule and not self._goes_on(branch, program, given, wait=True):
             return None
         branch.unheard = False
         return self._renamed(branch, key)
 
-    def _goes_on(self, branch: Branch, program: Hashable, given: Given) -> bool:
-        """Whether a call is one step on in time for a branch; not where the timestep would have to be waited for."""
+    def _goes_on(self, branch: Branch, program: Hashable, given: Given, *, wait: bool = False) -> bool:
+        """Whether a call is one step on in time for a branch; where that lies on a device, only if it may `wait`."""
         values = read_schedule(given.schedule) if given.schedule else ()
+        if isinstance(values, torch.Tensor) and wait:
+            if branch.pending:
+                self.read_pending(branch, program)
+            values = tuple(values.tolist())
         if isinstance(values, torch.Tensor) or not values:
             return False
         return branch.clock.preview(values, self._directions.get(program)) in (Move.NEXT, Move.UNSURE)
@@ -261,12 +268,11 @@ class Store:
     def _advance(
         self, branch: Branch, program: Hashable, schedule: list[torch.Tensor], named: NamedSession | None
     ) -> None:
-        step = named.step if named is not None else None
-        if step is None and self.listener is not None and not branch.unheard:
-            step = self.listener.step
-        if step is not None:
-            self._go_to(branch, step, named)
+        if named is not None and named.step is not None:
+            self._go_to(branch, named.step, named)
             return
+        said = self.listener.step if self.listener is not None and named is None and not branch.unheard else None
+        before, branch.said = branch.said, said
         values = read_schedule(schedule) if schedule else ()
         if isinstance(values, torch.Tensor):
             move = Move.NEXT if branch.slots else Move.START
@@ -280,7 +286,14 @@ class Store:
         last = branch.config.num_inference_steps
         if last is not None and branch.slots and branch.record.step + 1 >= last:
             move = Move.BACK
+        twice = False
+        if said is not None and before is not None and branch.slots and move is not Move.BACK:
+            move = Move.BACK if said < before else move
+            twice = said == before or move is Move.REPEAT
+            move = Move.NEXT if move is Move.REPEAT else move
         self._apply(branch, move, named)
+        if twice and branch.doubt is None:
+            branch.doubt, branch.doubt_until = STEP_REPEATED, branch.record.step
 
     def _go_to(self, branch: Branch, step: int, named: NamedSession | None) -> None:
         """Goes on to a step whose number is given."""
@@ -288,6 +301,7 @@ class Store:
         branch.blind, branch.doubt = True, None
         if not branch.slots or step < branch.record.step:
             self.restart(branch, named)
+            branch.record.began = step
         elif step == branch.record.step:
             branch.doubt, branch.doubt_until = STEP_REPEATED, step
         else:
@@ -297,8 +311,8 @@ class Store:
     def _move(self, branch: Branch, program: Hashable, values: tuple[float, ...]) -> Move:
         sure = branch.clock.direction
         move = branch.clock.move(values, self._directions.get(program))
-        if move in (Move.NEXT, Move.EITHER) and sure is not None:
-            self._directions[program] = sure
+        if move in (Move.NEXT, Move.EITHER) and sure is not None and self._directions.setdefault(program, sure) != sure:
+            self._directions[program] = BOTH_WAYS
         return move
 
     def _apply(self, branch: Branch, move: Move, named: NamedSession | None) -> None:
@@ -358,9 +372,9 @@ class Store:
                 branch.doubt_until = FOREVER
             branch.blind = move is not Move.UNSURE or named is not None
         branch.doubt = doubt
-        if began is None:
+        since = 0 if began is None else len(rows) - 1 - began
+        if began is None or branch.record.step - since == branch.record.began:
             return
-        since = len(rows) - 1 - began
         kept = [slot.tensors if since else None for slot in branch.slots]
         old = branch.record
         branch.record = BranchRecord(branch.key, "", [Slot(tensors) for tensors in kept])
@@ -383,7 +397,7 @@ class Store:
             home = own if fits else None
         else:
             began = [] if last is None else last.branches
-            fits = len(began) < MAX_BRANCHES and all(b.key != record.key and b.step == 0 for b in began)
+            fits = len(began) < MAX_BRANCHES and all(b.key != record.key and b.step == b.began for b in began)
             home = last if fits else None
         if home is None:
             self._count += 1

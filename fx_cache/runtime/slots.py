@@ -72,12 +72,21 @@ class Slot:
 
 @dataclass
 class BranchRecord:
-    """One branch of one session, as statistics: its slots hold tensors only while the branch lives."""
+    """One branch of one session, as statistics: its slots hold tensors only while the branch lives.
+
+    Attributes:
+        key: by what it is found.
+        name: for the reader.
+        slots: one for each span.
+        step: number of the present step: the caller's, where he numbers them, else counted from 0.
+        began: number of the first one.
+    """
 
     key: Hashable
     name: str
     slots: list[Slot]
     step: int = 0
+    began: int = 0
 
 
 @dataclass
@@ -101,6 +110,7 @@ class Branch:
         owner: name of the session that it belongs to, or None.
         session: the present session, as statistics.
         unheard: whether it began with a call before which nobody listened to what the pipeline says.
+        said: number of its present step as the pipeline gives it, or None.
         busy: whether a call of it is running.
     """
 
@@ -110,6 +120,7 @@ class Branch:
         self.owner: str | None = None
         self.session: SessionRecord | None = None
         self.unheard = False
+        self.said: int | None = None
         self.busy = False
         self.form = form
         self.hold = hold
