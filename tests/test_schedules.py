@@ -1,19 +1,21 @@
-"""Random schedules of interleaved requests: every output is bit for bit what the request gives alone."""
+"""Random schedules of interleaved requests: every output is bit for bit that of the request in a process of its own."""
 
 from __future__ import annotations
 
-import copy
+import io
+import multiprocessing
 import os
 import random
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 import torch
 
 import fx_cache
-from fx_cache.runtime.gate import SpanGate
-from fx_cache.runtime.registry import stores
+from fx_cache.testing import Alone, Outputs, Request, assert_as_if_alone, interleaved, run
 from tests.models import build, conditioning, walk
 from tests.running import compile_cached
 
@@ -23,29 +25,6 @@ SCHEDULES = int(os.environ.get("FX_CACHE_SCHEDULES", "30"))
 """Schedules in all, over all kinds of models."""
 
 KINDS = ("dit", "flux", "wan")
-
-
-@dataclass
-class Request:
-    """A request: its calls in order, each with the name of its branch.
-
-    Attributes:
-        breaks: whether its last call is interrupted.
-        complete: whether every branch comes to its last step.
-    """
-
-    name: str | None
-    calls: list[tuple[str, dict[str, Any]]]
-    breaks: bool = False
-    complete: bool = True
-    outputs: list[torch.Tensor] = field(default_factory=list)
-
-    def call(self, compiled, i: int) -> torch.Tensor:
-        branch, step = self.calls[i]
-        if self.name is None:
-            return compiled(**step)[0].clone()
-        with fx_cache.session(self.name, branch=branch):
-            return compiled(**step)[0].clone()
 
 
 def unused(kind: str, rng: random.Random, size: int, used: set[str]) -> dict[str, Any]:
@@ -81,56 +60,82 @@ def requests(kind: str, rng: random.Random, pool: dict[Any, dict[str, Any]]) -> 
         breaks = rng.random() < 0.3
         if breaks:
             calls = calls[: rng.randint(1, len(calls))]
-        complete = not breaks and sum(step is walks[b][-1] for b, step in dict(calls).items()) == len(branches)
-        found.append(Request(f"request-{r}" if named else None, calls, breaks, complete))
+        found.append(Request(calls, f"request-{r}" if named else None, breaks))
     return found
 
 
-def play(compiled, found: list[Request], rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs all requests call by call, in a random order that keeps that of each."""
-    decide = SpanGate.__call__
+def is_complete(request: Request) -> bool:
+    """Whether every branch comes to its last step."""
+    last = dict(request.calls)
+    ends = [step["timestep"].item() for step in last.values()]
+    return not request.breaks and ends == [min(step["timestep"].item() for _, step in request.calls)] * len(last)
 
-    def interrupted(self: SpanGate, *seen: Any) -> bool:
-        decide(self, *seen)
-        raise KeyboardInterrupt
 
-    order = [r for r in found for _ in r.calls]
-    rng.shuffle(order)
-    for request in order:
-        i = len(request.outputs)
-        if request.breaks and i == len(request.calls) - 1:
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(SpanGate, "__call__", interrupted)
-                request.call(compiled, i)
-            request.outputs.append(torch.empty(0))
-        else:
-            request.outputs.append(request.call(compiled, i))
+def captured(kind: str) -> Any:
+    """A compiled model that has seen both sizes, and nothing of which is left."""
+    compiled = compile_cached(build(kind), **REUSING)
+    for size in (0, 1):
+        compiled(**walk(kind, 1, size=size)[0])
+    fx_cache.reset()
+    return compiled
+
+
+def serve(kind: str, connection: Connection) -> None:
+    """A process that captures a model and runs no request: each that comes is run in a fork of it."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        compiled = captured(kind)
+        while request := connection.recv_bytes():
+            reader, writer = os.pipe()
+            if not os.fork():
+                outputs = run(compiled, torch.load(io.BytesIO(request), weights_only=False))
+                with os.fdopen(writer, "wb") as file:
+                    torch.save(outputs, file)
+                os._exit(0)
+            os.close(writer)
+            with os.fdopen(reader, "rb") as file:
+                connection.send_bytes(file.read())
+            os.wait()
+
+
+@contextmanager
+def processes(kind: str) -> Iterator[Alone]:
+    """Runs each request in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_schedules"])
+    ours, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(kind, theirs))
+    server.start()
+
+    def alone(request: Request) -> list[Outputs]:
+        saved = io.BytesIO()
+        torch.save(request, saved)
+        ours.send_bytes(saved.getvalue())
+        return torch.load(io.BytesIO(ours.recv_bytes()))
+
+    yield alone
+    ours.send_bytes(b"")
+    server.join()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_request_is_as_if_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(kind)
-    compiled, alone = (compile_cached(copy.deepcopy(model), **REUSING) for _ in range(2))
+def test_every_request_is_as_if_alone(kind: str) -> None:
     pool = {(size, seed): conditioning(kind, seed=seed, size=size) for size in (0, 1) for seed in range(3)}
-    hits = 0
-    for number in range(SCHEDULES // len(KINDS)):
-        rng = random.Random(f"{kind} {number}")
-        found = requests(kind, rng, pool)
-        play(compiled, found, rng, monkeypatch)
-        for request in found:
-            fx_cache.reset(alone)
-            for i in range(len(request.calls) - request.breaks):
-                assert torch.equal(request.call(alone, i), request.outputs[i]), (number, request.name, i)
-            # What is alive of the one alone is this request; the outputs are equal, and so are the hits.
-            (store,) = stores(alone)
-            hits += sum(len(slot.counters.hits) for b in store._branches.values() for slot in b.slots)
-        for name in {r.name for r in found} - {None}:
-            fx_cache.end(name)
-        if any(r.name is None and not r.complete for r in found):
-            # It has left branches on the way. Whoever comes with a prompt of the same value may have to compute steps
-            # in doubt, which alone are reused, since nobody has said that those are over; here somebody does.
-            fx_cache.reset(compiled)
-    assert hits > 10 * (SCHEDULES // len(KINDS))
-    print(f"{kind}: {SCHEDULES // len(KINDS)} schedules, at least {hits} hits")
+    count, hits, calls = SCHEDULES // len(KINDS), 0, 0
+    with processes(kind) as alone:
+        compiled = captured(kind)
+        for number in range(count):
+            rng = random.Random(f"{kind} {number}")
+            found = requests(kind, rng, pool)
+            hits += assert_as_if_alone(compiled, found, interleaved(found, rng), alone)
+            calls += sum(len(r.calls) for r in found)
+            for name in {r.name for r in found} - {None}:
+                fx_cache.end(name)
+            if any(r.name is None and not is_complete(r) for r in found):
+                # It has left branches on the way. Whoever comes with a prompt of the same value may have to compute
+                # steps in doubt, which alone are reused, since nobody has said that those are over; here somebody does.
+                fx_cache.reset(compiled)
+    assert hits > 10 * count
+    print(f"{kind}: {count} schedules, {calls} calls, {hits} hits")
