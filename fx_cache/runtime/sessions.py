@@ -339,7 +339,8 @@ class Store:
         """Begins a request: empty slots and new statistics."""
         if branch.slots:
             self._complaints.ended(branch.record, branch.config)
-        self._complaints.began()
+        if named is None or named.branch is None:
+            self._complaints.began()
         branch.drop()
         branch.record = BranchRecord(branch.key, "", [Slot() for _ in range(branch.spans)])
         branch.session = self._enlist(branch.record, named)
