@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import fx_cache
+from fx_cache.runtime.gate import SpanGate
 from tests.models import build, conditioning, walk
 from tests.running import compile_cached, last_branch, schedule_on_a_device
 
@@ -335,3 +337,93 @@ class TestCacheContext:
             registry.remove_hook("counting_1")
             assert torch.equal(model(**step)[0], expected)
             assert [h.calls for h in hooks] == [1, 2]
+
+
+class TestAmbientModes:
+    """What is in force around a call and is none of its inputs."""
+
+    def test_autocast_that_comes_and_goes(self) -> None:
+        model = build("dit")
+        compiled = compile_cached(model, **{**REUSING, "residual_diff_threshold": 1.0})
+        for i, step in enumerate(walk("dit", 9)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=i in (4, 5, 6)):
+                output = compiled(**step)[0].clone()
+                if i in (0, 4):  # what was computed in another precision is not reused
+                    assert torch.equal(output, model(**step)[0]), i
+        hits = sum(len(b["spans"][0]["hits"]) for s in sessions_of(model) for b in s["branches"])
+        assert hits >= 3
+
+    def test_inference_mode_and_no_grad_mixed(self) -> None:
+        model = build("flux")
+        steps = walk("flux", 8)
+        expected = compile_cached(copy.deepcopy(model), **REUSING)
+        outputs = [expected(**step)[0].clone() for step in steps]
+        torch._dynamo.reset()
+        compiled = compile_cached(model, **REUSING)
+        for i, step in enumerate(steps):
+            with torch.inference_mode() if i % 3 else torch.no_grad():
+                assert torch.equal(outputs[i], compiled(**step)[0].clone())
+        assert last_branch(model)["spans"][0]["hits"] == last_branch(expected)["spans"][0]["hits"] != []
+
+
+def sessions_of(model: torch.nn.Module) -> list[dict]:
+    return fx_cache.summary(model).to_dict()["sessions"]
+
+
+class TestNames:
+    """Whatever is said in an unusual order."""
+
+    def test_a_branch_never_named_before_begins(self) -> None:
+        model, steps = build("dit"), walk("dit", 6)
+        compiled = compile_cached(model, **{**REUSING, "residual_diff_threshold": 1.0})
+        for step in steps[:4]:
+            with fx_cache.session("request", branch="cond"):
+                compiled(**step)
+        with fx_cache.session("request", branch="other"):
+            assert torch.equal(compiled(**steps[4])[0], model(**steps[4])[0])
+        assert [b["name"] for b in sessions_of(model)[0]["branches"]] == ["cond", "other"]
+
+    def test_named_and_found_share_nothing(self) -> None:
+        model = build("flux")
+        prompt = conditioning("flux")
+        walks = [walk("flux", 6, seed=s, conditioning=prompt) for s in range(3)]
+        expected = []
+        for steps in walks:
+            alone = compile_cached(copy.deepcopy(model), **REUSING)
+            expected.append([alone(**step)[0].clone() for step in steps])
+        compiled = compile_cached(model, **REUSING)
+        for i in range(6):
+            outputs = [compiled(**walks[0][i])[0].clone()]
+            with fx_cache.session("outer", branch="cond"):
+                outputs.append(compiled(**walks[1][i])[0].clone())
+                with fx_cache.session("inner"):
+                    outputs.append(compiled(**walks[2][i])[0].clone())
+            assert all(torch.equal(e[i], o) for e, o in zip(expected, outputs, strict=True)), i
+
+    @pytest.mark.parametrize("end", ["end", "reset"])
+    def test_the_only_session_ended_while_another_thread_is_at_a_step(
+        self, end: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The call goes on, is right, and keeps nothing; the next one computes."""
+        model, steps = build("dit"), walk("dit", 6)
+        expected = compile_cached(copy.deepcopy(model), **REUSING)
+        outputs = [expected(**step)[0].clone() for step in steps[:4]]
+        compiled = compile_cached(model, **REUSING)
+        decide = SpanGate.__call__
+
+        def ended_meanwhile(gate: SpanGate, *seen: object) -> object:
+            decision = decide(gate, *seen)
+            thread = threading.Thread(target=fx_cache.end if end == "end" else fx_cache.reset, args=names)
+            thread.start()
+            thread.join()
+            return decision
+
+        names = ("request",) if end == "end" else ()
+        with fx_cache.session("request", branch="cond"):
+            for step in steps[:3]:
+                compiled(**step)
+            with monkeypatch.context() as patch:
+                patch.setattr(SpanGate, "__call__", ended_meanwhile)
+                assert torch.equal(compiled(**steps[3])[0], outputs[3])
+            assert sum(b["spans"][0]["bytes"] for s in sessions_of(model) for b in s["branches"]) == 0
+            assert torch.equal(compiled(**steps[4])[0], model(**steps[4])[0])

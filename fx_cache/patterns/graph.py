@@ -334,7 +334,7 @@ def program_signature(graph: fx.Graph) -> str:
     """A digest of what a captured graph computes, but for its sizes.
 
     Equal for the static and the dynamic graph of one forward, which may go on with each other's requests; different for
-    graphs specialised on other Python values. Integers count only as plain indices, since others may be sizes.
+    graphs specialised on other Python values, and for those that compute in another precision (autocast). Integers count only as plain indices, since others may be sizes.
     """
     digest = hashlib.sha256()
     for node in graph.nodes:
@@ -345,5 +345,6 @@ def program_signature(graph: fx.Graph) -> str:
         if node.target is operator.getitem:
             items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
             constants += [i for i in items if isinstance(i, int)]
-        digest.update(repr((node.op, str(target), constants)).encode())
+        dtype = value_of(node).dtype if is_tensor(node) else None
+        digest.update(repr((node.op, str(target), constants, dtype)).encode())
     return digest.hexdigest()
