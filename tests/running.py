@@ -11,6 +11,7 @@ from torch import nn
 import fx_cache
 from fx_cache.demo.sheet import default_compiler
 from fx_cache.runtime import sessions
+from tests.models import MODELS, build
 
 needs_inductor = pytest.mark.skipif(default_compiler() != "inductor", reason="Inductor needs a C++ compiler")
 
@@ -23,6 +24,14 @@ class CachedRun:
     hits: list[list[int]]
     diffs: list[dict[int, float]]
     compiled: nn.Module
+
+
+def shallow(name: str, seed: int = 0) -> nn.Module:
+    """A tiny model with three blocks a stack: for tests whose time would go into compiling."""
+    model = build(name, seed)
+    for stack in MODELS[name].stacks:
+        del getattr(model, stack)[3:]
+    return model
 
 
 def compile_cached(model: nn.Module, **options) -> nn.Module:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fx_cache
-from tests.models import build, conditioning, walk
-from tests.running import compile_cached
+from tests.models import conditioning, walk
+from tests.running import compile_cached, shallow
 from tests.test_state import REUSING, hits_of
 
 REQUESTS = {
@@ -35,7 +35,7 @@ def alone(name: str, which: str, path: str) -> None:
     """What the other process does."""
     torch.set_num_threads(1)
     with torch.no_grad():
-        compiled = compile_cached(build(name), **REUSING)
+        compiled = compile_cached(shallow(name), **REUSING)
         torch.save([compiled(**step)[0].clone() for step in request(name, which)], path)
         assert hits_of(compiled)
 
@@ -54,7 +54,7 @@ def test_every_request_is_what_a_fresh_process_gives(name: str, tmp_path: Path) 
         process.join()
         assert process.exitcode == 0, which
         expected[which] = torch.load(path)
-    compiled = compile_cached(build(name), **REUSING)
+    compiled = compile_cached(shallow(name), **REUSING)
     prompts: dict = {}
     steps = {which: request(name, which, prompts) for which in REQUESTS}
     got: dict[str, list[torch.Tensor]] = {which: [] for which in REQUESTS}

@@ -27,24 +27,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fx_cache
-from tests.models import MODELS, build
 from tests.models.tiny import CHANNELS, TEXT_LEN, mask, text
 from tests.models.weights import randomize
-from tests.running import compile_cached
+from tests.running import compile_cached, shallow
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma's own
 
 THRESHOLD = 0.6
 SIZE = {"height": 64, "width": 64}
 Request = dict[str, Any]
-
-
-def shallow(name: str, seed: int = 0) -> nn.Module:
-    """A tiny model with three blocks a stack: nearly all the time here goes into compiling."""
-    model = build(name, seed)
-    for stack in MODELS[name].stacks:
-        del getattr(model, stack)[3:]
-    return model
 
 
 def scheduler(shifting: bool = True) -> FlowMatchEulerDiscreteScheduler:

@@ -16,8 +16,8 @@ import torch
 
 import fx_cache
 from fx_cache.testing import Alone, Outputs, Request, assert_as_if_alone, interleaved, run
-from tests.models import build, conditioning, walk
-from tests.running import compile_cached
+from tests.models import conditioning, walk
+from tests.running import compile_cached, shallow
 
 REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
 STEPS = 6
@@ -73,7 +73,7 @@ def is_complete(request: Request) -> bool:
 
 def captured(kind: str) -> Any:
     """A compiled model that has seen both sizes, and nothing of which is left."""
-    compiled = compile_cached(build(kind), **REUSING)
+    compiled = compile_cached(shallow(kind), **REUSING)
     for size in (0, 1):
         compiled(**walk(kind, 1, size=size)[0])
     fx_cache.reset()
