@@ -71,11 +71,24 @@ def is_complete(request: Request) -> bool:
     return not request.breaks and ends == [min(step["timestep"].item() for _, step in request.calls)] * len(last)
 
 
+def saved(value: Any) -> bytes:
+    """What is sent to another process, with all that is one object in it still one."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def loaded(value: bytes) -> Any:
+    return torch.load(io.BytesIO(value), weights_only=False)
+
+
 def captured(kind: str) -> Any:
     """A compiled model that has seen both sizes, and nothing of which is left."""
     compiled = compile_cached(shallow(kind), **REUSING)
     for size in (0, 1):
-        compiled(**walk(kind, 1, size=size)[0])
+        step = walk(kind, 1, size=size)[0]
+        compiled(**step)
+        compiled(**loaded(saved(step)))
     fx_cache.reset()
     return compiled
 
@@ -88,9 +101,9 @@ def serve(kind: str, connection: Connection) -> None:
         while request := connection.recv_bytes():
             reader, writer = os.pipe()
             if not os.fork():
-                outputs = run(compiled, torch.load(io.BytesIO(request), weights_only=False))
+                outputs = saved(run(compiled, loaded(request)))
                 with os.fdopen(writer, "wb") as file:
-                    torch.save(outputs, file)
+                    file.write(outputs)
                 os._exit(0)
             os.close(writer)
             with os.fdopen(reader, "rb") as file:
@@ -108,10 +121,8 @@ def processes(kind: str) -> Iterator[Alone]:
     server.start()
 
     def alone(request: Request) -> list[Outputs]:
-        saved = io.BytesIO()
-        torch.save(request, saved)
-        ours.send_bytes(saved.getvalue())
-        return torch.load(io.BytesIO(ours.recv_bytes()))
+        ours.send_bytes(saved(request))
+        return loaded(ours.recv_bytes())
 
     yield alone
     ours.send_bytes(b"")

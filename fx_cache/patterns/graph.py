@@ -334,8 +334,8 @@ def program_signature(graph: fx.Graph) -> str:
     """A digest of what a captured graph computes, but for its sizes.
 
     Equal for the static and the dynamic graph of one forward, which may go on with each other's requests; different for
-    graphs specialised on other Python values, and for those that compute in another precision (autocast). Integers count
-    only as plain indices, since others may be sizes.
+    graphs specialised on other Python values, and for those that compute in another precision (autocast). Integers
+    count only as plain indices, since others may be sizes.
     """
     digest = hashlib.sha256()
     for node in graph.nodes:
