@@ -32,7 +32,7 @@ import fx_cache
 from tests.models import build, conditioning, walk
 from tests.running import compile_cached
 
-CALLS = 1000
+CALLS = 500
 STEPS = 10
 
 POLICIES = {

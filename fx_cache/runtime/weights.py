@@ -26,14 +26,17 @@ class Weights:
     """
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        self._references = [weakref.ref(w) for w in weights]
+        # With a weight dies the certainty that its id is nobody else's.
+        self._gone = False
+        self._references = [weakref.ref(w, self._lose) for w in weights]
+        self._ids = list(map(id, weights))
         self._versions = _versions(weights)
         self._places = _places(weights)
         self._samples = [_sample(w) for w in weights]
 
     def same(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether nothing has changed since the last call."""
-        if not all(map(operator.is_, (r() for r in self._references), weights)):
+        if self._gone or list(map(id, weights)) != self._ids:
             return False
         if _versions(weights) != self._versions:
             return False
@@ -43,6 +46,9 @@ class Weights:
         moved = [i for i, (a, b) in enumerate(zip(places, self._places, strict=True)) if a != b]
         self._places = places
         return all(_sample(weights[i]) == self._samples[i] for i in moved)
+
+    def _lose(self, _: object) -> None:
+        self._gone = True
 
 
 def _versions(weights: Sequence[torch.Tensor]) -> list[Any]:
