@@ -113,7 +113,7 @@ class Draft(fx.GraphModule):
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Puts the collector off: it would look through all that torch holds, several times in the second this takes."""
     enabled = gc.isenabled()
     gc.disable()
@@ -130,7 +130,7 @@ def rewrite(gm: fx.GraphModule, config: CacheConfig, dump: Dump | None = None) -
     graph.output(graph.graph_copy(gm.graph, {}))
     copied = Draft(gm, graph)
     context = RewriteContext(config)
-    with _no_garbage_collection():
+    with no_garbage_collection():
         records = run_passes(copied, PIPELINE, context, None if dump is None else dump.graph)
     assert context.plan is not None
     return Rewritten(copied, context.plan, records)

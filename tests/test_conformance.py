@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -103,6 +103,16 @@ def test_recycled_addresses_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> No
         assert_addresses_are_no_identity(compiled, following(), 100)
 
 
+@pytest.fixture
+def little_garbage() -> Iterator[None]:
+    """Leaves what earlier tests hold out of garbage collections, which take long otherwise."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("little_garbage")
 class TestMemory:
     """Of a stream of 4,096 tokens of 64 channels a slot holds the probe and one residual: two mebibytes."""
 
