@@ -84,8 +84,6 @@ def test_two_requests_with_one_prompt_and_two_controls_stay_apart() -> None:
     for step in others:
         step.update({k: second[k] for k in second if k.startswith("controlnet")})
     compiled = compile_cached(model, residual_diff_threshold=2.0)
-    for step in steps[:3]:
-        compiled(**step)  # from here on it is known which way the timestep goes
     alone = [[compiled(**s)[0].clone() for s in request] for request in (steps, others) if not fx_cache.reset(compiled)]
     fx_cache.reset(compiled)
     turns = [[compiled(**a)[0].clone(), compiled(**b)[0].clone()] for a, b in zip(steps, others, strict=True)]
@@ -93,6 +91,6 @@ def test_two_requests_with_one_prompt_and_two_controls_stay_apart() -> None:
         assert torch.equal(a, alone[0][i])
         assert torch.equal(b, alone[1][i])
     branches = fx_cache.summary(compiled).to_dict()["sessions"][-1]["branches"]
-    assert [span["hits"] for b in branches for span in b["spans"]] == [[1, 2, 3, 4]] * sum(
+    assert [span["hits"] for b in branches for span in b["spans"]] == [[2, 3, 4]] * sum(
         len(b["spans"]) for b in branches
     )
