@@ -87,6 +87,7 @@ def dit_cache(
         return ObservedForward(compiler(gm, list(example_inputs)), facts, config, _relays)
     plan = rewritten.plan
     spans = plan.spans
+    # Before it is asked what was assumed of sizes: compilers may assume more.
     compiled = compile_pieces(rewritten.gm, compiler).forward
     return CachedForward(
         compiled,
@@ -114,7 +115,7 @@ class Draft(fx.GraphModule):
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Puts the collector off: it would look through all that torch holds, several times in the second this takes."""
+    """Puts the garbage collector off: each of its rounds looks through all that torch holds."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -241,6 +241,24 @@ def test_samples_that_cannot_be_told_apart_are_decided_together() -> None:
         assert set(last_branch(model)["spans"][0]["misses"].values()) == {"warm-up", "diff >= threshold"}
 
 
+def test_tokens_without_a_batch_are_one_sample() -> None:
+    """Where stream and output are [tokens, channels], one token that changes much does not decide for all."""
+
+    class Tokens(Blocks):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            h = x + torch.sin(t)
+            for block in self.blocks:
+                h = h + block(h)
+            return (h,)
+
+    model = Tokens(mixing=False).eval()
+    compiled = compile_cached(model, **REUSING)
+    x = torch.randn(32, 8)
+    for i in range(4):
+        compiled(torch.cat([x[1:], torch.randn(1, 8)]), torch.tensor([1.0 - 0.001 * i]))
+    assert last_branch(model)["spans"][0]["hits"] == [1, 2, 3]
+
+
 def test_an_empty_batch_computes() -> None:
     model = Blocks(mixing=False).eval()
     compiled = compile_cached(model, **REUSING)

@@ -39,10 +39,11 @@ def insert_conditionals(gm: fx.GraphModule, context: RewriteContext) -> int:
             y, probe, cached_y = cond(hit_0, self.reuse_0, self.compute_0, (x1, ..., probe_0, slot_0_probe, slot_0_y))
             return (tail(y),), ((probe, cached_y),)
 
-    and in a batch, whose samples may be decided one by one: ``check(..., samples=2, separable=True)``.
-
         compute_0: y = span(x1);  return y, probe_0, y - x1
         reuse_0:   y = x1 + slot_0_y;  return y, slot_0_probe, slot_0_y
+
+    For a batch whose samples may be decided one by one, ``check(..., samples=2, separable=True)``; where their number
+    is a symbol, ``cond(..., by_sample=(True, ...))`` says which operands have a row for each.
 
     Requires: `insert_probes`, `hoist_side_values`; blocks outlined, so that the branches stay readable.
     Ensures: the graph is a function of (inputs, slot state) that returns (outputs, new slot state).

@@ -21,6 +21,8 @@ def count_samples(graph: fx.Graph, probe: fx.Node) -> Any:
     leaves = tree_leaves(next(iter(graph.find_nodes(op="output"))).args)
     outputs = [value_of(n) for n in leaves if isinstance(n, fx.Node)]
     outputs = [v for v in outputs if isinstance(v, torch.Tensor) and v.ndim]
+    if max(v.ndim for v in (*outputs[:1], value_of(probe))) < 3:
+        return 1  # [tokens, channels] throughout
     rows = value_of(probe).shape[0]
     for count in (outputs[0].shape[0], len(outputs)) if outputs else ():
         if not statically_known_true(count < 2) and statically_known_true(rows % count == 0):

@@ -60,9 +60,8 @@ class MixedHit:
     ) -> tuple[torch.Tensor, ...]:
         reused = reuse(*operands)
         computed = self.separation.compute(compute, operands, self.misses, by_sample)
-        return tuple(
-            old.index_copy(0, _index(self.misses, old), new) for old, new in zip(reused, computed, strict=True)
-        )
+        index = _index(self.misses, reused[0])
+        return tuple(old.index_copy(0, index.to(old.device), new) for old, new in zip(reused, computed, strict=True))
 
 
 def _index(rows: Sequence[int], beside: torch.Tensor) -> torch.Tensor:
@@ -70,7 +69,8 @@ def _index(rows: Sequence[int], beside: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(results: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:
-    return [r.index_select(0, _index(rows, r)) for r in results]
+    index = _index(rows, results[0])
+    return [r.index_select(0, index.to(r.device)) for r in results]
 
 
 def _taken(operands: tuple[Any, ...], rows: Sequence[int], by_sample: Sequence[bool]) -> list[Any]:
