@@ -99,9 +99,11 @@ def read_schedule(inputs: Sequence[torch.Tensor]) -> tuple[float, ...] | torch.T
     Of an input with several elements (a timestep for each sample or token) the least and the largest count.
     Values on a device come as one float64 tensor of shape [n], so that no synchronisation happens here.
     """
+    if all(t.numel() == 1 and t.is_cpu for t in inputs):
+        return tuple(float(t.item()) for t in inputs)
     flat = [t.detach().reshape(-1) for t in inputs if t.numel()]
     parts = [torch.stack(t.aminmax()) if t.numel() > 1 else t for t in flat]
-    if all(p.device.type == "cpu" for p in parts):
+    if all(p.is_cpu for p in parts):
         return tuple(float(v) for p in parts for v in p.tolist())
-    device = next(p.device for p in parts if p.device.type != "cpu")
+    device = next(p.device for p in parts if not p.is_cpu)
     return torch.cat([p.to(device, torch.float64) for p in parts])

@@ -10,7 +10,7 @@ import torch
 
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.runtime.identity import StorageHold, identity_key, signature
-from fx_cache.runtime.moves import UNKNOWN_LATENT, Learner
+from fx_cache.runtime.moves import UNKNOWN_LATENT, Learner, Moves
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,70 @@ class Given:
     doubt: str | None = None
 
 
-def read_given(roles: InputRoles, args: Sequence[Any], doubt: str | None = None) -> Given:
-    """Reads the inputs of a graph that is a whole forward."""
-    alone = {i for of_span in roles.controls for i in of_span}
-    fixed = [args[i] for i in (*roles.conditioning, *roles.scalars) if i not in alone]
-    return Given(
-        identity_key(fixed),
-        tuple(Control.of([args[i] for i in of_span]) for of_span in roles.controls),
-        signature([args[i] for i in sorted((*roles.latents, *roles.schedule, *roles.conditioning))]),
-        [torch.as_tensor(args[i]) for i in roles.schedule],
-        lambda: StorageHold(fixed),
-        doubt,
-    )
+class Reader:
+    """Reads the inputs of a graph that is a whole forward.
 
+    Where the graph does not show which of them is denoised, that is learned from its calls; in doubt until then.
+    """
 
-def read_learned(roles: InputRoles, args: Sequence[Any], learner: Learner) -> Given:
-    """The same for a graph that does not show which input is denoised: learned from the calls, in doubt until then."""
-    moves = learner.moves
-    if moves is None:
-        told = {*roles.conditioning, *roles.scalars, *roles.schedule}
-        moves = learner.see(
+    def __init__(self, roles: InputRoles) -> None:
+        self._roles = roles
+        self._positions = _Positions(roles)
+        self._learned: dict[Moves, _Positions] = {}
+
+    def __call__(self, args: Sequence[Any], learner: Callable[[], Learner]) -> Given:
+        """What a call was given.
+
+        Args:
+            args: the graph's inputs.
+            learner: what is learned of the graph.
+        """
+        if self._roles.latents:
+            return self._positions.read(args)
+        known = learner()
+        moves = self._see(known, args) if known.moves is None else known.moves
+        if moves is None:
+            return self._positions.read(args, UNKNOWN_LATENT)
+        if moves not in self._learned:
+            self._learned[moves] = _Positions(_with_moves(self._roles, moves))
+        return self._learned[moves].read(args)
+
+    def _see(self, learner: Learner, args: Sequence[Any]) -> Moves | None:
+        told = {*self._roles.conditioning, *self._roles.scalars, *self._roles.schedule}
+        return learner.see(
             [a if i in told else None for i, a in enumerate(args)],
             [identity_key([a]) if i in told else None for i, a in enumerate(args)],
         )
-    if moves is None:
-        return read_given(roles, args, UNKNOWN_LATENT)
+
+
+class _Positions:
+    """Where a graph's inputs stand, by what they are read for."""
+
+    def __init__(self, roles: InputRoles) -> None:
+        alone = {i for of_span in roles.controls for i in of_span}
+        self._fixed = [i for i in (*roles.conditioning, *roles.scalars) if i not in alone]
+        self._controls = roles.controls
+        self._form = sorted((*roles.latents, *roles.schedule, *roles.conditioning))
+        self._schedule = roles.schedule
+
+    def read(self, args: Sequence[Any], doubt: str | None = None) -> Given:
+        fixed = [args[i] for i in self._fixed]
+        return Given(
+            identity_key(fixed),
+            tuple([Control.of([args[i] for i in of_span]) for of_span in self._controls]),
+            signature([args[i] for i in self._form]),
+            [torch.as_tensor(args[i]) for i in self._schedule],
+            lambda: StorageHold(fixed),
+            doubt,
+        )
+
+
+def _with_moves(roles: InputRoles, moves: Moves) -> InputRoles:
     moving = moves.latents | moves.schedule
-    learned = replace(
+    return replace(
         roles,
         latents=tuple(sorted(moves.latents)),
         schedule=tuple(sorted({*roles.schedule, *moves.schedule})),
         conditioning=tuple(i for i in roles.conditioning if i not in moving),
         scalars=tuple(i for i in roles.scalars if i not in moving),
     )
-    return read_given(learned, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 SMALL = 64
 """Host tensors of up to this many elements are compared by value."""
+
+
+_NO_REFERENCES = 2
+"""The last version of marshal's format in which equal values are equal bytes."""
 
 
 def identity_key(inputs: Sequence[Any]) -> tuple[Hashable, ...]:
@@ -36,20 +41,20 @@ class StorageHold:
 
 
 def _by_value(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or (value.device.type == "cpu" and value.numel() <= SMALL)
+    return not isinstance(value, torch.Tensor) or (value.is_cpu and value.numel() <= SMALL)
 
 
 def _key(value: Any) -> Hashable:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__, value
-    form = (tuple(value.shape), value.dtype, value.device)
     if _by_value(value):
-        # NaN differs from itself; its text does not.
-        return form, str(value.tolist())
+        # Bit by bit: NaN differs from itself, 0.0 does not from -0.0.
+        return value.shape, value.dtype, marshal.dumps(value.tolist(), _NO_REFERENCES)
     version = None if value.is_inference() else value._version
-    return form, value.untyped_storage()._cdata, value.storage_offset(), value.stride(), version
+    where = value.untyped_storage()._cdata, value.storage_offset(), value.stride()
+    return value.shape, value.dtype, value.device, where, version
 
 
 def signature(inputs: Sequence[Any]) -> tuple[Hashable, ...]:
     """Shape, dtype and device of inputs: with any of them changed, nothing cached fits."""
-    return tuple((tuple(t.shape), t.dtype, t.device) for t in inputs if isinstance(t, torch.Tensor))
+    return tuple([(t.shape, t.dtype, t.device) for t in inputs if isinstance(t, torch.Tensor)])

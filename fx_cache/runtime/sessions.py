@@ -166,7 +166,6 @@ class Store:
             return branch
 
     def _begin(self, program: Hashable, spans: int, given: Given, named: NamedSession | None) -> Branch:
-        self._purge()
         config = self.config if named is None else named.config(self.config)
         form: Hashable = (program, given.form)
         controls = tuple(c.identity for c in given.controls)
@@ -189,6 +188,7 @@ class Store:
         if branch is None or branch.form != form:
             if branch is not None:
                 self.discard(branch)
+            self._purge()
             branch = Branch(key, form, hold(), spans, config)
             branch.owner = None if named is None else named.name
             branch.unheard = unheard
@@ -409,5 +409,6 @@ class Store:
         return home
 
     def _purge(self) -> None:
+        """Discards the branches whose conditioning is gone."""
         for branch in [b for b in self._branches.values() if b.hold.expired()]:
             self.discard(branch)

@@ -13,7 +13,7 @@ from fx_cache.patterns.relays import GraphFacts
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Surroundings, surroundings
 from fx_cache.runtime.gate import SpanGate
-from fx_cache.runtime.given import Given, read_given, read_learned
+from fx_cache.runtime.given import Given, Reader
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.relay import Relays
 from fx_cache.runtime.sessions import Store
@@ -61,7 +61,7 @@ class CachedForward:
             fewer: whether a span can be computed for fewer samples than there are in a batch.
         """
         self._rewritten = rewritten
-        self._roles = roles
+        self._reader = Reader(roles)
         self._sizes = tuple(state_sizes)
         self._separations = [Separation(fewer) for _ in self._sizes]
         self._program = (program, layout)
@@ -80,7 +80,7 @@ class CachedForward:
         around = surroundings() if self._whole else None
         if around is not None and (around.compiled_call is None or around.depth <= 1):
             store = self._store(args, around)
-            return self._run(store, self._given(store, args), args)[1]
+            return self._run(store, self._reader(args, lambda: store.learner(self._program)), args)[1]
         return self._relays.call(self, self._config, args)
 
     def step(self, forward: Forward, args: Sequence[Any]) -> Any:
@@ -96,11 +96,6 @@ class CachedForward:
         for size in self._sizes:
             state += [_never, *[None] * size]
         return self._rewritten(*args, *state)[0]
-
-    def _given(self, store: Store, args: Sequence[Any]) -> Given:
-        if self._roles.latents:
-            return read_given(self._roles, args)
-        return read_learned(self._roles, args, store.learner(self._program))
 
     def _run(self, store: Store, given: Given, args: Sequence[Any]) -> tuple[Branch, Any]:
         lost = CHANGED if store.changed(self._program, self._weights(args)) else None
