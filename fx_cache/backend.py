@@ -70,15 +70,16 @@ def dit_cache(
     compiler = inner_compiler(config.compiler, mode, inner_options)
     dump = Dump.open(config.dump_dir)
     config = replace(config, dump_dir=None)
-    refusal = refuse_gradients(gm)
-    if refusal is None:
-        rewritten = rewrite(gm, config, dump)
-        refusal = rewritten.plan.refusal
-        if dump is not None:
-            dump.report(rewritten.gm, Explanation.of([rewritten.plan]), rewritten.records)
     around = surroundings()
     broken = break_of(gm)
     whole = broken is None and around.depth == 0
+    refusal = refuse_gradients(gm)
+    if refusal is None:
+        # What a part of a forward is given is made anew at every step.
+        rewritten = rewrite(gm, config if whole else replace(config, hoist_invariants=False), dump)
+        refusal = rewritten.plan.refusal
+        if dump is not None:
+            dump.report(rewritten.gm, Explanation.of([rewritten.plan]), rewritten.records)
     facts = read_facts(gm, broken, refuse_gradients(gm), 0.0 if refusal is not None else _share(rewritten.plan))
     if refusal is not None:
         if whole:
@@ -103,6 +104,7 @@ def dit_cache(
         whole,
         _relays,
         all(fewer_allowed(s.samples) for s in spans),
+        bool(plan.invariants.kept),
     )
 
 

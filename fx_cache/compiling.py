@@ -11,7 +11,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fx_cache.errors import OptionError
-from fx_cache.ops import cond
+from fx_cache.ops import cond, once
 from fx_cache.patterns.graph import value_of
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -44,7 +44,7 @@ def inner_compiler(name: str, mode: str | None, options: Mapping[str, Any]) -> C
 def compile_pieces(
     gm: fx.GraphModule, compiler: Compiler, done: dict[fx.GraphModule, Callable[..., Any]] | None = None
 ) -> fx.GraphModule:
-    """The same graph with every piece compiled; the branches of conditionals are gone through likewise.
+    """The same graph with every piece compiled; what consists of pieces itself is gone through likewise.
 
     Args:
         gm: a rewritten graph: calls of pieces, checks and conditionals.
@@ -52,20 +52,30 @@ def compile_pieces(
         done: pieces compiled so far; each is compiled once, however often it is called.
     """
     done = {} if done is None else done
-    branches = {str(a.target) for n in gm.graph.find_nodes(op="call_function", target=cond) for a in n.args[1:3]}
+    nested = {str(a.target) for n in gm.graph.find_nodes(op="call_function", target=cond) for a in n.args[1:3]}
+    nested |= {str(n.args[1].target) for n in gm.graph.find_nodes(op="call_function", target=once)}
     targets = {str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr")}
     attributes: dict[str, Any] = {}
     for target in sorted(targets):
         piece = _attribute(gm, target)
-        if target in branches:
+        if target in nested:
             attributes[target] = compile_pieces(piece, compiler, done)
         elif isinstance(piece, fx.GraphModule):
             if piece not in done:
-                done[piece] = compiler(piece, [_example(n) for n in piece.graph.find_nodes(op="placeholder")])
+                done[piece] = piece.forward if _is_one_operation(piece) else compiler(piece, _examples(piece))
             attributes[target] = done[piece]
         else:
             attributes[target] = piece
     return fx.GraphModule(attributes, gm.graph)
+
+
+def _is_one_operation(piece: fx.GraphModule) -> bool:
+    """Whether there is nothing to fuse: such a piece runs as it is, and costs no compilation."""
+    return sum(n.op not in ("placeholder", "output") for n in piece.graph.nodes) == 1
+
+
+def _examples(piece: fx.GraphModule) -> list[Any]:
+    return [_example(n) for n in piece.graph.find_nodes(op="placeholder")]
 
 
 def _example(node: fx.Node) -> Any:

@@ -25,6 +25,8 @@ class CacheConfig:
         Bn_compute_blocks: blocks at the end that every step runs (the tail), >= 0.
         scope: ``"model"``: one span over adjacent stacks, one decision a step (as FBCache);
             ``"stack"``: a head, span and tail for each stack (as cache-dit).
+        hoist_invariants: compute what depends on conditioning and weights alone (text projections, rotary tables, keys
+            and values of the text) once a request, and keep it.
         compiler: name of the Dynamo backend that compiles the pieces.
         dump_dir: folder for the graphs before and after every pass, the pieces and the report; None: no dump.
 
@@ -60,6 +62,7 @@ class CacheConfig:
     max_sessions: int = 32
     max_bytes: int | None = None
     scope: Scope = "model"
+    hoist_invariants: bool = True
     compiler: str = "inductor"
     dump_dir: str | None = None
 
@@ -80,6 +83,8 @@ class CacheConfig:
             _check_number(self, "max_accumulated_residual_diff_threshold")
         _check_choice(self, "scope", get_args(Scope))
         _check_choice(self, "batch_policy", get_args(BatchPolicy))
+        if not isinstance(self.hoist_invariants, bool):
+            raise _invalid("hoist_invariants", self.hoist_invariants, "True or False")
         if not isinstance(self.compiler, str) or not self.compiler:
             raise _invalid("compiler", self.compiler, "the name of a torch.compile backend")
         if self.compiler == "dit_cache":
@@ -106,7 +111,7 @@ class CacheConfig:
         return replace(self, **dict(changes))
 
 
-COMPILE_OPTIONS = ("Fn_compute_blocks", "Bn_compute_blocks", "scope", "compiler", "dump_dir")
+COMPILE_OPTIONS = ("Fn_compute_blocks", "Bn_compute_blocks", "scope", "hoist_invariants", "compiler", "dump_dir")
 OPTION_NAMES = tuple(f.name for f in fields(CacheConfig))
 RUNTIME_OPTIONS = tuple(n for n in OPTION_NAMES if n not in COMPILE_OPTIONS)
 

@@ -72,6 +72,24 @@ def cond(
     return reuse(*operands) if hit else compute(*operands)
 
 
+class Keep(Protocol):
+    """Keeps what one branch of a request computes once."""
+
+    def __call__(self, compute: Branch, operands: tuple[Any, ...], told_by: tuple[int, ...]) -> tuple[Any, ...]: ...
+
+
+def once(keep: Keep, compute: Branch, operands: tuple[Any, ...], *, told_by: tuple[int, ...]) -> tuple[Any, ...]:
+    """What `compute` makes of the operands, computed at the first step and whenever they are others.
+
+    Args:
+        keep: what it was computed with, and what came of it.
+        compute: takes the operands, returns a tuple of tensors; nobody writes to them.
+        operands: tensors and integers.
+        told_by: which of them tell whether they are others; the rest are weights.
+    """
+    return keep(compute, operands, told_by)
+
+
 def residual_diff(previous: Any, probe: Any, samples: Any, ndim: int) -> Any:
     """``mean|previous - probe| / mean|previous|`` of each sample; of a batch of one as cache-dit and FBCache have it.
 

@@ -237,7 +237,8 @@ def _is_large(value: Any) -> bool:
 
 def _held(model: Any) -> int:
     sessions = summary(model).to_dict()["sessions"]
-    return sum(span["bytes"] for s in sessions for b in s["branches"] for span in b["spans"])
+    branches = [b for s in sessions for b in s["branches"]]
+    return sum(b["kept_bytes"] + sum(span["bytes"] for span in b["spans"]) for b in branches)
 
 
 class _Mallinfo(ctypes.Structure):

@@ -92,7 +92,7 @@ def test_defaults_are_those_of_cache_dit() -> None:
     from cache_dit import DBCacheConfig
 
     ours, theirs = fx_cache.CacheConfig(), DBCacheConfig()
-    own = ("scope", "compiler", "dump_dir", "max_sessions", "max_bytes", "batch_policy")
+    own = ("scope", "compiler", "dump_dir", "max_sessions", "max_bytes", "batch_policy", "hoist_invariants")
     shared = [n for n in fx_cache.CacheConfig.__dataclass_fields__ if n not in own]
     assert {n: getattr(ours, n) for n in shared} == {n: getattr(theirs, n) for n in shared}
 

@@ -4,6 +4,7 @@ Every pass is a function ``(gm, context) -> int`` that changes `gm` in place and
 Its docstring shows the graph before and after, what it requires of the passes before it, and what it ensures.
 """
 
+from fx_cache.passes.hoist_invariants import hoist_invariants
 from fx_cache.passes.hoist_side_values import hoist_side_values
 from fx_cache.passes.insert_conditionals import insert_conditionals
 from fx_cache.passes.insert_probes import insert_probes
@@ -22,6 +23,7 @@ PIPELINE: tuple[Pass, ...] = (
     hoist_side_values,
     protect_streams,
     insert_probes,
+    hoist_invariants,
     outline_blocks,
     insert_conditionals,
     outline_glue,

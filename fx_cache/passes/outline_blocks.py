@@ -31,8 +31,8 @@ def outline_blocks(gm: fx.GraphModule, context: RewriteContext) -> int:
         name = re.sub(r"\W+", "_", report.stack.name).strip("_")
         for block in report.stack.blocks:
             # A pass before this one may have moved nodes out of the block or put new ones into it.
-            region = max(n.meta[REGION] for n in block.nodes)
-            kept = [n for n in block.nodes if n.meta[REGION] == region]
+            region = max(n.meta[REGION] for n in block.nodes if REGION in n.meta)
+            kept = [n for n in block.nodes if n.meta.get(REGION) == region]
             nodes = [kept[0]]
             while nodes[-1] is not kept[-1]:
                 nodes.append(nodes[-1].next)

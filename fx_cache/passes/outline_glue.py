@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from fx_cache.ops import check, cond
+from fx_cache.ops import check, cond, once
 from fx_cache.passes.outline import REGION, Templates, outline
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import is_scalar
@@ -32,6 +32,8 @@ def outline_glue(gm: fx.GraphModule, context: RewriteContext) -> int:
         compute, reuse = (getattr(gm, f"{b}_{k}") for b in ("compute", "reuse"))
         count += _outline_runs(compute, lambda r: "glue")
         count += _outline_runs(reuse, lambda r: "restore")
+    if context.plan.invariants.kept:
+        count += _outline_runs(gm.invariants, lambda r: "prepare")
     return count
 
 
@@ -44,9 +46,9 @@ def _outline_runs(gm: fx.GraphModule, name_of: Callable[[int], str]) -> int:
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
-        if node.op == "call_module" or node.target in (check, cond):
+        if node.op == "call_module" or node.target in (check, cond, once):
             calls.add(node)
-        if node.op in ("output", "call_module") or node.target in (check, cond):
+        if node.op in ("output", "call_module") or node.target in (check, cond, once):
             if current:
                 runs.append(current)
             current = []

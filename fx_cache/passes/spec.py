@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fx_cache.ops import check, cond
+from fx_cache.ops import check, cond, once
 from fx_cache.passes.outline import REGION
 
 
@@ -13,6 +13,7 @@ def check_rewritten(gm: fx.GraphModule) -> None:
 
     - Regions are numbered along the graph and never go back.
     - A conditional takes one check, and two branches with the same inputs and equally many outputs.
+    - What is computed once takes as many operands as its sub-module has inputs.
     - Whatever a call of a sub-module gets, the sub-module has an input for.
     - Inputs come first; there is one output.
     """
@@ -30,6 +31,10 @@ def check_rewritten(gm: fx.GraphModule) -> None:
         if node.op == "call_module":
             inputs = list(getattr(gm, str(node.target)).graph.find_nodes(op="placeholder"))
             assert len(inputs) == len(node.args), f"{node} hands over {len(node.args)} values, {len(inputs)} expected"
+        if node.target is once:
+            module = getattr(gm, str(node.args[1].target))
+            assert len(node.args[2]) == len(list(module.graph.find_nodes(op="placeholder"))), f"{node}: operands"
+            check_rewritten(module)
         if node.target is cond:
             _check_cond(gm, node)
     assert len(list(gm.graph.find_nodes(op="output"))) == 1

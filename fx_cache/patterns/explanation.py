@@ -69,6 +69,7 @@ class Explanation:
         spans: for each span, what is stored of each value that goes on behind it: (name, "residual" or "value").
         shares: for each span, the part of the FLOPs that a hit saves, of those of its graph, or of the whole forward
             where it lies over several graphs; None where none were counted.
+        invariants: names of the values that are computed once a request.
         inputs: names of the graph's inputs by role, without weights.
         graphs: number of graphs that the forward was captured in.
     """
@@ -77,6 +78,7 @@ class Explanation:
     reason: str | None
     spans: tuple[tuple[tuple[str, str], ...], ...]
     shares: tuple[float | None, ...]
+    invariants: tuple[str, ...]
     inputs: dict[str, tuple[str, ...]]
     graphs: int
 
@@ -98,7 +100,8 @@ class Explanation:
         reason = None if spans or not told else str(told[0])
         if not plans:
             reason = "the model: got no captured graph; expected a forward that Dynamo captures; look for graph breaks."
-        return cls(tuple(stacks), reason, tuple(spans), shares, inputs or {}, len(plans))
+        invariants = tuple(n.name for p in plans for n in p.invariants.kept)
+        return cls(tuple(stacks), reason, tuple(spans), shares, invariants, inputs or {}, len(plans))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,6 +120,8 @@ class Explanation:
             share = self.shares[k]
             held = "" if share is None else f"holds {share:.1%} of the FLOPs and "
             lines.append(f"span {k} {held}stores " + ", ".join(f"the {rule} of {name}" for name, rule in span))
+        if self.invariants:
+            lines.append(f"computed once a request: {', '.join(self.invariants)}")
         lines += [f"{role}: {', '.join(names)}" for role, names in self.inputs.items() if names]
         lines.append("cached" if self.reason is None else f"not cached: {self.reason}")
         return "\n".join(lines)

@@ -25,6 +25,7 @@ from fx_cache.patterns.graph import (
     written_inputs,
 )
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls, with_latents_from
+from fx_cache.patterns.invariants import Invariants, find_invariants
 from fx_cache.patterns.samples import count_samples
 from fx_cache.patterns.streams import continues
 from fx_cache.patterns.work import Work
@@ -91,6 +92,7 @@ class Plan:
         spans: what is cached, in graph order.
         refusal: why nothing is; None otherwise.
         reasons: for stacks that are not cached, by name, why, where there is more to say than that others are.
+        invariants: what is computed once a request.
     """
 
     roles: InputRoles
@@ -98,6 +100,7 @@ class Plan:
     spans: tuple[SpanPlan, ...]
     refusal: Refusal | None
     reasons: Mapping[str, Refusal]
+    invariants: Invariants
 
 
 def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
@@ -105,7 +108,7 @@ def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
     roles = classify_inputs(graph)
     reports = read_stacks(graph, roles)
     if not reports:
-        return Plan(roles, (), (), _no_stack(graph), {})
+        return Plan(roles, (), (), _no_stack(graph), {}, Invariants())
     work = Work(graph)
     main, *others = chains(graph, reports, work)
     streams = [r.streams.streams[r.main].values[0] for r in main if r.main is not None]
@@ -125,7 +128,10 @@ def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
     spans.sort(key=lambda s: order[s.nodes[0]])
     roles = with_controls(roles, graph, [s.nodes for s in spans], [s.probe[1] for s in spans])
     refusal = None if spans else next(iter(reasons.values()))
-    return Plan(roles, tuple(reports), tuple(spans), refusal, reasons)
+    hoists = config.hoist_invariants and spans and roles.latents
+    cached = 1.0 - sum(s.share or 0.0 for s in spans)
+    invariants = find_invariants(graph, roles, work, cached) if hoists else Invariants()
+    return Plan(roles, tuple(reports), tuple(spans), refusal, reasons, invariants)
 
 
 def _groups(chain: Chain, config: CacheConfig) -> list[Chain]:

@@ -25,6 +25,10 @@ class Work:
             self._by_node = {n: self._count(n) for n in graph.nodes if n.op in ("call_function", "call_method")}
         self.total = sum(self._by_node.values())
 
+    def of(self, node: fx.Node) -> int:
+        """The FLOPs of one operation."""
+        return self._by_node.get(node, 0)
+
     def share(self, nodes: Iterable[fx.Node]) -> float:
         """The part of the graph's FLOPs that lies in `nodes`, 0.0 to 1.0; 0.0 for a graph without any."""
         return sum(self._by_node.get(n, 0) for n in nodes) / self.total if self.total else 0.0

@@ -100,7 +100,7 @@ def read_schedule(inputs: Sequence[torch.Tensor]) -> tuple[float, ...] | torch.T
     Values on a device come as one float64 tensor of shape [n], so that no synchronisation happens here.
     """
     if all(t.numel() == 1 and t.is_cpu for t in inputs):
-        return tuple(float(t.item()) for t in inputs)
+        return tuple(float(v) for t in inputs for v in t.reshape(-1).tolist())
     flat = [t.detach().reshape(-1) for t in inputs if t.numel()]
     parts = [torch.stack(t.aminmax()) if t.numel() > 1 else t for t in flat]
     if all(p.is_cpu for p in parts):

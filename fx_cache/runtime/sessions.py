@@ -84,10 +84,15 @@ class Store:
         self._complaints.say()
 
     def offload(self, name: str) -> None:
-        """Moves what is cached of one named session to the host, but for branches at a step and spans in progress."""
+        """Moves what is cached of one named session to the host, but for branches at a step and spans in progress.
+
+        What is the same at every step is dropped, and computed anew.
+        """
         with self._lock:
-            for slot in [slot for b in self._of(name) if not b.busy for slot in b.slots]:
-                slot.offload()
+            for branch in [b for b in self._of(name) if not b.busy]:
+                branch.record.kept = None
+                for slot in branch.slots:
+                    slot.offload()
 
     def not_apart(self) -> None:
         """Notes that samples of a batch cannot be decided one by one."""
@@ -116,7 +121,7 @@ class Store:
         """Drops the tensors of the branches used longest ago until those that are left fit."""
         if limit is None:
             return
-        held = {k: sum(slot.bytes for slot in b.slots if slot.home is None) for k, b in self._branches.items()}
+        held = {key: branch.record.bytes for key, branch in self._branches.items()}
         total = sum(held.values())
         for key, size in held.items():
             if total <= limit:
@@ -378,8 +383,8 @@ class Store:
             return
         kept = [slot.tensors if since else None for slot in branch.slots]
         old = branch.record
-        branch.record = BranchRecord(branch.key, "", [Slot(tensors) for tensors in kept])
-        branch.record.step = since
+        branch.record = BranchRecord(branch.key, "", [Slot(tensors) for tensors in kept], since, kept=old.kept)
+        old.kept = None
         branch.blind = True
         for slot, before in zip(branch.slots, old.slots, strict=True):
             before.tensors = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,12 @@ from fx_cache.runtime.clock import Clock
 from fx_cache.runtime.given import Control
 from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.policy import Counters
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """What tensors take up, wherever they lie; what several views show, once."""
+    storages = {s._cdata: s.nbytes() for t in tensors if (s := t.untyped_storage())}
+    return sum(storages.values())
 
 
 @dataclass
@@ -53,8 +59,7 @@ class Slot:
     @property
     def bytes(self) -> int:
         """What the tensors take up, wherever they lie."""
-        storages = {s._cdata: s.nbytes() for t in self.tensors or () if (s := t.untyped_storage())}
-        return sum(storages.values())
+        return bytes_of(self.tensors or ())
 
     def offload(self) -> None:
         """Moves the tensors to the host, but for those of a span over several graphs."""
@@ -71,6 +76,25 @@ class Slot:
 
 
 @dataclass
+class Kept:
+    """What is computed once, and used at each step.
+
+    Attributes:
+        identity: who the inputs were that it was computed from.
+        hold: keeps that meaningful.
+        tensors: what came of them.
+    """
+
+    identity: Hashable
+    hold: StorageHold
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def bytes(self) -> int:
+        return bytes_of(self.tensors)
+
+
+@dataclass
 class BranchRecord:
     """One branch of one session, as statistics: its slots hold tensors only while the branch lives.
 
@@ -80,6 +104,7 @@ class BranchRecord:
         slots: one for each span.
         step: number of the present step: the caller's, where he numbers them, else counted from 0.
         began: number of the first one.
+        kept: what is the same at each step, where that is kept.
     """
 
     key: Hashable
@@ -87,6 +112,13 @@ class BranchRecord:
     slots: list[Slot]
     step: int = 0
     began: int = 0
+    kept: Kept | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What is held where it was made."""
+        held = sum(slot.bytes for slot in self.slots if slot.home is None)
+        return held + (0 if self.kept is None else self.kept.bytes)
 
 
 @dataclass
@@ -137,7 +169,8 @@ class Branch:
         return self.record.slots
 
     def drop(self, why: str | None = None) -> None:
-        """Lets go of what is cached."""
+        """Lets go of what is cached and kept."""
+        self.record.kept = None
         for slot in self.slots:
             if slot.tensors is not None:
                 slot.tensors, slot.home, slot.script, slot.lost = None, None, None, why

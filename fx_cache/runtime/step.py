@@ -14,6 +14,7 @@ from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Surroundings, surroundings
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.given import Given, Reader
+from fx_cache.runtime.keep import Keep, keep_nothing
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.relay import Relays
 from fx_cache.runtime.sessions import Store
@@ -42,11 +43,12 @@ class CachedForward:
         whole: bool,
         relays: Relays,
         fewer: bool,
+        keeps: bool,
     ) -> None:
         """
         Args:
-            rewritten: takes the graph's inputs, then for each span its gate, the previous probe and the cached values;
-                returns (outputs, state of each span).
+            rewritten: takes the graph's inputs, then, if it `keeps`, what keeps values for it, and for each span its
+                gate, the previous probe and the cached values; returns (outputs, state of each span).
             roles: the roles of the graph's inputs.
             state_sizes: for each span, how many tensors its state has.
             program: digest of what the graph computes, but for its sizes.
@@ -59,6 +61,7 @@ class CachedForward:
             whole: whether it is a whole forward.
             relays: where to look up the forward's other graphs.
             fewer: whether a span can be computed for fewer samples than there are in a batch.
+            keeps: whether the graph computes something once a request.
         """
         self._rewritten = rewritten
         self._reader = Reader(roles)
@@ -73,6 +76,7 @@ class CachedForward:
         self._latents = latents
         self._whole = whole
         self._relays = relays
+        self._keeps = keeps
         self._last: tuple[weakref.ref[Any] | None, Store] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -92,7 +96,7 @@ class CachedForward:
 
     def compute(self, *args: Any) -> Any:
         """The outputs; nothing is reused, and nothing kept."""
-        state: list[Any] = []
+        state: list[Any] = [keep_nothing] if self._keeps else []
         for size in self._sizes:
             state += [_never, *[None] * size]
         return self._rewritten(*args, *state)[0]
@@ -110,7 +114,7 @@ class CachedForward:
             SpanGate(store, branch, self._program, k, control, separation)
             for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
         ]
-        state: list[Any] = []
+        state: list[Any] = [Keep(branch)] if self._keeps else []
         for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
             state += [gate, *(slot.load() or [None] * size)]
         try:

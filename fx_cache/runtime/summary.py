@@ -14,7 +14,7 @@ from rich.table import Table
 from fx_cache.runtime.policy import Counters
 from fx_cache.runtime.registry import stores
 from fx_cache.runtime.sessions import Store
-from fx_cache.runtime.slots import Slot
+from fx_cache.runtime.slots import BranchRecord, Slot
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,12 @@ class Summary:
     sessions: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"sessions": [{"name", "branches": [{"name", "spans": [span, ...]}]}]}``
+        """``{"sessions": [{"name", "branches": [{"name", "spans": [span, ...], "kept_bytes"}]}]}``
 
         with span = ``{"steps", "hits": [step, ...], "misses": {step: reason}, "diffs": {step: float}, "bytes"}``.
         A diff of -1.0 stands for a step that reused without measuring. With ``batch_policy="per_sample"`` a span has
         ``"samples"`` too: the same of each sample, but for the bytes; its own hits are the steps that all reused.
+        ``"kept_bytes"`` are those of what is the same at every step, and is computed once.
         """
         return {"sessions": list(self.sessions)}
 
@@ -58,9 +59,14 @@ def summarize(found: Iterable[Store]) -> Summary:
     sessions = []
     for store in found:
         for record in store.records():
-            branches = [{"name": b.name, "spans": [_span(slot) for slot in b.slots]} for b in record.branches]
+            branches = [_branch(b) for b in record.branches]
             sessions.append({"name": record.name, "branches": branches})
     return Summary(tuple(sessions))
+
+
+def _branch(record: BranchRecord) -> dict[str, Any]:
+    spans = [_span(slot) for slot in record.slots]
+    return {"name": record.name, "spans": spans, "kept_bytes": 0 if record.kept is None else record.kept.bytes}
 
 
 def _span(slot: Slot) -> dict[str, Any]:

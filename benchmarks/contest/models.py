@@ -1,0 +1,222 @@
+"""Four transformers with random weights, each in a size for two CPU cores and in real dimensions for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model at one size.
+
+    Attributes:
+        config: of the diffusers class.
+        latent: shape of what is denoised.
+        text: tokens of the prompt.
+    """
+
+    config: dict[str, Any]
+    latent: tuple[int, ...]
+    text: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer as a pipeline calls it.
+
+    Attributes:
+        kind: the diffusers class.
+        stacks: its lists of blocks, in order.
+        prompt: what is given unchanged at every step: (module, size, generator) -> keyword arguments.
+        step: what is new at each: (latent, time from 1 to 0) -> keyword arguments.
+        sizes: "cpu" and "gpu".
+    """
+
+    kind: str
+    stacks: tuple[str, ...]
+    prompt: Callable[[nn.Module, Size, Callable[..., torch.Tensor]], Inputs]
+    step: Callable[[torch.Tensor, float], Inputs]
+    sizes: dict[str, Size]
+
+    def build(self, size: str, device: str) -> nn.Module:
+        """The module, in eval mode; bfloat16 on a GPU."""
+        torch.manual_seed(0)
+        with torch.device(device):
+            module = getattr(diffusers, self.kind)(**self.sizes[size].config).eval()
+        return module.to(torch.bfloat16) if device != "cpu" else module
+
+    def truncated(self, module: nn.Module) -> nn.Module:
+        """The module with its first block alone: what a cached step cannot be faster than."""
+        for k, name in enumerate(self.stacks):
+            setattr(module, name, getattr(module, name)[: 1 if k == 0 else 0])
+        return module
+
+    def request(self, module: nn.Module, size: str, steps: int, seed: int) -> list[Inputs]:
+        """The keyword arguments of each step of one request."""
+        weight = next(module.parameters())
+        generator = torch.Generator(weight.device).manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device=weight.device, dtype=weight.dtype)
+
+        fixed = self.prompt(module, self.sizes[size], normal)
+        start = normal(*self.sizes[size].latent)
+        moves = [start + 0.02 * i * normal(*start.shape) for i in range(steps)]
+        return [{**fixed, **self.step(latent, 1.0 - i / steps), "return_dict": False} for i, latent in enumerate(moves)]
+
+
+def _like(value: torch.Tensor, number: float) -> torch.Tensor:
+    return torch.full((value.shape[0],), number, device=value.device, dtype=value.dtype)
+
+
+def _flux_prompt(module: nn.Module, size: Size, normal: Callable[..., torch.Tensor]) -> Inputs:
+    config = module.config
+    pooled = normal(1, config.pooled_projection_dim)
+    side = int(size.latent[1] ** 0.5)
+    ids = torch.zeros(side, side, 3, device=pooled.device, dtype=pooled.dtype)
+    ids[..., 1] += torch.arange(side, device=pooled.device)[:, None]
+    ids[..., 2] += torch.arange(side, device=pooled.device)[None, :]
+    return {
+        "encoder_hidden_states": normal(1, size.text, config.joint_attention_dim),
+        "pooled_projections": pooled,
+        "txt_ids": torch.zeros(size.text, 3, device=pooled.device, dtype=pooled.dtype),
+        "img_ids": ids.reshape(-1, 3),
+        "guidance": torch.full((1,), 3.5, device=pooled.device),
+    }
+
+
+def _dit_prompt(module: nn.Module, size: Size, normal: Callable[..., torch.Tensor]) -> Inputs:
+    return {"class_labels": torch.tensor([7], device=normal(1).device)}
+
+
+def _wan_prompt(module: nn.Module, size: Size, normal: Callable[..., torch.Tensor]) -> Inputs:
+    return {"encoder_hidden_states": normal(1, size.text, module.config.text_dim)}
+
+
+def _pixart_prompt(module: nn.Module, size: Size, normal: Callable[..., torch.Tensor]) -> Inputs:
+    text = normal(1, size.text, module.config.caption_channels)
+    mask = torch.ones(1, size.text, device=text.device, dtype=text.dtype)
+    mask[:, size.text * 2 // 3 :] = 0
+    added = {"resolution": None, "aspect_ratio": None}
+    return {"encoder_hidden_states": text, "encoder_attention_mask": mask, "added_cond_kwargs": added}
+
+
+MODELS: dict[str, Model] = {
+    "flux": Model(
+        "FluxTransformer2DModel",
+        ("transformer_blocks", "single_transformer_blocks"),
+        _flux_prompt,
+        lambda latent, time: {"hidden_states": latent, "timestep": _like(latent, time)},
+        {
+            "cpu": Size(
+                {
+                    "num_layers": 4,
+                    "num_single_layers": 8,
+                    "num_attention_heads": 6,
+                    "attention_head_dim": 64,
+                    "joint_attention_dim": 512,
+                    "pooled_projection_dim": 256,
+                    "guidance_embeds": True,
+                    "axes_dims_rope": (16, 24, 24),
+                },
+                (1, 256, 64),
+                64,
+            ),
+            "gpu": Size({"guidance_embeds": True}, (1, 4096, 64), 512),
+        },
+    ),
+    "dit": Model(
+        "DiTTransformer2DModel",
+        ("transformer_blocks",),
+        _dit_prompt,
+        lambda latent, time: {
+            "hidden_states": latent,
+            "timestep": torch.full((latent.shape[0],), int(999 * time), device=latent.device),
+        },
+        {
+            "cpu": Size(
+                {
+                    "num_layers": 28,
+                    "num_attention_heads": 6,
+                    "attention_head_dim": 64,
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "sample_size": 32,
+                    "num_embeds_ada_norm": 1000,
+                },
+                (1, 4, 32, 32),
+                0,
+            ),
+            "gpu": Size(
+                {
+                    "num_layers": 28,
+                    "num_attention_heads": 16,
+                    "attention_head_dim": 72,
+                    "in_channels": 4,
+                    "out_channels": 8,
+                    "sample_size": 64,
+                    "num_embeds_ada_norm": 1000,
+                },
+                (2, 4, 64, 64),
+                0,
+            ),
+        },
+    ),
+    "wan": Model(
+        "WanTransformer3DModel",
+        ("blocks",),
+        _wan_prompt,
+        lambda latent, time: {"hidden_states": latent, "timestep": _like(latent, 1000 * time)},
+        {
+            "cpu": Size(
+                {
+                    "num_layers": 10,
+                    "num_attention_heads": 6,
+                    "attention_head_dim": 64,
+                    "ffn_dim": 1536,
+                    "text_dim": 512,
+                    "freq_dim": 128,
+                },
+                (1, 16, 5, 16, 16),
+                64,
+            ),
+            # The 14B model at 480x832, 81 frames.
+            "gpu": Size({}, (1, 16, 21, 60, 104), 512),
+        },
+    ),
+    "pixart": Model(
+        "PixArtTransformer2DModel",
+        ("transformer_blocks",),
+        _pixart_prompt,
+        lambda latent, time: {"hidden_states": latent, "timestep": _like(latent, 1000 * time)},
+        {
+            "cpu": Size(
+                {
+                    "num_layers": 12,
+                    "num_attention_heads": 6,
+                    "attention_head_dim": 64,
+                    "cross_attention_dim": 384,
+                    "caption_channels": 512,
+                    "sample_size": 32,
+                    "use_additional_conditions": False,
+                },
+                (1, 4, 32, 32),
+                300,
+            ),
+            "gpu": Size(
+                {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
+                (2, 4, 128, 128),
+                300,
+            ),
+        },
+    ),
+}
+"""FLUX.1 (two stacks), DiT-XL, Wan 2.1 video, PixArt with a long prompt."""

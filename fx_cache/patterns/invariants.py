@@ -1,0 +1,131 @@
+"""Finds what is the same at every step of a request: text projections, rotary tables, keys and values of the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from fx_cache.patterns.graph import (
+    ancestors,
+    descendants,
+    draws_random,
+    hinted_shape,
+    is_scalar,
+    is_tensor,
+    is_tensor_sequence,
+    is_weight,
+    positions,
+    storage_key,
+    value_of,
+    written_inputs,
+)
+from fx_cache.patterns.inputs import InputRoles
+from fx_cache.patterns.work import Work
+
+MOVED = 64
+"""FLOPs that reading and writing an element counts for, where an operation does little else."""
+
+MIN_GAIN = 5e-3
+"""The part of a cached step's work that it must be worth to be kept."""
+
+MAX_BYTES = 1 << 30
+"""Bytes that are kept of one branch; what saves most for its size comes first."""
+
+
+@dataclass(frozen=True)
+class Invariants:
+    """What can be computed once, and used at every step.
+
+    Attributes:
+        kept: the values that others use, in graph order.
+        nodes: what computes them, in graph order.
+        bytes: what they take up.
+    """
+
+    kept: tuple[fx.Node, ...] = ()
+    nodes: tuple[fx.Node, ...] = ()
+    bytes: int = 0
+
+
+def find_invariants(graph: fx.Graph, roles: InputRoles, work: Work, cached: float) -> Invariants:
+    """Values that depend on conditioning and weights alone, where keeping them saves work.
+
+    Left where they are: what is written in place or shares storage with an output, what draws random numbers, and what
+    stands within a context such as autocast.
+
+    Args:
+        graph: a captured forward.
+        roles: of its inputs.
+        work: of its operations.
+        cached: the part of it that a cached step runs.
+    """
+    same = _same_at_every_step(graph, roles)
+    # Not the many views of a table or a key, but what they show.
+    whole: dict[int | None, fx.Node] = {}
+    for node in filter(is_tensor, same):
+        whole.setdefault(storage_key(node), node)
+    used = [n for n in same if is_tensor(n) and any(u not in same for u in n.users)]
+    edge = dict.fromkeys(whole[storage_key(n)] for n in used)
+    given = {a for n in same for a in n.all_input_nodes if a.op == "placeholder" and is_tensor(a) and not is_weight(a)}
+    reached = descendants(graph, given)  # what is made of nothing is little, and fused with what reads it
+    cones = {n: {a for a in ancestors(n) if a in same} for n in edge if n in reached}
+    gains = {n: sum(map(work.of, cone)) + MOVED * sum(map(_moved, cone)) for n, cone in cones.items()}
+    kept: set[fx.Node] = set()
+    total = 0
+    for node in sorted(cones, key=lambda n: -gains[n] / max(1, _bytes(n))):
+        if gains[node] and total + _bytes(node) <= MAX_BYTES:
+            kept.add(node)
+            total += _bytes(node)
+    nodes = set().union(*(cones[n] for n in kept))
+    if sum(map(work.of, nodes)) + MOVED * sum(map(_moved, nodes)) < MIN_GAIN * cached * work.total:
+        return Invariants()
+    order = positions(graph)
+    return Invariants(tuple(sorted(kept, key=order.__getitem__)), tuple(sorted(nodes, key=order.__getitem__)), total)
+
+
+def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, None]:
+    inputs = list(graph.find_nodes(op="placeholder"))
+    alone = {i for of_span in roles.controls for i in of_span}
+    given = {inputs[i] for i in (*roles.conditioning, *roles.scalars, *roles.weights) if i not in alone}
+    # Sizes are the same as long as the shapes of a branch are.
+    given |= {n for n in inputs if isinstance(value_of(n), torch.SymInt)}
+    written = {storage_key(a) for n in graph.nodes for a in written_inputs(n)}
+    returned = {storage_key(a) for n in graph.find_nodes(op="output") for a in tree_leaves(n.args) if is_tensor(a)}
+    shared = (written | returned) - {None}
+    contexts = _within_contexts(graph)
+    same: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and is_tensor(node):
+            given.add(node)
+        if node.op not in ("call_function", "call_method") or node in contexts or draws_random(node):
+            continue
+        known = is_tensor(node) or is_tensor_sequence(node) or is_scalar(node)
+        if known and storage_key(node) not in shared and all(a in same or a in given for a in node.all_input_nodes):
+            same[node] = None
+    return same
+
+
+def _within_contexts(graph: fx.Graph) -> set[fx.Node]:
+    nodes = list(graph.nodes)
+    order = positions(graph)
+    found: set[fx.Node] = set()
+    for node in nodes:
+        for entered in node.all_input_nodes:
+            if "exit" in str(node.target) and "enter" in str(entered.target):
+                found.update(nodes[order[entered] : order[node] + 1])
+    return found
+
+
+def _moved(node: fx.Node) -> int:
+    """Elements that an operation writes; 0 for one that only looks at its inputs in another way."""
+    if not is_tensor(node) or any(storage_key(node) == storage_key(a) for a in node.all_input_nodes):
+        return 0
+    return torch.Size(hinted_shape(value_of(node))).numel()
+
+
+def _bytes(node: fx.Node) -> int:
+    value = value_of(node)
+    return torch.Size(hinted_shape(value)).numel() * int(value.element_size())

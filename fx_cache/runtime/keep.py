@@ -1,0 +1,45 @@
+"""Computes what is the same at every step of a request once, and whenever its inputs are others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fx_cache.runtime.identity import StorageHold, identity_key
+from fx_cache.runtime.named import named_session
+from fx_cache.runtime.slots import Branch, Kept
+
+
+class Keep:
+    """What one branch keeps, at one step."""
+
+    def __init__(self, branch: Branch) -> None:
+        self._record = branch.record
+
+    def __call__(
+        self, compute: Callable[..., tuple[Any, ...]], operands: tuple[Any, ...], told_by: tuple[int, ...]
+    ) -> tuple[Any, ...]:
+        told = [operands[i] for i in told_by]
+        identity = identity_key(told)
+        kept = self._record.kept
+        if kept is None or kept.identity != identity:
+            self._record.kept = None
+            tensors = compute(*operands)
+            if not _may_change_unseen(told):
+                self._record.kept = Kept(identity, StorageHold(told), tensors)
+            return tensors
+        return kept.tensors
+
+
+def keep_nothing(
+    compute: Callable[..., tuple[Any, ...]], operands: tuple[Any, ...], told_by: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """Computes."""
+    return compute(*operands)
+
+
+def _may_change_unseen(told: list[Any]) -> bool:
+    """Whether somebody may write to an input and leave no trace; with named requests, not within one."""
+    return named_session() is None and any(isinstance(v, torch.Tensor) and v.is_inference() for v in told)

@@ -1,0 +1,163 @@
+"""What is the same at every step of a request is computed once, and never used for anything else."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import fx_cache
+from fx_cache.testing import Request, assert_bytes_accounted
+from tests.models import NAMES, build, conditioning, walk
+from tests.oracles import run_eager
+from tests.running import compile_cached, run_cached
+
+TEXT = {"pixart": "encoder_hidden_states", "wan": "encoder_hidden_states", "flux": "encoder_hidden_states"}
+"""Models with a prompt that whole linear layers see alone, and how it is called."""
+
+
+def layers(model: nn.Module, step: dict[str, Any]) -> int:
+    """How many linear layers a call runs."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        model(**step)
+    return sum(e.count for e in record.key_averages() if e.key == "aten::linear")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hits_and_misses_are_those_without(name: str) -> None:
+    steps = [*walk(name, 6), *walk(name, 6, seed=1)]
+    policy = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": 2}
+    with_them = run_cached(build(name), steps, **policy)
+    without = run_cached(build(name), steps, hoist_invariants=False, **policy)
+    assert with_them.hits == without.hits
+    assert with_them.hits[0]
+    assert all(torch.equal(a, b) for a, b in zip(with_them.outputs, without.outputs, strict=True))
+
+
+@pytest.mark.parametrize(("name", "saved"), [("pixart", 2 + 2 * 5), ("wan", 2 + 2 * 5), ("flux", 3)])
+def test_layers_that_see_the_prompt_alone_are_computed_once(name: str, saved: int) -> None:
+    """The projections of the prompt, and its keys and values in each block."""
+    model = build(name)
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    steps = walk(name, 3)
+    compiled(**steps[0])
+    fx_cache.reset(model)
+    first, second, third = (layers(compiled, step) for step in steps)
+    plain = layers(model, steps[0])
+    assert (first, second, third) == (plain, plain - saved, plain - saved)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_another_prompt_in_the_same_session_is_computed_anew(name: str) -> None:
+    model = build(name)
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    steps = walk(name, 4)
+    for step, other in zip(steps[2:], walk(name, 4, seed=9)[2:], strict=True):
+        step[TEXT[name]] = other[TEXT[name]]
+    expected = run_eager(model, steps).outputs
+    with fx_cache.session("one", branch="cond"):
+        outputs = [compiled(**step)[0].clone() for step in steps]
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_prompt_that_is_written_to_is_computed_anew(name: str) -> None:
+    model = build(name)
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    steps = walk(name, 4)
+    for i, step in enumerate(steps):
+        if i == 2:
+            step[TEXT[name]].mul_(1.5)
+        assert torch.equal(compiled(**step)[0], model(**step)[0])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_tensors_whose_changes_cannot_be_seen(named: bool) -> None:
+    """Made in inference mode, they have no version: only within a named request they are taken for the same."""
+    model = build("pixart")
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    with torch.inference_mode():
+        steps = walk("pixart", 3)
+        compiled(**steps[0])
+        fx_cache.reset(model)
+        with fx_cache.session("request") if named else contextlib.nullcontext():
+            counts = [layers(compiled, step) for step in steps]
+    assert (counts[0] > counts[1]) == named
+    assert counts[1] == counts[2]
+
+
+def test_weights_that_change_are_noticed() -> None:
+    model = build("pixart")
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    steps = walk("pixart", 4)
+    for step in steps[:2]:
+        compiled(**step)
+    with torch.no_grad():
+        model.caption_projection.linear_1.weight.mul_(2.0)
+        model.transformer_blocks[3].attn2.to_k.weight.mul_(2.0)
+    for step in steps[2:]:
+        assert torch.equal(compiled(**step)[0], model(**step)[0])
+
+
+def test_nothing_is_moved_out_of_autocast() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = nn.Linear(16, 32)
+            self.model = build("dit")
+            self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, latent: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                text = self.text(prompt)
+            for block in self.blocks:
+                latent = latent + block(latent) * text
+            return latent * torch.cos(timestep)
+
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    prompt = torch.randn(1, 1, 16)
+    for i in range(3):
+        given = torch.randn(1, 8, 32), torch.tensor([1.0 - 0.1 * i]), prompt
+        assert torch.equal(compiled(*given), model(*given))
+
+
+def test_what_is_kept_is_counted_and_freed() -> None:
+    model = build("pixart")
+    compiled = compile_cached(model, residual_diff_threshold=1.0)
+    steps = walk("pixart", 4)
+    with fx_cache.session("r"):
+        for step in steps[:3]:
+            compiled(**step)
+    (branch,) = fx_cache.summary(model).to_dict()["sessions"][0]["branches"]
+    text = conditioning("pixart")["encoder_hidden_states"].shape
+    inner, blocks = model.inner_dim, len(model.transformer_blocks)
+    keys_and_values = 2 * blocks * text[0] * text[1] * inner * 4
+    assert keys_and_values <= branch["kept_bytes"] <= 2 * keys_and_values
+    fx_cache.end("r")
+    (branch,) = fx_cache.summary(model).to_dict()["sessions"][0]["branches"]
+    assert branch["kept_bytes"] == 0
+    fx_cache.configure(model, max_bytes=0)
+    with fx_cache.session("r"):
+        expected = [layers(compiled, step) for step in steps]
+    assert len(set(expected)) == 1, "with no room for it everything is computed at every step"
+
+
+def test_bytes_are_what_the_allocator_says() -> None:
+    model = build("pixart")
+    compiled = compile_cached(model, residual_diff_threshold=1.0)
+    walks = [walk("pixart", 3, seed=i) for i in range(3)]
+    for i, steps in enumerate(walks):
+        long = torch.randn(1, 8192, 24, generator=torch.Generator().manual_seed(i)), torch.ones(1, 8192)
+        for step in steps:
+            step["encoder_hidden_states"], step["encoder_attention_mask"] = long
+    requests = [Request([("cond", step) for step in steps], f"r{i}") for i, steps in enumerate(walks)]
+    for i in range(3):
+        requests[0].call(compiled, i)
+    fx_cache.end("r0")
+    assert assert_bytes_accounted(compiled, requests) > 0
