@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fx_cache
+from tests import models
 from tests.running import last_branch, relative_error
 
 WIDTH, TOKENS, BLOCKS, STEPS = 16, 24, 5, 8
@@ -258,3 +259,16 @@ def test_code_between_graphs_that_goes_another_way_is_an_error() -> None:
 def _detour(x: Tensor) -> Tensor:
     torch._dynamo.graph_break()
     return torch.sin(x)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_stream_that_does_not_come_out_of_the_last_block() -> None:
+    """The last block's experts run in the graph behind it: nothing is cached, and every step is the model's own."""
+    name = "NucleusMoEImageTransformer2DModel+moe"
+    model, steps = models.build(name), models.walk(name, 3)
+    expected = [model(**step)[0] for step in steps]
+    compiled = torch.compile(model, backend="dit_cache", options={"compiler": "eager", "Fn_compute_blocks": 1})
+    assert torch.equal(compiled(**steps[0])[0], expected[0])
+    with pytest.warns(fx_cache.CacheWarning, match="runs this model uncached.*a stream that is not to be found"):
+        assert torch.equal(compiled(**steps[1])[0], expected[1])
+    assert torch.equal(compiled(**steps[2])[0], expected[2])

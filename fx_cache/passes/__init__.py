@@ -15,12 +15,14 @@ from fx_cache.passes.outline_glue import outline_glue
 from fx_cache.passes.protect_streams import protect_streams
 from fx_cache.passes.runner import Pass
 from fx_cache.passes.separate_sequences import separate_sequences
+from fx_cache.passes.sink_into_spans import sink_into_spans
 
 PIPELINE: tuple[Pass, ...] = (
     name_inputs,
     separate_sequences,
     mark_regions,
     hoist_side_values,
+    sink_into_spans,
     protect_streams,
     insert_probes,
     hoist_invariants,

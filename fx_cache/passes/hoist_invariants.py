@@ -35,6 +35,8 @@ def hoist_invariants(gm: fx.GraphModule, context: RewriteContext) -> int:
     graph = gm.graph
     operands = inputs_of(gm, found.nodes)
     invariants = build(gm, found.nodes, operands, found.kept)
+    for node in invariants.graph.nodes:
+        node.meta.pop(REGION, None)
     gm.add_submodule("invariants", invariants)
     _outline_by_block(invariants, found.nodes, context)
     inputs = list(graph.find_nodes(op="placeholder"))

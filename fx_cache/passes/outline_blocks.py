@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import re
+from statistics import mode
 
 from torch import fx
 
 from fx_cache.passes.outline import REGION, outline
 from fx_cache.passes.runner import RewriteContext
+from fx_cache.patterns.graph import is_scalar
 
 
 def outline_blocks(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -31,11 +33,15 @@ def outline_blocks(gm: fx.GraphModule, context: RewriteContext) -> int:
         name = re.sub(r"\W+", "_", report.stack.name).strip("_")
         for block in report.stack.blocks:
             # A pass before this one may have moved nodes out of the block or put new ones into it.
-            region = max(n.meta[REGION] for n in block.nodes if REGION in n.meta)
-            kept = [n for n in block.nodes if n.meta.get(REGION) == region]
-            nodes = [kept[0]]
-            while nodes[-1] is not kept[-1]:
-                nodes.append(nodes[-1].next)
-            outline(gm, nodes, f"{name}_block", context.templates, f"{name}_{block.index}")
-            count += 1
+            regions = [n.meta[REGION] for n in block.nodes if REGION in n.meta]
+            for region in sorted(set(regions)):
+                kept = [n for n in block.nodes if n.meta.get(REGION) == region]
+                if region != mode(regions) and all(map(is_scalar, kept)):
+                    continue
+                nodes = [kept[0]]
+                while nodes[-1] is not kept[-1]:
+                    nodes.append(nodes[-1].next)
+                part, suffix = ("block", "") if region == mode(regions) else ("rest", "_rest")
+                outline(gm, nodes, f"{name}_{part}", context.templates, f"{name}_{block.index}{suffix}")
+                count += 1
     return count

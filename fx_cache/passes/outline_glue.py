@@ -33,7 +33,9 @@ def outline_glue(gm: fx.GraphModule, context: RewriteContext) -> int:
         count += _outline_runs(compute, lambda r: "glue")
         count += _outline_runs(reuse, lambda r: "restore")
     if context.plan.invariants.kept:
-        count += _outline_runs(gm.invariants, lambda r: "prepare")
+        invariants = gm.get_submodule("invariants")
+        assert isinstance(invariants, fx.GraphModule)
+        count += _outline_runs(invariants, lambda r: "prepare")
     return count
 
 

@@ -213,6 +213,18 @@ def _inplace_position(function: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
+def within_contexts(graph: fx.Graph) -> set[fx.Node]:
+    """Every node from one that enters a context, such as autocast, to the one that leaves it."""
+    nodes = list(graph.nodes)
+    order = positions(graph)
+    found: set[fx.Node] = set()
+    for node in nodes:
+        for entered in node.all_input_nodes:
+            if "exit" in str(node.target) and "enter" in str(entered.target):
+                found.update(nodes[order[entered] : order[node] + 1])
+    return found
+
+
 def storage_key(node: fx.Node) -> int | None:
     """Identifies the storage of a node's value: views and in-place results share it."""
     value = value_of(node)

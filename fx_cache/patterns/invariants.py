@@ -20,6 +20,7 @@ from fx_cache.patterns.graph import (
     positions,
     storage_key,
     value_of,
+    within_contexts,
     written_inputs,
 )
 from fx_cache.patterns.inputs import InputRoles
@@ -95,7 +96,7 @@ def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, Non
     written = {storage_key(a) for n in graph.nodes for a in written_inputs(n)}
     returned = {storage_key(a) for n in graph.find_nodes(op="output") for a in tree_leaves(n.args) if is_tensor(a)}
     shared = (written | returned) - {None}
-    contexts = _within_contexts(graph)
+    contexts = within_contexts(graph)
     same: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and is_tensor(node):
@@ -106,17 +107,6 @@ def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, Non
         if known and storage_key(node) not in shared and all(a in same or a in given for a in node.all_input_nodes):
             same[node] = None
     return same
-
-
-def _within_contexts(graph: fx.Graph) -> set[fx.Node]:
-    nodes = list(graph.nodes)
-    order = positions(graph)
-    found: set[fx.Node] = set()
-    for node in nodes:
-        for entered in node.all_input_nodes:
-            if "exit" in str(node.target) and "enter" in str(entered.target):
-                found.update(nodes[order[entered] : order[node] + 1])
-    return found
 
 
 def _moved(node: fx.Node) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import fx
@@ -27,6 +27,7 @@ from fx_cache.patterns.graph import (
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls, with_latents_from
 from fx_cache.patterns.invariants import Invariants, find_invariants
 from fx_cache.patterns.samples import count_samples
+from fx_cache.patterns.sinking import find_sinks
 from fx_cache.patterns.streams import continues
 from fx_cache.patterns.work import Work
 
@@ -35,6 +36,9 @@ MIN_SHARE = 0.05
 
 MIN_OTHER_WORK = 0.75
 """The work that a chain of stacks must hold to get spans of its own, as a part of what the main chain holds."""
+
+MIN_SUNK = 0.02
+"""The part of a cached step's work that must be saved by moving it into a span: one more kind of block is compiled."""
 
 Range = tuple[int, int]
 Ranges = tuple[Range, Range, Range]
@@ -65,6 +69,7 @@ class SpanPlan:
         stacks: names of the stacks it lies in.
         head: nodes of the blocks that every step runs before it, from the first block's first node on.
         nodes: the nodes that a hit skips.
+        sinks: nodes before them that only they use: a hit skips these too.
         probe: (value before the head's blocks, value after them) of the main stream.
         live_outs: what is used behind the span.
         blocks: for each stack, (head, span, tail) block ranges as (start, stop).
@@ -75,6 +80,7 @@ class SpanPlan:
     stacks: tuple[str, ...]
     head: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
+    sinks: tuple[fx.Node, ...]
     probe: tuple[fx.Node, fx.Node]
     live_outs: tuple[LiveOut, ...]
     blocks: dict[str, Ranges]
@@ -127,11 +133,28 @@ def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
     order = positions(graph)
     spans.sort(key=lambda s: order[s.nodes[0]])
     roles = with_controls(roles, graph, [s.nodes for s in spans], [s.probe[1] for s in spans])
+    spans = _with_sinks(graph, spans, work)
     refusal = None if spans else next(iter(reasons.values()))
     hoists = config.hoist_invariants and spans and roles.latents
     cached = 1.0 - sum(s.share or 0.0 for s in spans)
     invariants = find_invariants(graph, roles, work, cached) if hoists else Invariants()
     return Plan(roles, tuple(reports), tuple(spans), refusal, reasons, invariants)
+
+
+def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[SpanPlan]:
+    nodes = list(graph.nodes)
+    order = positions(graph)
+    least = MIN_SUNK * (1.0 - sum(s.share or 0.0 for s in spans))
+    begin = 0
+    found = []
+    for span in spans:
+        before = nodes[begin : order[span.nodes[0]]]
+        begin = order[span.nodes[-1]] + 1
+        needed = {*span.probe, *(lo.continues for lo in span.live_outs if lo.continues is not None)}
+        sinks = find_sinks(graph, before, set(span.nodes), needed)
+        saved = work.share(sinks)
+        found.append(replace(span, sinks=sinks, share=(span.share or 0.0) + saved) if saved > least else span)
+    return found
 
 
 def _groups(chain: Chain, config: CacheConfig) -> list[Chain]:
@@ -208,7 +231,7 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
         )
     blocks = _ranges(group, fn, total - bn)
     samples = count_samples(graph, probe[1])
-    return SpanPlan(tuple(r.stack.name for r in group), head, span, probe, live_outs, blocks, share, samples)
+    return SpanPlan(tuple(r.stack.name for r in group), head, span, (), probe, live_outs, blocks, share, samples)
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:

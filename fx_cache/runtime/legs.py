@@ -153,8 +153,8 @@ class WatchRun:
         """Whether a tensor is none of the outputs kept; in inference mode writes to those cannot be seen."""
         return value.is_inference() or forward.made_by(value) is None
 
-    def kept(self, forward: Forward, plan: RelayPlan) -> tuple[tuple[torch.Tensor, ...], Script]:
-        """What the span of a plan would have stored in this forward."""
+    def kept(self, forward: Forward, plan: RelayPlan) -> tuple[tuple[torch.Tensor, ...], Script] | None:
+        """What the span of a plan would have stored in this forward; None if its streams do not all come to an end."""
         calls = forward.calls
         begins = [i for i, c in enumerate(calls) if c.family == plan.family][plan.before :]
         fn, end = plan.ranges[1]
@@ -172,6 +172,8 @@ class WatchRun:
         ended: set[int] = set()
         i = begins[fn]
         while len(ended) < len(plan.streams):
+            if i == len(calls):
+                return None
             last = i >= begins[end - 1]
             ends = _ends(plan, calls[i].family) if last else {}
             script.add(calls[i].family, self._outputs[i], ends, starts)

@@ -122,12 +122,23 @@ class Relay:
         for program, (store, branch) in forward.branches.items():
             if program not in self.enabled:
                 store.forget(branch)
+        kept = [(plan, run.kept(forward, plan)) for plan in self.plans]
+        endless = next((plan for plan, found in kept if found is None), None)
+        if endless is not None:
+            self.plans = ()
+            self.refusal = Refusal(
+                f"stack {endless.name}",
+                "a stream that is not to be found in what the graphs of the last block give back",
+                "streams that come out of the last block as they come out of the others",
+                "look for graph breaks in the blocks (TORCH_LOGS=graph_breaks)",
+            )
         if self.plans:
             self.store = self.store or store_of(forward.weight, self.config, forward.root)
             branch = context.run(self.open, forward)  # in the session that it ran in, whichever is open now
-            for slot, plan in zip(branch.slots, self.plans, strict=True):
+            for slot, (_, found) in zip(branch.slots, kept, strict=True):
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
-                slot.tensors, slot.script = run.kept(forward, plan)
+                assert found is not None
+                slot.tensors, slot.script = found
                 slot.control, slot.open = Control.of([]), False
                 slot.counters.record(branch.record.step, verdict.reason or "nothing cached")
         elif self.refusal is not None:

@@ -1,0 +1,134 @@
+"""How close a step comes to what is possible: ``python benchmarks/limits.py``, in one process, in turns, medians.
+
+- A step that computes, beside the plain model under ``torch.compile``.
+- A step that reuses, beside the model with its first block alone under ``torch.compile``: what has to run anyway.
+
+Each with and without what is computed once a request (``hoist_invariants``), on the models of `benchmarks/peers.py`.
+Ratios are medians of the ratios of steps that ran one after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fx_cache
+from benchmarks.contest.models import MODELS
+
+WARMUP = 10
+PAIRS = {
+    "computed / plain": ("computed", "plain"),
+    "computed / plain, nothing hoisted": ("computed, nothing hoisted", "plain"),
+    "cached / first block alone": ("cached", "first block alone"),
+    "cached / first block alone, nothing hoisted": ("cached, nothing hoisted", "first block alone"),
+}
+
+
+def runs(name: str, size: str) -> dict[str, Callable[..., Any]]:
+    """The ways to run one model, compiled, by what each step does."""
+    model = MODELS[name]
+    module = model.build(size, "cpu" if size == "cpu" else "cuda")
+    found: dict[str, Callable[..., Any]] = {
+        "plain": torch.compile(copy.deepcopy(module), fullgraph=True),
+        "first block alone": torch.compile(model.truncated(copy.deepcopy(module)), fullgraph=True),
+    }
+    for kind, threshold in (("computed", 0.0), ("cached", 0.99)):
+        for suffix, hoists in (("", True), (", nothing hoisted", False)):
+            options = {
+                "Fn_compute_blocks": 1,
+                "max_warmup_steps": 1,
+                "residual_diff_threshold": threshold,
+                "hoist_invariants": hoists,
+            }
+            found[kind + suffix] = torch.compile(
+                copy.deepcopy(module), backend="dit_cache", fullgraph=True, options=options
+            )
+    return found
+
+
+def measure(name: str, size: str, steps: int) -> dict[str, Any]:
+    """The row of one model."""
+    torch._dynamo.reset()
+    ways = runs(name, size)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    request = MODELS[name].request(MODELS[name].build(size, "cpu" if size == "cpu" else "cuda"), size, steps, seed=0)
+    for i, step in enumerate(request):
+        for way in list(ways) if i % 2 else reversed(list(ways)):
+            wait(size)
+            begin = time.perf_counter()
+            ways[way](**step)
+            wait(size)
+            if i >= WARMUP:
+                seconds[way].append(time.perf_counter() - begin)
+    for way, run in ways.items():
+        if way.startswith("cached"):
+            span = fx_cache.summary(run).to_dict()["sessions"][-1]["branches"][0]["spans"][0]
+            assert len(span["hits"]) >= steps - WARMUP, f"{name}: {way}: {len(span['hits'])} hits"
+    ratios = {
+        pair: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+        for pair, (a, b) in PAIRS.items()
+    }
+    return {
+        "model": name,
+        "milliseconds": {way: round(1e3 * statistics.median(v), 2) for way, v in seconds.items()},
+        "quartiles": {way: [round(1e3 * q, 2) for q in statistics.quantiles(v, n=4)] for way, v in seconds.items()},
+        "ratios": {pair: round(ratio, 3) for pair, ratio in ratios.items()},
+    }
+
+
+def wait(size: str) -> None:
+    """Until the device is done."""
+    if size == "gpu":
+        torch.cuda.synchronize()
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Option("--model", help=f"One of {', '.join(MODELS)}; all.")] = None,
+    size: Annotated[str, typer.Option(help="cpu, or gpu: real dimensions in bfloat16.")] = "cpu",
+    steps: Annotated[int, typer.Option(help="Steps of each kind; the first ten are not counted.")] = 60,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+) -> None:
+    """Runs the comparison."""
+    warnings.simplefilter("ignore")
+    rows = []
+    table = Table("model", *PAIRS)
+    with torch.no_grad():
+        for name in models or list(MODELS):
+            row = measure(name, size, steps)
+            rows.append(row)
+            table.add_row(name, *(f"{row['ratios'][pair]:.3f}" for pair in PAIRS))
+            print(row, flush=True)
+    Console(width=140).print(table)
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        if size == "cpu"
+        else torch.cuda.get_device_name(),
+        "versions": {n: version(n) for n in ("torch", "diffusers", "fx_cache")},
+        "steps": steps,
+        "rows": rows,
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
