@@ -97,7 +97,7 @@ def dit_cache(
         facts.program,
         tuple((s.stacks, tuple(s.blocks.values()), tuple(lo.rule for lo in s.live_outs)) for s in spans),
         _anchor(gm, plan),
-        _guarded(gm, plan),
+        *_guarded(gm, plan),
         config,
         facts,
         frozenset() if whole else _latents_given(gm, plan, around.forward),
@@ -203,15 +203,20 @@ def _state_sizes(gm: fx.GraphModule) -> list[int]:
     return [len(state) for state in output.args[0][1]]
 
 
-def _guarded(gm: fx.GraphModule, plan: Plan) -> list[int]:
+def _guarded(gm: fx.GraphModule, plan: Plan) -> tuple[list[int], list[int]]:
     """Positions of the weights that the graph does not write to: if one of them changes, somebody changed it.
 
-    With dynamic shapes numbers that the module holds come as tensors, made anew at every call; those are not looked at.
+    Apart from them the numbers that the module holds: with dynamic shapes they come as tensors, made at every call.
     """
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     written = {storage_key(a) for n in gm.graph.nodes for a in written_inputs(n)} - {None}
     held = [i for i in plan.roles.weights if is_tensor(inputs[i]) and storage_key(inputs[i]) not in written]
-    return [i for i in held if value_of(inputs[i]).ndim or isinstance(value_of(inputs[i]), torch.nn.Parameter)]
+    numbers = [i for i in held if _is_number(value_of(inputs[i]))]
+    return [i for i in held if i not in numbers], numbers
+
+
+def _is_number(value: torch.Tensor) -> bool:
+    return value.ndim == 0 and value.device.type == "cpu" and not isinstance(value, torch.nn.Parameter)
 
 
 def _anchor(gm: fx.GraphModule, plan: Plan) -> int | None:

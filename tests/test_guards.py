@@ -53,6 +53,39 @@ def test_weights_that_change_end_the_request(change) -> None:
     assert [s["branches"][0]["spans"][0]["steps"] for s in fx_cache.summary(model).to_dict()["sessions"]] == [4, 4]
 
 
+class Scaled(torch.nn.Module):
+    """Blocks whose strength is a number that the module holds, as that of an adapter is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+        self.scale = 0.5
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        text = prompt * self.scale
+        for block in self.blocks:
+            latent = latent + self.scale * torch.tanh(block(latent) + text)
+        return latent * (1.0 + 0.01 * torch.cos(timestep))
+
+
+def test_a_number_that_the_module_holds_ends_the_request() -> None:
+    model = Scaled().eval()
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, **REUSING}
+    compiled = torch.compile(model, backend="dit_cache", fullgraph=True, dynamic=True, options=options)
+    prompt = torch.randn(1, 1, 16)
+    start = torch.randn(1, 80, 16)
+    with fx_cache.session("request", branch="cond"):
+        for i in range(8):
+            if i == 4:
+                assert last_branch(model)["spans"][0]["hits"]
+                model.scale = 0.75
+            latent, timestep = start + 0.01 * i, torch.tensor([1.0 - 0.1 * i])
+            output = compiled(latent, timestep, prompt)
+            if i == 4:
+                assert torch.equal(output, model(latent, timestep, prompt))
+
+
 def test_weights_that_are_moved_away_and_back_have_not_changed() -> None:
     model = build("dit")
     compiled = compile_cached(model, **REUSING)

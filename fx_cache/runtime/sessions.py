@@ -130,13 +130,13 @@ class Store:
                 self._branches[key].drop(MAX_BYTES)
                 total -= size
 
-    def changed(self, program: Hashable, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether a program's weights are not what they were at its last call. Then everything is forgotten."""
+    def changed(self, program: Hashable, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor] = ()) -> bool:
+        """Whether a program's weights, or numbers, are not those of its last call. Then everything is forgotten."""
         with self._lock:
             known = self._weights.get(program)
-            if known is not None and known.same(weights):
+            if known is not None and known.same(weights, numbers):
                 return False
-            self._weights[program] = Weights(weights)
+            self._weights[program] = Weights(weights, numbers)
             if known is None:
                 return False
             self.reset()

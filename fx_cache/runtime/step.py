@@ -37,6 +37,7 @@ class CachedForward:
         layout: Hashable,
         anchor: int | None,
         guarded: Sequence[int],
+        numbers: Sequence[int],
         config: CacheConfig,
         facts: GraphFacts,
         latents: Collection[int],
@@ -55,6 +56,7 @@ class CachedForward:
             layout: what is cached where; state fits only a graph of the same layout.
             anchor: position of an input that is a weight of the model, or None.
             guarded: positions of the weights that the graph does not write to itself.
+            numbers: positions of the numbers that the module holds, where they come as tensors.
             config: the configuration that the graph was compiled with.
             facts: what the graph is as a part of a forward.
             latents: where it is a part, which of the forward's inputs are denoised.
@@ -71,6 +73,7 @@ class CachedForward:
         self._anchor = anchor
         # Of two or more a tuple; for large models this is faster than anything that runs in Python.
         self._weights = operator.itemgetter(*guarded) if len(guarded) > 1 else lambda args: [args[i] for i in guarded]
+        self._numbers = numbers
         self._config = config
         self.facts = facts
         self._latents = latents
@@ -102,7 +105,8 @@ class CachedForward:
         return self._rewritten(*args, *state)[0]
 
     def _run(self, store: Store, given: Given, args: Sequence[Any]) -> tuple[Branch, Any]:
-        lost = CHANGED if store.changed(self._program, self._weights(args)) else None
+        numbers = [args[i] for i in self._numbers]
+        lost = CHANGED if store.changed(self._program, self._weights(args), numbers) else None
         branch = store.begin(self._program, len(self._sizes), given, lost)
         try:
             return branch, self._compute_or_reuse(store, branch, given, args)

@@ -25,7 +25,13 @@ class Weights:
     through ``.data`` to the same storage leaves no trace.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> None:
+        """
+        Args:
+            weights: parameters and buffers.
+            numbers: what the model holds as Python numbers, as tensors of no dimensions; made anew for every call.
+        """
+        self._numbers = _values(numbers)
         # With a weight dies the certainty that its id is nobody else's.
         self._gone = False
         self._references = [weakref.ref(w, self._lose) for w in weights]
@@ -34,8 +40,10 @@ class Weights:
         self._places = _places(weights)
         self._samples = [_sample(w) for w in weights]
 
-    def same(self, weights: Sequence[torch.Tensor]) -> bool:
+    def same(self, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> bool:
         """Whether nothing has changed since the last call."""
+        if numbers and _values(numbers) != self._numbers:
+            return False
         if self._gone or list(map(id, weights)) != self._ids:
             return False
         if _versions(weights) != self._versions:
@@ -49,6 +57,10 @@ class Weights:
 
     def _lose(self, _: object) -> None:
         self._gone = True
+
+
+def _values(numbers: Sequence[torch.Tensor]) -> list[Any]:
+    return [number.tolist() for number in numbers]
 
 
 def _versions(weights: Sequence[torch.Tensor]) -> list[Any]:
