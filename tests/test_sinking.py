@@ -34,10 +34,9 @@ def test_a_hit_skips_what_only_later_blocks_read() -> None:
     assert count == layers(first, steps[1]) - 3
 
 
-@pytest.mark.parametrize("fn", [1, 2, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_model_itself(name: str, fn: int) -> None:
+def test_behind_a_head_of_two_blocks_the_model_is_itself(name: str) -> None:
     model, steps = build(name), walk(name, 3)
-    run = run_cached(model, steps, residual_diff_threshold=0.0, Fn_compute_blocks=fn)
+    run = run_cached(model, steps, residual_diff_threshold=0.0, Fn_compute_blocks=2)
     expected = run_eager(model, steps).outputs
     assert all(torch.equal(a, b) for a, b in zip(expected, run.outputs, strict=True))
