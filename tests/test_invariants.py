@@ -11,6 +11,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fx_cache
+from fx_cache.config import CacheConfig
+from fx_cache.runtime.keep import Keep
+from fx_cache.runtime.slots import Branch, nothing_held
 from fx_cache.testing import Request, assert_bytes_accounted
 from tests.models import build, conditioning, walk
 from tests.oracles import run_eager
@@ -125,6 +128,17 @@ def test_nothing_is_moved_out_of_autocast() -> None:
     for i in range(3):
         given = torch.randn(1, 8, 32), torch.tensor([1.0 - 0.1 * i]), prompt
         assert torch.equal(compiled(*given), model(*given))
+
+
+def test_each_graph_keeps_its_own() -> None:
+    """The static and the dynamic graph of one forward go on with each other's requests; what they keep may differ."""
+    branch = Branch("key", "form", nothing_held(), 1, CacheConfig())
+    prompt = torch.randn(100)
+    graphs = object(), object()
+    results = [Keep(branch, g)(lambda p, i=i: (p + i,), (prompt,), (0,)) for i, g in enumerate(graphs)]
+    again = Keep(branch, graphs[1])(lambda p: (p + 2,), (prompt,), (0,))
+    assert torch.equal(results[0][0], prompt) and torch.equal(results[1][0], prompt + 1)
+    assert again[0] is results[1][0]
 
 
 def test_what_is_kept_is_counted_and_freed() -> None:

@@ -15,14 +15,20 @@ from fx_cache.runtime.slots import Branch, Kept
 class Keep:
     """What one branch keeps, at one step."""
 
-    def __init__(self, branch: Branch) -> None:
+    def __init__(self, branch: Branch, graph: object) -> None:
+        """
+        Args:
+            branch: at its present step.
+            graph: who asks; graphs of one program may keep different things.
+        """
         self._record = branch.record
+        self._graph = graph
 
     def __call__(
         self, compute: Callable[..., tuple[Any, ...]], operands: tuple[Any, ...], told_by: tuple[int, ...]
     ) -> tuple[Any, ...]:
         told = [operands[i] for i in told_by]
-        identity = identity_key(told)
+        identity = (self._graph, *identity_key(told))
         kept = self._record.kept
         if kept is None or kept.identity != identity:
             self._record.kept = None

@@ -80,6 +80,7 @@ class CachedForward:
         self._whole = whole
         self._relays = relays
         self._keeps = keeps
+        self._graph = object()
         self._last: tuple[weakref.ref[Any] | None, Store] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -118,7 +119,7 @@ class CachedForward:
             SpanGate(store, branch, self._program, k, control, separation)
             for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
         ]
-        state: list[Any] = [Keep(branch)] if self._keeps else []
+        state: list[Any] = [Keep(branch, self._graph)] if self._keeps else []
         for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
             state += [gate, *(slot.load() or [None] * size)]
         try:
