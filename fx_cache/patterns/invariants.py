@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ MOVED = 64
 """FLOPs that reading and writing an element counts for, where an operation does little else."""
 
 MIN_GAIN = 5e-3
-"""The part of a cached step's work that it must be worth to be kept."""
+"""The part of a step's work that must be saved: of a cached step's, or of a computed one's by what only that uses."""
 
 MAX_BYTES = 1 << 30
 """Bytes that are kept of one branch; what saves most for its size comes first."""
@@ -51,7 +52,9 @@ class Invariants:
     bytes: int = 0
 
 
-def find_invariants(graph: fx.Graph, roles: InputRoles, work: Work, cached: float) -> Invariants:
+def find_invariants(
+    graph: fx.Graph, roles: InputRoles, work: Work, skipped: Collection[fx.Node], cached: float
+) -> Invariants:
     """Values that depend on conditioning and weights alone, where keeping them saves work.
 
     Left where they are: what is written in place or shares storage with an output, what draws random numbers, and what
@@ -61,30 +64,44 @@ def find_invariants(graph: fx.Graph, roles: InputRoles, work: Work, cached: floa
         graph: a captured forward.
         roles: of its inputs.
         work: of its operations.
-        cached: the part of it that a cached step runs.
+        skipped: what a cached step does not run.
+        cached: the part of the work that it runs.
     """
     same = _same_at_every_step(graph, roles)
     # Not the many views of a table or a key, but what they show.
     whole: dict[int | None, fx.Node] = {}
     for node in filter(is_tensor, same):
         whole.setdefault(storage_key(node), node)
-    used = [n for n in same if is_tensor(n) and any(u not in same for u in n.users)]
-    edge = dict.fromkeys(whole[storage_key(n)] for n in used)
     given = {a for n in same for a in n.all_input_nodes if a.op == "placeholder" and is_tensor(a) and not is_weight(a)}
     reached = descendants(graph, given)  # what is made of nothing is little, and fused with what reads it
-    cones = {n: {a for a in ancestors(n) if a in same} for n in edge if n in reached}
-    gains = {n: sum(map(work.of, cone)) + MOVED * sum(map(_moved, cone)) for n, cone in cones.items()}
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in filter(is_tensor, same):
+        base = whole[storage_key(node)]
+        if base in reached:
+            readers.setdefault(base, []).extend(u for u in node.users if u not in same)
+    cones = {n: {a for a in ancestors(n) if a in same} for n, users in readers.items() if users}
+
+    def worth(nodes: Iterable[fx.Node]) -> int:
+        return sum(work.of(n) + MOVED * _moved(n) for n in nodes)
+
+    def union(values: Iterable[fx.Node]) -> set[fx.Node]:
+        return set().union(*(cones[n] for n in values))
+
+    always = [n for n in cones if any(u not in skipped for u in readers[n])]
+    computing = [n for n in cones if n not in always]
+    parts = ((always, cached * work.total), (computing, work.total))
+    chosen = [n for values, step in parts if worth(union(values)) >= MIN_GAIN * step for n in values]
+    made = union(chosen)
+    chosen += [n for n in cones if n in made and n not in chosen]  # on the way to others
     kept: set[fx.Node] = set()
     total = 0
-    for node in sorted(cones, key=lambda n: -gains[n] / max(1, _bytes(n))):
-        if gains[node] and total + _bytes(node) <= MAX_BYTES:
+    for node in sorted(chosen, key=lambda n: -worth(cones[n]) / max(1, _bytes(n))):
+        if worth(cones[node]) and total + _bytes(node) <= MAX_BYTES:
             kept.add(node)
             total += _bytes(node)
-    nodes = set().union(*(cones[n] for n in kept))
-    if sum(map(work.of, nodes)) + MOVED * sum(map(_moved, nodes)) < MIN_GAIN * cached * work.total:
-        return Invariants()
     order = positions(graph)
-    return Invariants(tuple(sorted(kept, key=order.__getitem__)), tuple(sorted(nodes, key=order.__getitem__)), total)
+    nodes = sorted(union(kept), key=order.__getitem__)
+    return Invariants(tuple(sorted(kept, key=order.__getitem__)), tuple(nodes), total)
 
 
 def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, None]:

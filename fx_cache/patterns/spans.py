@@ -137,7 +137,8 @@ def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
     refusal = None if spans else next(iter(reasons.values()))
     hoists = config.hoist_invariants and spans and roles.latents
     cached = 1.0 - sum(s.share or 0.0 for s in spans)
-    invariants = find_invariants(graph, roles, work, cached) if hoists else Invariants()
+    skipped = {n for s in spans for n in (*s.nodes, *s.sinks)}
+    invariants = find_invariants(graph, roles, work, skipped, cached) if hoists else Invariants()
     return Plan(roles, tuple(reports), tuple(spans), refusal, reasons, invariants)
 
 
