@@ -4,6 +4,8 @@ Every way to run a model has a process of its own. The processes take turns, req
 machine; all figures are medians. Compiled twice, in two processes: with empty caches, and with those that the first
 one left on disk. What a way decides is overruled where it has measured, so that everybody computes the same steps:
 four, and then every fourth.
+
+ParaAttention takes part where it is installed: ``pip install --no-deps para-attn==0.3.38``.
 """
 
 from __future__ import annotations

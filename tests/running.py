@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import fx_cache
 from fx_cache.demo.sheet import default_compiler
@@ -48,6 +50,13 @@ def run_cached(model: nn.Module, steps: list[dict], **options) -> CachedRun:
 
 def last_branch(model: nn.Module) -> dict:
     return fx_cache.summary(model).to_dict()["sessions"][-1]["branches"][-1]
+
+
+def layers(model: nn.Module, step: dict[str, Any]) -> int:
+    """How many linear layers a call runs."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        model(**step)
+    return sum(e.count for e in record.key_averages() if e.key == "aten::linear")
 
 
 def schedule_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import fx_cache
 from fx_cache.config import CacheConfig
@@ -17,17 +15,10 @@ from fx_cache.runtime.slots import Branch, nothing_held
 from fx_cache.testing import Request, assert_bytes_accounted
 from tests.models import build, conditioning, walk
 from tests.oracles import run_eager
-from tests.running import compile_cached, run_cached
+from tests.running import compile_cached, layers, run_cached
 
 TEXT = {"pixart": "encoder_hidden_states", "wan": "encoder_hidden_states", "flux": "encoder_hidden_states"}
 """Models with a prompt that whole linear layers see alone, and how it is called."""
-
-
-def layers(model: nn.Module, step: dict[str, Any]) -> int:
-    """How many linear layers a call runs."""
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        model(**step)
-    return sum(e.count for e in record.key_averages() if e.key == "aten::linear")
 
 
 @pytest.mark.parametrize("name", [*TEXT, "cogvideox", "sana"])

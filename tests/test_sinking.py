@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from tests.models import NAMES, build, walk
 from tests.oracles import run_eager
-from tests.running import compile_cached, last_branch, run_cached
-
-
-def layers(model: nn.Module, step: dict[str, Any]) -> int:
-    """How many linear layers a call runs."""
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        model(**step)
-    return sum(e.count for e in record.key_averages() if e.key == "aten::linear")
+from tests.running import compile_cached, last_branch, layers, run_cached
 
 
 def test_a_hit_skips_what_only_later_blocks_read() -> None:

@@ -98,7 +98,8 @@ def _with_options(module: nn.Module, **options: Any) -> Way:
 
 def _bytes_of(compiled: nn.Module) -> int:
     sessions = fx_cache.summary(compiled).to_dict()["sessions"]
-    return sum(span["bytes"] for s in sessions for b in s["branches"] for span in b["spans"])
+    branches = [b for s in sessions for b in s["branches"]]
+    return sum(b["kept_bytes"] + sum(span["bytes"] for span in b["spans"]) for b in branches)
 
 
 def _cache_dit(module: nn.Module, model: Model, finish: Callable[[nn.Module], Callable[..., Any]]) -> Way:

@@ -32,7 +32,6 @@ class Worker:
         self.device = "cuda" if size == "gpu" else "cpu"
         self.model, self.size = MODELS[model], size
         self.module: nn.Module = self.model.build(size, self.device)
-        self.weight_bytes = sum(p.nbytes for p in self.module.parameters())
         self.way: Way = WAYS[way](self.module, self.model)
         self.graphs_at_first = 0
 
