@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import itertools
 import operator
-import re
 
 from torch import fx
 
 from fx_cache.ops import once
-from fx_cache.passes.outline import REGION, Templates, build, inputs_of, mark, outline
+from fx_cache.passes.outline import REGION, Templates, build, identifier, inputs_of, mark, outline
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import is_scalar, value_of
 
@@ -76,5 +75,5 @@ def _outline_by_block(invariants: fx.GraphModule, nodes: tuple[fx.Node, ...], co
     for owner, group in itertools.groupby(copies, key=lambda n: owners.get(n.name)):
         run = list(group)
         if owner is not None and not all(map(is_scalar, run)):
-            name = re.sub(r"\W+", "_", owner[0]).strip("_")
+            name = identifier(owner[0])
             outline(invariants, run, f"{name}_invariants", templates, f"{name}_{owner[1]}")

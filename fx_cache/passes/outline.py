@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,11 @@ class Templates:
             gm.add_submodule(unique, make())
             self.targets[key] = unique
         return self.targets[key]
+
+
+def identifier(path: str) -> str:
+    """A module path as a name in a graph."""
+    return re.sub(r"\W+", "_", path).strip("_")
 
 
 def region_nodes(graph: fx.Graph, region: int) -> list[fx.Node]:

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import re
 from statistics import mode
 
 from torch import fx
 
-from fx_cache.passes.outline import REGION, outline
+from fx_cache.passes.outline import REGION, identifier, outline
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import is_scalar
 
@@ -30,7 +29,7 @@ def outline_blocks(gm: fx.GraphModule, context: RewriteContext) -> int:
     for report in context.plan.stacks:
         if report.stack.name not in cached:
             continue
-        name = re.sub(r"\W+", "_", report.stack.name).strip("_")
+        name = identifier(report.stack.name)
         for block in report.stack.blocks:
             # A pass before this one may have moved nodes out of the block or put new ones into it.
             regions = [n.meta[REGION] for n in block.nodes if REGION in n.meta]

@@ -130,7 +130,7 @@ class Store:
                 self._branches[key].drop(MAX_BYTES)
                 total -= size
 
-    def changed(self, program: Hashable, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor] = ()) -> bool:
+    def changed(self, program: Hashable, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> bool:
         """Whether a program's weights, or numbers, are not those of its last call. Then everything is forgotten."""
         with self._lock:
             known = self._weights.get(program)
