@@ -93,7 +93,7 @@ def dit_cache(
     return CachedForward(
         compiled,
         plan.roles,
-        _state_sizes(rewritten.gm),
+        len(spans),
         facts.program,
         tuple((s.stacks, tuple(s.blocks.values()), tuple(lo.rule for lo in s.live_outs)) for s in spans),
         _anchor(gm, plan),
@@ -195,12 +195,6 @@ def _examples(gm: fx.GraphModule) -> list[Any]:
 def _share(plan: Plan) -> float:
     """The part of a graph's FLOPs that a hit saves."""
     return sum(s.share or 0.0 for s in plan.spans)
-
-
-def _state_sizes(gm: fx.GraphModule) -> list[int]:
-    """For each span, how many tensors its new state has: the second result of a rewritten graph."""
-    output = next(iter(gm.graph.find_nodes(op="output")))
-    return [len(state) for state in output.args[0][1]]
 
 
 def _guarded(gm: fx.GraphModule, plan: Plan) -> tuple[list[int], list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,14 @@ Branch = Callable[..., Any]
 class Mixed(Protocol):
     """A decision that is not the same for all samples of a batch."""
 
-    def run(self, reuse: Branch, compute: Branch, operands: tuple[Any, ...], by_sample: tuple[bool, ...] | None) -> Any:
+    def run(
+        self,
+        reuse: Branch,
+        compute: Branch,
+        operands: tuple[Any, ...],
+        slot: Sequence[torch.Tensor],
+        by_sample: tuple[bool, ...] | None,
+    ) -> Any:
         """The results of both branches, put together by sample."""
 
 
@@ -29,7 +36,7 @@ def check(
     gate: Gate,
     measure: Callable[..., Any],
     probe: torch.Tensor,
-    previous: torch.Tensor | None,
+    slot: Sequence[torch.Tensor],
     *sizes: int,
     samples: int = 1,
     separable: bool = False,
@@ -40,12 +47,12 @@ def check(
         gate: the policy, bound to this step and slot; it asks for the diff only where it needs it.
         measure: `residual_diff` as ``(previous, probe, *sizes) -> (diff,)``, compiled.
         probe: residual of the head's blocks at this step, any shape.
-        previous: the probe of the last computed step, same shape; None in an empty slot.
+        slot: the probe of the last computed step, same shape, and what was cached with it; nothing in an empty slot.
         sizes: the integers that the probe's dynamic shape is made of.
         samples: how many samples of a batch the probe's rows belong to.
         separable: whether all that the span hands on has one row for each of them.
     """
-    return gate(lambda: measure(previous, probe, *sizes)[0], samples, separable)
+    return gate(lambda: measure(slot[0], probe, *sizes)[0], samples, separable)
 
 
 def cond(
@@ -53,23 +60,29 @@ def cond(
     reuse: Branch,
     compute: Branch,
     operands: tuple[Any, ...],
+    slot: list[torch.Tensor],
     *,
     by_sample: tuple[bool, ...] | None = None,
 ) -> Any:
     """Runs one of two branches over the same operands. The order of arguments is that of ``torch.cond``.
 
-    Where `hit` is not the same for all samples, both, and puts the results together by sample.
+    Where `hit` is not the same for all samples, both, and puts the results together by sample. Where nothing is reused
+    the slot is emptied first, so that the old state does not take up memory while the new one is computed.
 
     Args:
         hit: the decision.
-        reuse: takes the operands, returns a tuple of tensors.
-        compute: the same.
+        reuse: takes the operands and the tensors of the slot, returns a tuple of tensors.
+        compute: takes the operands, returns as many tensors.
         operands: tensors and integers.
+        slot: the state after the last computed step, or nothing.
         by_sample: which operands have one row for each sample, or are their number; None: `compute` takes no fewer.
     """
     if not isinstance(hit, bool):
-        return hit.run(reuse, compute, operands, by_sample)
-    return reuse(*operands) if hit else compute(*operands)
+        return hit.run(reuse, compute, operands, slot, by_sample)
+    if hit:
+        return reuse(*operands, *slot)
+    slot.clear()
+    return compute(*operands)
 
 
 class Keep(Protocol):

@@ -94,7 +94,7 @@ def test_dumps(tmp_path, monkeypatch) -> None:
 
 SKELETON = """\
 def forward(hidden_states_input, ..., timestep, ..., class_labels, ..., \
-slot_0_gate, slot_0_probe, slot_0_hidden_states_60):
+slot_0_gate, slot_0):
     head = self.head(hidden_states_input, ...)
     hidden_states = head[0]
     transformer_blocks_0 = self.transformer_blocks_block(timestep, ..., class_labels, ..., hidden_states, ...)
@@ -102,11 +102,11 @@ slot_0_gate, slot_0_probe, slot_0_hidden_states_60):
     residual_of_head = self.residual_of_head(hidden_states_12, hidden_states)
     probe_0 = residual_of_head[0]
     measure_0 = self.measure_0
-    hit_0 = check(slot_0_gate, measure_0, probe_0, slot_0_probe)
+    hit_0 = check(slot_0_gate, measure_0, probe_0, slot_0)
     reuse_0 = self.reuse_0
     compute_0 = self.compute_0
     cond_0 = cond(hit_0, reuse_0, compute_0, (timestep, ..., class_labels, ..., hidden_states_12, ..., \
-probe_0, slot_0_probe, slot_0_hidden_states_60))
+probe_0), slot_0)
     hidden_states_60 = cond_0[0]
     new_slot_0_probe = cond_0[1]
     new_slot_0_hidden_states_60 = cond_0[2]

@@ -120,12 +120,12 @@ def test_an_exception_leaves_nothing_behind() -> None:
     for step in first[:4]:
         compiled(**step)
     branch = next(iter(next(fx_cache.runtime.registry.stores(compiled))._branches.values()))
-    assert branch.slots[0].tensors is not None
+    assert branch.slots[0].tensors
     # A slot of another shape makes the reusing branch fail in the middle of the step.
-    branch.slots[0].tensors = tuple(torch.zeros(3, 3, 3) for _ in branch.slots[0].tensors)
+    branch.slots[0].tensors = [torch.zeros(3, 3, 3) for _ in branch.slots[0].tensors]
     with pytest.raises(RuntimeError):
         compiled(**first[4])
-    assert branch.slots[0].tensors is None
+    assert not branch.slots[0].tensors
     assert_equal(expected, [compiled(**s)[0].clone() for s in second])
 
 

@@ -33,14 +33,14 @@ def insert_conditionals(gm: fx.GraphModule, context: RewriteContext) -> int:
 
     After::
 
-        def forward(..., slot_0_gate, slot_0_probe, slot_0_y):
+        def forward(..., slot_0_gate, slot_0):
             probe_0 = x1 - x0
-            hit_0 = check(slot_0_gate, self.measure_0, probe_0, slot_0_probe)
-            y, probe, cached_y = cond(hit_0, self.reuse_0, self.compute_0, (x1, ..., probe_0, slot_0_probe, slot_0_y))
+            hit_0 = check(slot_0_gate, self.measure_0, probe_0, slot_0)
+            y, probe, cached_y = cond(hit_0, self.reuse_0, self.compute_0, (x1, ..., probe_0), slot_0)
             return (tail(y),), ((probe, cached_y),)
 
-        compute_0: y = span(x1);  return y, probe_0, y - x1
-        reuse_0:   y = x1 + slot_0_y;  return y, slot_0_probe, slot_0_y
+        compute_0(x1, ..., probe_0):                          y = span(x1);  return y, probe_0, y - x1
+        reuse_0(x1, ..., probe_0, slot_0_probe, slot_0_y):    y = x1 + slot_0_y;  return y, slot_0_probe, slot_0_y
 
     For a batch whose samples may be decided one by one, ``check(..., samples=2, separable=True)``; where their number
     is a symbol, ``cond(..., by_sample=(True, ...))`` says which operands have a row for each.
@@ -82,47 +82,46 @@ def _insert(
         fake(torch.clone, o) if u is None else fake(operator.sub, o, u)
         for o, u in zip(live_outs, live_ins, strict=True)
     ]
-    slots = [new_input(f"slot_{k}_probe", value_of(probe))]
-    slots += [new_input(f"slot_{k}_{o.name}", v) for o, v in zip(live_outs, cached_values, strict=True)]
-    operands = (*inputs, probe, *slots)
-    operands += tuple(n for n in size_inputs(graph, operands) if n not in operands)
+    slot = new_input(f"slot_{k}", None)
+    stored = {f"slot_{k}_probe": value_of(probe)}
+    stored |= {f"slot_{k}_{o.name}": v for o, v in zip(live_outs, cached_values, strict=True)}
+    operands = (*inputs, probe)
+    operands += tuple(n for n in size_inputs(graph, (*operands, *live_outs)) if n not in operands)
     sizes = size_inputs(graph, [probe])
     samples = _number(span.samples, sizes)
     batch: dict[str, Any] = {}
     by_sample = None
     if samples != 1:
-        stored = [value_of(probe), *map(value_of, live_outs), *cached_values]
-        batch = {"samples": samples, "separable": one_row_each(stored, span.samples)}
+        rows = [*map(value_of, live_outs), *stored.values()]
+        batch = {"samples": samples, "separable": one_row_each(rows, span.samples)}
         by_sample = taken_by_sample(map(value_of, operands), span.samples)
 
     compute = build(gm, nodes, operands, live_outs)
     _store(compute, operands, live_outs, live_ins, probe, cached_values)
-    reuse = _reuse(operands, live_outs, live_ins, slots)
+    reuse = _reuse(operands, live_outs, live_ins, stored)
     gm.add_submodule(f"measure_{k}", _measure(probe, sizes, samples))
     gm.add_submodule(f"compute_{k}", compute)
     gm.add_submodule(f"reuse_{k}", reuse)
 
     with graph.inserting_before(nodes[0]):
         measure = mark(graph.get_attr(f"measure_{k}"), 2 * k)
-        seen = (gate, measure, probe, slots[0], *sizes)
+        seen = (gate, measure, probe, slot, *sizes)
         hit = graph.create_node("call_function", check, seen, batch, name=f"hit_{k}")
         mark(hit, 2 * k)
     with graph.inserting_after(nodes[-1]):
         call = graph.create_node("call_function", cond, (), name=f"cond_{k}")
     with graph.inserting_before(call):
         branches = [mark(graph.get_attr(f"{b}_{k}"), 2 * k + 1) for b in ("reuse", "compute")]
-    call.args = (hit, *branches, operands)
+    call.args = (hit, *branches, operands, slot)
     call.kwargs = {} if by_sample is None else {"by_sample": by_sample}
     mark(call, 2 * k + 1, tuple(value_of(o) for o in live_outs))
     following = call.next
     replace_by_call(gm, nodes, live_outs, call)
     state = []
-    for i, slot in enumerate(slots):
+    for i, (name, value) in enumerate(stored.items(), len(live_outs)):
         with graph.inserting_before(following):
-            item = graph.create_node(
-                "call_function", operator.getitem, (call, len(live_outs) + i), name=f"new_{slot.name}"
-            )
-        state.append(mark(item, 2 * k + 1, value_of(slot)))
+            item = graph.create_node("call_function", operator.getitem, (call, i), name=f"new_{name}")
+        state.append(mark(item, 2 * k + 1, value))
     return last_input, tuple(state)
 
 
@@ -161,19 +160,20 @@ def _store(
 
 
 def _reuse(
-    operands: tuple[fx.Node, ...], live_outs: list[fx.Node], live_ins: list[fx.Node | None], slots: list[fx.Node]
+    operands: tuple[fx.Node, ...], live_outs: list[fx.Node], live_ins: list[fx.Node | None], stored: dict[str, Any]
 ) -> fx.GraphModule:
     graph = fx.Graph()
     env = {n: mark(graph.placeholder(n.name), None, value_of(n)) for n in operands}
+    slots = [mark(graph.placeholder(name), None, value) for name, value in stored.items()]
     results = []
     for out, source, slot in zip(live_outs, live_ins, slots[1:], strict=True):
         if source is None:
             # A copy: the tail, or the caller who gets it as an output, may write to it.
-            result = graph.call_function(torch.clone, (env[slot],))
+            result = graph.call_function(torch.clone, (slot,))
         else:
-            result = graph.call_function(operator.add, (env[source], env[slot]))
+            result = graph.call_function(operator.add, (env[source], slot))
         results.append(mark(result, None, value_of(out)))
-    graph.output((*results, *(env[s] for s in slots)))
+    graph.output((*results, *slots))
     return fx.GraphModule({}, graph)
 
 

@@ -12,7 +12,7 @@ def check_rewritten(gm: fx.GraphModule) -> None:
     """Asserts what must hold between any two passes.
 
     - Regions are numbered along the graph and never go back.
-    - A conditional takes one check, and two branches with the same inputs and equally many outputs.
+    - A conditional takes one check, and two branches with the same inputs, but for the slot, and equally many outputs.
     - What is computed once takes as many operands as its sub-module has inputs.
     - Whatever a call of a sub-module gets, the sub-module has an input for.
     - Inputs come first; there is one output.
@@ -41,18 +41,21 @@ def check_rewritten(gm: fx.GraphModule) -> None:
 
 
 def _check_cond(gm: fx.GraphModule, node: fx.Node) -> None:
-    hit, reuse, compute, operands = node.args
+    hit, reuse, compute, operands, _ = node.args
     by_sample = node.kwargs.get("by_sample")
     if by_sample is not None:
         assert isinstance(operands, tuple) and isinstance(by_sample, tuple)
         assert len(by_sample) == len(operands), f"{node}: {len(operands)} operands, {len(by_sample)} said to have rows"
     assert isinstance(hit, fx.Node) and hit.target is check, f"{node} is not decided by a check"
-    results = []
+    names, results = [], []
     for branch in (reuse, compute):
         assert isinstance(branch, fx.Node) and isinstance(operands, tuple)
         module = getattr(gm, str(branch.target))
-        inputs = list(module.graph.find_nodes(op="placeholder"))
-        assert len(inputs) == len(operands), f"branch {branch.target}: {len(inputs)} inputs, {len(operands)} operands"
+        names.append([n.name for n in module.graph.find_nodes(op="placeholder")])
         results.append(len(next(iter(module.graph.find_nodes(op="output"))).args[0]))
         check_rewritten(module)
+    assert isinstance(operands, tuple)
+    for_reuse, for_compute = names
+    assert len(for_compute) == len(operands), f"{node}: {len(for_compute)} inputs, {len(operands)} operands"
+    assert for_reuse[: len(operands)] == for_compute, f"{node}: branches take {for_reuse} and {for_compute}"
     assert results[0] == results[1], f"{node}: branches return {results[0]} and {results[1]} values"

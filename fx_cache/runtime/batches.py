@@ -56,9 +56,14 @@ class MixedHit:
     separation: Separation
 
     def run(
-        self, reuse: Branch, compute: Branch, operands: tuple[Any, ...], by_sample: tuple[bool, ...] | None
+        self,
+        reuse: Branch,
+        compute: Branch,
+        operands: tuple[Any, ...],
+        slot: Sequence[torch.Tensor],
+        by_sample: tuple[bool, ...] | None,
     ) -> tuple[torch.Tensor, ...]:
-        reused = reuse(*operands)
+        reused = reuse(*operands, *slot)
         computed = self.separation.compute(compute, operands, self.misses, by_sample)
         index = _index(self.misses, reused[0])
         return tuple(old.index_copy(0, index.to(old.device), new) for old, new in zip(reused, computed, strict=True))

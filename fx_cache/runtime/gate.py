@@ -100,7 +100,7 @@ class SpanGate:
     def _settled(self, counters: Counters) -> Verdict:
         branch, slot = self._branch, self._branch.slots[self._span]
         steps = self._step - branch.record.began
-        verdict = decide(branch.config, counters, steps, filled=slot.tensors is not None)
+        verdict = decide(branch.config, counters, steps, filled=bool(slot.tensors))
         if verdict.reason == "nothing cached" and slot.lost is not None:
             return Verdict(False, slot.lost)
         if verdict.reuse is not False and branch.doubt is not None:

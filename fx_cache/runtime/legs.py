@@ -80,11 +80,11 @@ class Script:
                 self.values.append(output.clone())
         self.entries.append(Entry(family, tuple(kept)))
 
-    def tensors(self, probe: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def tensors(self, probe: torch.Tensor) -> list[torch.Tensor]:
         """Everything that is stored: the probe, the residuals, the values."""
         residuals = [r for r in self.residuals if r is not None]
         assert len(residuals) == len(self.residuals)
-        return (probe, *residuals, *self.values)
+        return [probe, *residuals, *self.values]
 
 
 def _ends(plan: RelayPlan, family: Hashable) -> dict[int, int]:
@@ -153,7 +153,7 @@ class WatchRun:
         """Whether a tensor is none of the outputs kept; in inference mode writes to those cannot be seen."""
         return value.is_inference() or forward.made_by(value) is None
 
-    def kept(self, forward: Forward, plan: RelayPlan) -> tuple[tuple[torch.Tensor, ...], Script] | None:
+    def kept(self, forward: Forward, plan: RelayPlan) -> tuple[list[torch.Tensor], Script] | None:
         """What the span of a plan would have stored in this forward; None if its streams do not all come to an end."""
         calls = forward.calls
         begins = [i for i, c in enumerate(calls) if c.family == plan.family][plan.before :]
@@ -237,7 +237,6 @@ class Leg:
         samples = batch if batch and probe.shape[0] % batch == 0 else 1
 
         def measure() -> torch.Tensor:
-            assert slot.tensors is not None
             return residual_diff(slot.tensors[0], probe, samples, probe.ndim)
 
         self._hit = self._gate(measure, samples) is True

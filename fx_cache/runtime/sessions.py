@@ -381,13 +381,13 @@ class Store:
         since = 0 if began is None else len(rows) - 1 - began
         if began is None or branch.record.step - since == branch.record.began:
             return
-        kept = [slot.tensors if since else None for slot in branch.slots]
+        kept = [slot.tensors if since else [] for slot in branch.slots]
         old = branch.record
         branch.record = BranchRecord(branch.key, "", [Slot(tensors) for tensors in kept], since, kept=old.kept)
         old.kept = None
         branch.blind = True
         for slot, before in zip(branch.slots, old.slots, strict=True):
-            before.tensors = None
+            before.tensors = []
             slot.separate(len(before.samples))
             pairs = zip((slot.counters, *slot.samples), (before.counters, *before.samples), strict=True)
             for (counters, ended), step in itertools.product(list(pairs), range(since)):

@@ -27,7 +27,7 @@ class Slot:
     """The cached state of one branch at one span.
 
     Attributes:
-        tensors: (probe, what is stored of each live-out), or None.
+        tensors: [probe, what is stored of each live-out]; nothing while there is no state.
         home: where they were made, while they lie on the host instead.
         lost: why there are none any more, where it is no matter of course.
         control: who the inputs were that feed only the span, when it was computed.
@@ -37,7 +37,7 @@ class Slot:
         samples: the same of each sample of a batch, where each is decided by itself.
     """
 
-    tensors: tuple[torch.Tensor, ...] | None = None
+    tensors: list[torch.Tensor] = field(default_factory=list)
     home: tuple[torch.device, ...] | None = None
     lost: str | None = None
     control: Control | None = None
@@ -59,18 +59,18 @@ class Slot:
     @property
     def bytes(self) -> int:
         """What the tensors take up, wherever they lie."""
-        return bytes_of(self.tensors or ())
+        return bytes_of(self.tensors)
 
     def offload(self) -> None:
         """Moves the tensors to the host, but for those of a span over several graphs."""
-        if self.tensors is not None and self.home is None and self.script is None:
+        if self.tensors and self.home is None and self.script is None:
             self.home = tuple(t.device for t in self.tensors)
-            self.tensors = tuple(t.to("cpu") for t in self.tensors)
+            self.tensors = [t.to("cpu") for t in self.tensors]
 
-    def load(self) -> tuple[torch.Tensor, ...] | None:
-        """The tensors, where they were made."""
-        if self.tensors is not None and self.home is not None:
-            self.tensors = tuple(t.to(device) for t, device in zip(self.tensors, self.home, strict=True))
+    def load(self) -> list[torch.Tensor]:
+        """The tensors, where they were made: the list itself, which is emptied when others are to be computed."""
+        if self.tensors and self.home is not None:
+            self.tensors = [t.to(device) for t, device in zip(self.tensors, self.home, strict=True)]
         self.home = None
         return self.tensors
 
@@ -172,8 +172,8 @@ class Branch:
         """Lets go of what is cached and kept."""
         self.record.kept = None
         for slot in self.slots:
-            if slot.tensors is not None:
-                slot.tensors, slot.home, slot.script, slot.lost = None, None, None, why
+            if slot.tensors:
+                slot.tensors, slot.home, slot.script, slot.lost = [], None, None, why
 
 
 def nothing_held() -> StorageHold:

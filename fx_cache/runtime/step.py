@@ -32,7 +32,7 @@ class CachedForward:
         self,
         rewritten: Callable[..., Any],
         roles: InputRoles,
-        state_sizes: Sequence[int],
+        spans: int,
         program: str,
         layout: Hashable,
         anchor: int | None,
@@ -49,9 +49,9 @@ class CachedForward:
         """
         Args:
             rewritten: takes the graph's inputs, then, if it `keeps`, what keeps values for it, and for each span its
-                gate, the previous probe and the cached values; returns (outputs, state of each span).
+                gate and its state, [probe, cached values]; returns (outputs, new state of each span).
             roles: the roles of the graph's inputs.
-            state_sizes: for each span, how many tensors its state has.
+            spans: how many spans there are.
             program: digest of what the graph computes, but for its sizes.
             layout: what is cached where; state fits only a graph of the same layout.
             anchor: position of an input that is a weight of the model, or None.
@@ -67,8 +67,8 @@ class CachedForward:
         """
         self._rewritten = rewritten
         self._reader = Reader(roles)
-        self._sizes = tuple(state_sizes)
-        self._separations = [Separation(fewer) for _ in self._sizes]
+        self._spans = spans
+        self._separations = [Separation(fewer) for _ in range(spans)]
         self._program = (program, layout)
         self._anchor = anchor
         # Of two or more a tuple; for large models this is faster than anything that runs in Python.
@@ -94,21 +94,21 @@ class CachedForward:
     def step(self, forward: Forward, args: Sequence[Any]) -> Any:
         """One step as a part of a forward: requests and branches are told apart by what that was given."""
         store = self._store(args, forward)
-        branch, outputs = self._run(store, forward.given(self._latents, len(self._sizes)), args)
+        branch, outputs = self._run(store, forward.given(self._latents, self._spans), args)
         forward.branches[self.facts.program] = store, branch
         return outputs
 
     def compute(self, *args: Any) -> Any:
         """The outputs; nothing is reused, and nothing kept."""
         state: list[Any] = [keep_nothing] if self._keeps else []
-        for size in self._sizes:
-            state += [_never, *[None] * size]
+        for _ in range(self._spans):
+            state += [_never, []]
         return self._rewritten(*args, *state)[0]
 
     def _run(self, store: Store, given: Given, args: Sequence[Any]) -> tuple[Branch, Any]:
         numbers = [args[i] for i in self._numbers]
         lost = CHANGED if store.changed(self._program, self._weights(args), numbers) else None
-        branch = store.begin(self._program, len(self._sizes), given, lost)
+        branch = store.begin(self._program, self._spans, given, lost)
         try:
             return branch, self._compute_or_reuse(store, branch, given, args)
         finally:
@@ -120,15 +120,15 @@ class CachedForward:
             for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
         ]
         state: list[Any] = [Keep(branch, self._graph)] if self._keeps else []
-        for gate, slot, size in zip(gates, branch.slots, self._sizes, strict=True):
-            state += [gate, *(slot.load() or [None] * size)]
+        for gate, slot in zip(gates, branch.slots, strict=True):
+            state += [gate, slot.load()]
         try:
             outputs, new_state = self._rewritten(*args, *state)
         except BaseException:
             store.discard(branch)
             raise
         for gate, slot, tensors in zip(gates, branch.slots, new_state, strict=True):
-            slot.tensors = tensors
+            slot.tensors = list(tensors)
             if not gate.verdict.reuse:
                 slot.control = gate.control
             gate.record()
