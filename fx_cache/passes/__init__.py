@@ -4,6 +4,7 @@ Every pass is a function ``(gm, context) -> int`` that changes `gm` in place and
 Its docstring shows the graph before and after, what it requires of the passes before it, and what it ensures.
 """
 
+from fx_cache.passes.align_layouts import align_layouts
 from fx_cache.passes.hoist_invariants import hoist_invariants
 from fx_cache.passes.hoist_side_values import hoist_side_values
 from fx_cache.passes.insert_conditionals import insert_conditionals
@@ -21,6 +22,7 @@ PIPELINE: tuple[Pass, ...] = (
     name_inputs,
     separate_sequences,
     mark_regions,
+    align_layouts,
     hoist_side_values,
     sink_into_spans,
     protect_streams,
