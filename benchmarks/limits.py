@@ -2,6 +2,8 @@
 
 - A step that computes, beside the plain model under ``torch.compile``.
 - A step that reuses, beside the model with its first block alone under ``torch.compile``: what has to run anyway.
+- The same beside the whole model's graph without its span: what has to run anyway in a model of as many weights, since
+  Dynamo looks at each block's modules and hands over all weights at every call, before any backend is called.
 
 Each also without what is computed once a request (``hoist_invariants``), and the latter with everything left in the
 head that stands there in the model (`sink_into_spans`), on the models of `benchmarks/peers.py`.
@@ -18,7 +20,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +35,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fx_cache
 from benchmarks.contest.models import MODELS
+from fx_cache.compiling import inner_compiler
+from fx_cache.config import CacheConfig
+from fx_cache.passes import PIPELINE
+from fx_cache.passes.mark_regions import mark_regions
+from fx_cache.passes.runner import RewriteContext, run_passes
 from fx_cache.patterns import spans
 
 WARMUP = 10
@@ -41,6 +48,7 @@ PAIRS = {
     "computed / plain": ("computed", "plain"),
     "computed / plain, nothing hoisted": ("computed, nothing hoisted", "plain"),
     "cached / first block alone": ("cached", "first block alone"),
+    "cached / graph without span": ("cached", "graph without span"),
     "cached / first block alone, nothing hoisted": ("cached, nothing hoisted", "first block alone"),
     "cached / first block alone, nothing sunk": ("cached, nothing sunk", "first block alone"),
 }
@@ -53,6 +61,7 @@ def runs(name: str, size: str) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {
         "plain": torch.compile(copy.deepcopy(module), fullgraph=True),
         "first block alone": torch.compile(model.truncated(copy.deepcopy(module)), fullgraph=True),
+        "graph without span": torch.compile(copy.deepcopy(module), backend=without_span, fullgraph=True),
     }
     computed, cached = {"residual_diff_threshold": 0.0}, {"residual_diff_threshold": 0.99}
     kinds: dict[str, dict[str, Any]] = {
@@ -67,6 +76,19 @@ def runs(name: str, size: str) -> dict[str, Callable[..., Any]]:
         options = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, **policy}
         found[kind] = torch.compile(copy.deepcopy(module), backend="dit_cache", fullgraph=True, options=options)
     return found
+
+
+def without_span(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A Dynamo backend: a graph in which nothing comes of the span's blocks, compiled as one."""
+    context = RewriteContext(CacheConfig(Fn_compute_blocks=1))
+    run_passes(gm, PIPELINE[: PIPELINE.index(mark_regions) + 1], context)
+    assert context.plan is not None
+    for live_out in (lo for span in context.plan.spans for lo in span.live_outs):
+        assert live_out.continues is not None
+        live_out.value.replace_all_uses_with(live_out.continues)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return inner_compiler("inductor", None, {})(gm, list(example_inputs))
 
 
 def measure(name: str, size: str, steps: int) -> dict[str, Any]:
