@@ -27,6 +27,8 @@ class CacheConfig:
             ``"stack"``: a head, span and tail for each stack (as cache-dit).
         hoist_invariants: compute what depends on conditioning and weights alone (text projections, rotary tables, keys
             and values of the text) once a request, and keep it.
+        regional: compile like blocks once, each a piece of its own; False: head, span and tail each as one piece, in
+            which the compiler may fuse across blocks, in a time that grows with depth.
         compiler: name of the Dynamo backend that compiles the pieces.
         dump_dir: folder for the graphs before and after every pass, the pieces and the report; None: no dump.
 
@@ -63,6 +65,7 @@ class CacheConfig:
     max_bytes: int | None = None
     scope: Scope = "model"
     hoist_invariants: bool = True
+    regional: bool = True
     compiler: str = "inductor"
     dump_dir: str | None = None
 
@@ -83,8 +86,9 @@ class CacheConfig:
             _check_number(self, "max_accumulated_residual_diff_threshold")
         _check_choice(self, "scope", get_args(Scope))
         _check_choice(self, "batch_policy", get_args(BatchPolicy))
-        if not isinstance(self.hoist_invariants, bool):
-            raise _invalid("hoist_invariants", self.hoist_invariants, "True or False")
+        for name in ("hoist_invariants", "regional"):
+            if not isinstance(getattr(self, name), bool):
+                raise _invalid(name, getattr(self, name), "True or False")
         if not isinstance(self.compiler, str) or not self.compiler:
             raise _invalid("compiler", self.compiler, "the name of a torch.compile backend")
         if self.compiler == "dit_cache":
@@ -111,7 +115,10 @@ class CacheConfig:
         return replace(self, **dict(changes))
 
 
-COMPILE_OPTIONS = ("Fn_compute_blocks", "Bn_compute_blocks", "scope", "hoist_invariants", "compiler", "dump_dir")
+COMPILE_OPTIONS = (
+    *("Fn_compute_blocks", "Bn_compute_blocks", "scope"),
+    *("hoist_invariants", "regional", "compiler", "dump_dir"),
+)
 OPTION_NAMES = tuple(f.name for f in fields(CacheConfig))
 RUNTIME_OPTIONS = tuple(n for n in OPTION_NAMES if n not in COMPILE_OPTIONS)
 

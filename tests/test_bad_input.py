@@ -77,6 +77,7 @@ def assert_uncached(model: nn.Module, *args, match: str, **options) -> None:
         ({"residual_diff_threshold": "0.1"}, "a number"),
         ({"residual_diff_threshold": float("nan")}, "a number"),
         ({"scope": "block"}, "'model' or 'stack'"),
+        ({"regional": 0}, "True or False"),
         ({"compiler": ""}, "the name of a torch.compile backend"),
         ({"compiler": "dit_cache"}, "another torch.compile backend"),
         ({"dump_dir": 3}, "a path or None"),
@@ -92,7 +93,8 @@ def test_defaults_are_those_of_cache_dit() -> None:
     from cache_dit import DBCacheConfig
 
     ours, theirs = fx_cache.CacheConfig(), DBCacheConfig()
-    own = ("scope", "compiler", "dump_dir", "max_sessions", "max_bytes", "batch_policy", "hoist_invariants")
+    own = ("scope", "compiler", "dump_dir", "max_sessions", "max_bytes", "batch_policy")
+    own += ("hoist_invariants", "regional")
     shared = [n for n in fx_cache.CacheConfig.__dataclass_fields__ if n not in own]
     assert {n: getattr(ours, n) for n in shared} == {n: getattr(theirs, n) for n in shared}
 

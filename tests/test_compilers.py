@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import fx_cache
 from tests.models import build, walk
-from tests.running import compile_cached, last_branch, needs_inductor, relative_error
+from tests.running import compile_cached, last_branch, needs_inductor, relative_error, run_cached
 
 seen: list[torch.fx.GraphModule] = []
 
@@ -97,6 +97,22 @@ def test_the_backend_is_found_by_name_without_an_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "fx_cache.backend"
+
+
+@pytest.mark.parametrize("name", ["flux", "dit", "pixart", "cogvideox"])
+def test_whole_head_span_and_tail_as_one_piece_each(name: str) -> None:
+    """``regional=False``: the same results and decisions, and as many pieces whatever the depth."""
+    steps = [*walk(name, 6), *walk(name, 6, seed=1)]
+    policy = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": 2, "scope": "stack"}
+    with_blocks = run_cached(build(name), steps, **policy)
+    seen.clear()
+    whole = run_cached(build(name), steps, regional=False, compiler="counting", **policy)
+    assert whole.hits == with_blocks.hits
+    assert whole.hits[0]
+    assert all(torch.equal(a, b) for a, b in zip(with_blocks.outputs, whole.outputs, strict=True))
+    spans = len(last_branch(whole.compiled)["spans"])
+    # Of each span: what is in front of it, its measure, both branches. Then the tail, and what is computed once.
+    assert len(seen) <= 4 * spans + 2, [piece.code for piece in seen]
 
 
 def test_public_surface() -> None:

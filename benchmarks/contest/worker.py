@@ -38,6 +38,7 @@ class Worker:
     def first(self) -> dict[str, Any]:
         """The first call, with all that is compiled for it."""
         (step,) = self.model.request(self.module, self.size, 1, seed=1)
+        self.way.begin()
         seconds = self._timed(0, step)
         self.graphs_at_first = counters["stats"]["unique_graphs"]
         return {"seconds": seconds, "graphs": self.graphs_at_first, "breaks": sum(counters["graph_break"].values())}

@@ -37,7 +37,8 @@ def hoist_invariants(gm: fx.GraphModule, context: RewriteContext) -> int:
     for node in invariants.graph.nodes:
         node.meta.pop(REGION, None)
     gm.add_submodule("invariants", invariants)
-    _outline_by_block(invariants, found.nodes, context)
+    if context.config.regional:
+        _outline_by_block(invariants, found.nodes, context)
     inputs = list(graph.find_nodes(op="placeholder"))
     weights = {inputs[i] for i in context.plan.roles.weights}
     told_by = tuple(i for i, n in enumerate(operands) if n.op == "placeholder" and n not in weights)

@@ -45,7 +45,7 @@ def insert_conditionals(gm: fx.GraphModule, context: RewriteContext) -> int:
     For a batch whose samples may be decided one by one, ``check(..., samples=2, separable=True)``; where their number
     is a symbol, ``cond(..., by_sample=(True, ...))`` says which operands have a row for each.
 
-    Requires: `insert_probes`, `hoist_side_values`; blocks outlined, so that the branches stay readable.
+    Requires: `insert_probes`, `hoist_side_values`, `outline_blocks`.
     Ensures: the graph is a function of (inputs, slot state) that returns (outputs, new slot state).
     """
     assert context.plan is not None

@@ -20,10 +20,14 @@ def outline_blocks(gm: fx.GraphModule, context: RewriteContext) -> int:
 
         blocks_0 = self.blocks(x, blocks_0_weight, ...);  blocks_1 = self.blocks(blocks_0[0], blocks_1_weight, ...)
 
+    With ``regional=False`` blocks stay as they are, and become part of the pieces that `outline_glue` makes.
+
     Requires: `mark_regions`, `protect_streams`, `insert_probes`.
     Ensures: as many sub-modules as there are kinds of blocks, each compiled once whatever the depth.
     """
     assert context.plan is not None
+    if not context.config.regional:
+        return 0
     cached = {name for span in context.plan.spans for name in span.stacks}
     count = 0
     for report in context.plan.stacks:

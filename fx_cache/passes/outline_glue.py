@@ -30,7 +30,7 @@ def outline_glue(gm: fx.GraphModule, context: RewriteContext) -> int:
     count = _outline_runs(gm, lambda r: "head" if r == 0 else "tail" if r == last else "between")
     for k in range(len(context.plan.spans)):
         compute, reuse = (getattr(gm, f"{b}_{k}") for b in ("compute", "reuse"))
-        count += _outline_runs(compute, lambda r: "glue")
+        count += _outline_runs(compute, lambda r: "glue" if context.config.regional else "span")
         count += _outline_runs(reuse, lambda r: "restore")
     if context.plan.invariants.kept:
         invariants = gm.get_submodule("invariants")
