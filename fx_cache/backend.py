@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.compiling import compile_pieces, inner_compiler
+from fx_cache.compiling import compile_pieces, inner_compiler, uses_cuda_graphs, weights_stay
 from fx_cache.config import CacheConfig, split_options
 from fx_cache.errors import CacheWarning, Refusal
 from fx_cache.passes import PIPELINE
@@ -89,7 +89,8 @@ def dit_cache(
     plan = rewritten.plan
     spans = plan.spans
     # Before it is asked what was assumed of sizes: compilers may assume more.
-    compiled = compile_pieces(rewritten.gm, compiler).forward
+    overwritten = uses_cuda_graphs(config.compiler, mode, inner_options)
+    compiled = compile_pieces(rewritten.gm, weights_stay(compiler) if overwritten else compiler).forward
     return CachedForward(
         compiled,
         plan.roles,
@@ -105,6 +106,7 @@ def dit_cache(
         _relays,
         all(fewer_allowed(s.samples) for s in spans),
         bool(plan.invariants.kept),
+        overwritten,
     )
 
 

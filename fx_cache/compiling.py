@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fx_cache.errors import OptionError
@@ -39,6 +39,32 @@ def inner_compiler(name: str, mode: str | None, options: Mapping[str, Any]) -> C
             f"options: got {sorted(options)} with mode {mode!r} for compiler {name!r} ({text}); expected options of "
             f"fx_cache.CacheConfig or of {name}; correct or remove them."
         ) from None
+
+
+def uses_cuda_graphs(name: str, mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether what a compiler makes hands out tensors that its next run overwrites."""
+    if name != "inductor":
+        return name == "cudagraphs"
+    chosen = {**torch._inductor.list_mode_options(mode or "default"), **options}
+    return bool(chosen.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
+
+def weights_stay(compiler: Compiler) -> Compiler:
+    """The same compiler, told of each piece which inputs always lie where they lie, as Dynamo tells it of whole graphs.
+
+    CUDA graphs copy all others into place at each run.
+    """
+
+    def compile_piece(piece: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        piece.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
+        piece._param_name_to_source = {}  # type: ignore[assignment]
+        for node in piece.graph.find_nodes(op="placeholder"):
+            node._dynamo_source = None
+            if isinstance(value_of(node), torch.nn.Parameter):
+                node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        return compiler(piece, examples)
+
+    return compile_piece
 
 
 def compile_pieces(

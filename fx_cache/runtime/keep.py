@@ -15,14 +15,16 @@ from fx_cache.runtime.slots import Branch, Kept
 class Keep:
     """What one branch keeps, at one step."""
 
-    def __init__(self, branch: Branch, graph: object) -> None:
+    def __init__(self, branch: Branch, graph: object, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """
         Args:
             branch: at its present step.
             graph: who asks; graphs of one program may keep different things.
+            copied: what to keep of a tensor that is computed.
         """
         self._record = branch.record
         self._graph = graph
+        self._copied = copied
 
     def __call__(
         self, compute: Callable[..., tuple[Any, ...]], operands: tuple[Any, ...], told_by: tuple[int, ...]
@@ -32,7 +34,7 @@ class Keep:
         kept = self._record.kept
         if kept is None or kept.identity != identity:
             self._record.kept = None
-            tensors = compute(*operands)
+            tensors = tuple(map(self._copied, compute(*operands)))
             if not _may_change_unseen(told):
                 self._record.kept = Kept(identity, StorageHold(told), tensors)
             return tensors

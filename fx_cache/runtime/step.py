@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
+import torch
+
 from fx_cache.config import CacheConfig
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.relays import GraphFacts
@@ -45,6 +47,7 @@ class CachedForward:
         relays: Relays,
         fewer: bool,
         keeps: bool,
+        overwritten: bool,
     ) -> None:
         """
         Args:
@@ -64,6 +67,7 @@ class CachedForward:
             relays: where to look up the forward's other graphs.
             fewer: whether a span can be computed for fewer samples than there are in a batch.
             keeps: whether the graph computes something once a request.
+            overwritten: whether the next run overwrites the tensors that one hands out; then copies are remembered.
         """
         self._rewritten = rewritten
         self._reader = Reader(roles)
@@ -80,6 +84,7 @@ class CachedForward:
         self._whole = whole
         self._relays = relays
         self._keeps = keeps
+        self._copied = _clone if overwritten else _same
         self._graph = object()
         self._last: tuple[weakref.ref[Any] | None, Store] | None = None
 
@@ -119,7 +124,7 @@ class CachedForward:
             SpanGate(store, branch, self._program, k, control, separation)
             for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
         ]
-        state: list[Any] = [Keep(branch, self._graph)] if self._keeps else []
+        state: list[Any] = [Keep(branch, self._graph, self._copied)] if self._keeps else []
         for gate, slot in zip(gates, branch.slots, strict=True):
             state += [gate, slot.load()]
         try:
@@ -128,8 +133,8 @@ class CachedForward:
             store.discard(branch)
             raise
         for gate, slot, tensors in zip(gates, branch.slots, new_state, strict=True):
-            slot.tensors = list(tensors)
             if not gate.verdict.reuse:
+                slot.tensors = [self._copied(t) for t in tensors]
                 slot.control = gate.control
             gate.record()
         return outputs
@@ -141,6 +146,14 @@ class CachedForward:
         store = store_of(anchor, self._config, within.root)
         self._last = (None if anchor is None else weakref.ref(anchor), store)
         return store
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone()
 
 
 def _never(*_: Any) -> bool:
