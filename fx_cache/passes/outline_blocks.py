@@ -36,15 +36,16 @@ def outline_blocks(gm: fx.GraphModule, context: RewriteContext) -> int:
         name = identifier(report.stack.name)
         for block in report.stack.blocks:
             # A pass before this one may have moved nodes out of the block or put new ones into it.
-            regions = [n.meta[REGION] for n in block.nodes if REGION in n.meta]
-            for region in sorted(set(regions)):
-                kept = [n for n in block.nodes if n.meta.get(REGION) == region]
-                if region != mode(regions) and all(map(is_scalar, kept)):
+            parts = [(n.meta[REGION], n in context.rests) for n in block.nodes if REGION in n.meta]
+            main = mode(p for p in parts if not p[1])
+            for part in sorted(set(parts)):
+                kept = [n for n in block.nodes if (n.meta.get(REGION), n in context.rests) == part]
+                if part != main and all(map(is_scalar, kept)):
                     continue
                 nodes = [kept[0]]
                 while nodes[-1] is not kept[-1]:
                     nodes.append(nodes[-1].next)
-                part, suffix = ("block", "") if region == mode(regions) else ("rest", "_rest")
-                outline(gm, nodes, f"{name}_{part}", context.templates, f"{name}_{block.index}{suffix}")
+                kind, suffix = ("block", "") if part == main else ("rest", "_rest")
+                outline(gm, nodes, f"{name}_{kind}", context.templates, f"{name}_{block.index}{suffix}")
                 count += 1
     return count

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from fx_cache.patterns.chains import StackReport
 from fx_cache.patterns.graph import (
     ancestors,
     descendants,
@@ -25,6 +26,7 @@ from fx_cache.patterns.graph import (
     written_inputs,
 )
 from fx_cache.patterns.inputs import InputRoles
+from fx_cache.patterns.stacks import Block
 from fx_cache.patterns.work import Work
 
 MOVED = 64
@@ -32,6 +34,9 @@ MOVED = 64
 
 MIN_GAIN = 5e-3
 """The part of a step's work that must be saved: of a cached step's, or of a computed one's by what only that uses."""
+
+MIN_APART = 0.02
+"""The part of a cached step's work that what only some of like blocks have must save: it makes them unlike."""
 
 MAX_BYTES = 1 << 30
 """Bytes that are kept of one branch; what saves most for its size comes first."""
@@ -53,7 +58,12 @@ class Invariants:
 
 
 def find_invariants(
-    graph: fx.Graph, roles: InputRoles, work: Work, skipped: Collection[fx.Node], cached: float
+    graph: fx.Graph,
+    roles: InputRoles,
+    stacks: Sequence[StackReport],
+    work: Work,
+    skipped: Collection[fx.Node],
+    cached: float,
 ) -> Invariants:
     """Values that depend on conditioning and weights alone, where keeping them saves work.
 
@@ -63,11 +73,19 @@ def find_invariants(
     Args:
         graph: a captured forward.
         roles: of its inputs.
+        stacks: like blocks of which stay alike, if little is lost by it.
         work: of its operations.
         skipped: what a cached step does not run.
         cached: the part of the work that it runs.
     """
+
+    def worth(nodes: Iterable[fx.Node]) -> int:
+        return sum(work.of(n) + MOVED * _moved(n) for n in nodes)
+
     same = _same_at_every_step(graph, roles)
+    apart = _apart(stacks, same)
+    if worth(apart) < MIN_APART * cached * work.total:
+        same = _without(apart, same)
     # Not the many views of a table or a key, but what they show.
     whole: dict[int | None, fx.Node] = {}
     for node in filter(is_tensor, same):
@@ -80,9 +98,6 @@ def find_invariants(
         if base in reached:
             readers.setdefault(base, []).extend(u for u in node.users if u not in same)
     cones = {n: {a for a in ancestors(n) if a in same} for n, users in readers.items() if users}
-
-    def worth(nodes: Iterable[fx.Node]) -> int:
-        return sum(work.of(n) + MOVED * _moved(n) for n in nodes)
 
     def union(values: Iterable[fx.Node]) -> set[fx.Node]:
         return set().union(*(cones[n] for n in values))
@@ -124,6 +139,29 @@ def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, Non
         if known and storage_key(node) not in shared and all(a in same or a in given for a in node.all_input_nodes):
             same[node] = None
     return same
+
+
+def _apart(stacks: Sequence[StackReport], same: Collection[fx.Node]) -> set[fx.Node]:
+    """What is the same at every step in some blocks of a kind, and in others is not."""
+    found: set[fx.Node] = set()
+    for report in stacks:
+        kinds: dict[int, list[Block]] = {}
+        for block, kind in zip(report.stack.blocks, report.streams.kinds, strict=True):
+            kinds.setdefault(kind, []).append(block)
+        for blocks in kinds.values():
+            for alike in zip(*(b.nodes for b in blocks), strict=True):
+                inside = [n for n in alike if n in same]
+                found.update(inside if len(inside) < len(alike) else ())
+    return found
+
+
+def _without(apart: Collection[fx.Node], same: dict[fx.Node, None]) -> dict[fx.Node, None]:
+    """The same but for some nodes, and what depends on them."""
+    left: dict[fx.Node, None] = {}
+    for node in same:
+        if node not in apart and all(a in left or a not in same for a in node.all_input_nodes):
+            left[node] = None
+    return left
 
 
 def _moved(node: fx.Node) -> int:

@@ -138,7 +138,7 @@ def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
     hoists = config.hoist_invariants and spans and roles.latents
     cached = 1.0 - sum(s.share or 0.0 for s in spans)
     skipped = {n for s in spans for n in (*s.nodes, *s.sinks)}
-    invariants = find_invariants(graph, roles, work, skipped, cached) if hoists else Invariants()
+    invariants = find_invariants(graph, roles, reports, work, skipped, cached) if hoists else Invariants()
     return Plan(roles, tuple(reports), tuple(spans), refusal, reasons, invariants)
 
 
