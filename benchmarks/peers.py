@@ -150,6 +150,33 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of `docs/performance.md`."""
+    lines: list[str] = []
+    for model in dict.fromkeys(row["model"] for row in result["rows"]):
+        names = "way", "cold, s", "2nd process, s", "computed, ms", "cached, ms", f"{result['steps']} steps, s"
+        names += "beside dit_cache", "graphs", "later", "peak, MiB"
+        lines += [f"**{model}**", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        rows = [row for row in result["rows"] if row["model"] == model]
+        best = next((r["generation"] for r in rows if r["way"] == "dit_cache"), None)
+        for row in rows:
+            if "not run" in row:
+                lines.append(f"| {row['way']} | not run: {row['not run'].split('.')[0]} |" + " |" * (len(names) - 2))
+                continue
+            cells = [row["way"], f"{row['cold']:.1f}", f"{row['second process']:.1f}"]
+            cells += [
+                f"{1e3 * row['computed step']:.1f}",
+                f"{1e3 * row['cached step']:.1f}",
+                f"{row['generation']:.2f}",
+            ]
+            cells += ["" if best is None else f"{row['generation'] / best:.2f}"]
+            cells += [str(row["graphs"]), str(row["compiled after the first step"])]
+            cells += [f"{row['peak bytes'] / 2**20:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def versions() -> dict[str, str]:
     """Of everything that takes part and is installed."""
     found = {}
@@ -167,8 +194,14 @@ def main(
     size: Annotated[str, typer.Option(help="cpu, or gpu: real dimensions in bfloat16.")] = "cpu",
     rounds: Annotated[int, typer.Option(help="Generations of each way, behind one that is not counted.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+    show: Annotated[
+        Path | None, typer.Option(help="Run nothing: print the tables of a result that was written.")
+    ] = None,
 ) -> None:
     """Runs the comparison."""
+    if show is not None:
+        print(markdown(json.loads(show.read_text())))
+        return
     console = Console(width=160)
     result = {
         "date": date.today().isoformat(),
