@@ -21,7 +21,7 @@ from fx_cache.passes import PIPELINE
 from fx_cache.passes.dump import Dump
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
 from fx_cache.patterns.explanation import Explanation
-from fx_cache.patterns.graph import hinted_shape, is_tensor, is_weight, storage_key, value_of, written_inputs
+from fx_cache.patterns.graph import hinted_shape, is_tensor, is_weight, storage_key, value_of, written_storages
 from fx_cache.patterns.relays import read_facts
 from fx_cache.patterns.samples import fewer_allowed
 from fx_cache.patterns.spans import Plan
@@ -205,7 +205,7 @@ def _guarded(gm: fx.GraphModule, plan: Plan) -> tuple[list[int], list[int]]:
     Apart from them the numbers that the module holds: with dynamic shapes they come as tensors, made at every call.
     """
     inputs = list(gm.graph.find_nodes(op="placeholder"))
-    written = {storage_key(a) for n in gm.graph.nodes for a in written_inputs(n)} - {None}
+    written = written_storages(gm.graph.nodes)
     held = [i for i in plan.roles.weights if is_tensor(inputs[i]) and storage_key(inputs[i]) not in written]
     numbers = [i for i in held if _is_number(value_of(inputs[i]))]
     return [i for i in held if i not in numbers], numbers

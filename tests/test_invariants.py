@@ -166,3 +166,33 @@ def test_bytes_are_what_the_allocator_says() -> None:
         requests[0].call(compiled, i)
     fx_cache.end("r0")
     assert assert_bytes_accounted(compiled, requests) > 0
+
+
+class Writing(nn.Module):
+    """Reads the prompt, writes to it, and reads it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.before, self.behind = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in range(4))
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        first = self.before(text)
+        text += 1
+        second = self.behind(text)
+        x = self.embed(latent) + torch.sin(timestep)[:, None, None]
+        for block in self.blocks:
+            x = x + block(x + first.mean(1, keepdim=True) - second.mean(1, keepdim=True))
+        return self.out(x)
+
+
+def test_a_prompt_that_is_written_to_is_read_in_turn() -> None:
+    torch.manual_seed(1)
+    latent, text = torch.randn(1, 8, 4), torch.randn(1, 512, 16)
+    model = Writing().eval()
+    steps = [{"latent": latent + 0.1 * i, "timestep": torch.tensor([1.0 - 0.1 * i])} for i in range(3)]
+    expected = [model(**step, text=text.clone()) for step in steps]
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    assert all(torch.equal(compiled(**s, text=text.clone()), e) for s, e in zip(steps, expected, strict=True))

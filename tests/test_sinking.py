@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tests.models import NAMES, build, walk
 from tests.oracles import run_eager
@@ -21,6 +22,45 @@ def test_a_hit_skips_what_only_later_blocks_read() -> None:
     first = build("flux")
     del first.transformer_blocks[1:], first.single_transformer_blocks[:]
     assert count == layers(first, steps[1]) - 3
+
+
+class Written(nn.Module):
+    """A block that makes the text of the image, and then writes to the image in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_text, self.mlp = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made = text + self.to_text(image).mean(1, keepdim=True)
+        image += self.mlp(image) + text.mean(1, keepdim=True)
+        return image, made
+
+
+class WritingModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(Written() for _ in range(4))
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        image = self.embed(latent) + torch.sin(timestep)[:, None, None]
+        for block in self.blocks:
+            image, text = block(image, text)
+        return self.out(image)
+
+
+@pytest.mark.parametrize("fn", [1, 2])
+def test_what_is_written_to_later_is_read_before(fn: int) -> None:
+    """The text's layer reads the image as it was before the block wrote to it, wherever it runs."""
+    torch.manual_seed(1)
+    start, text = torch.randn(1, 8, 4), torch.randn(1, 8, 16)
+    steps = [{"latent": start + 0.1 * i, "timestep": torch.tensor([1.0 - 0.1 * i]), "text": text} for i in range(3)]
+    model = WritingModel().eval()
+    expected = [model(**step).clone() for step in steps]
+    compiled = compile_cached(model, residual_diff_threshold=0.0, Fn_compute_blocks=fn)
+    assert all(torch.equal(compiled(**step), output) for step, output in zip(steps, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

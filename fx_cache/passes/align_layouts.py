@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 from fx_cache.passes.outline import REGION, mark
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import is_tensor, storage_key, value_of, written_inputs
+from fx_cache.patterns.graph import is_tensor, storage_key, value_of, written_inputs, written_storages
 from fx_cache.patterns.spans import SpanPlan
 
 
@@ -36,7 +36,7 @@ def align_layouts(gm: fx.GraphModule, context: RewriteContext) -> int:
     if context.config.compiler != "inductor":
         return 0
     cached = {name for span in context.plan.spans for name in span.stacks}
-    written = {storage_key(a) for n in gm.graph.nodes for a in written_inputs(n)} - {None}
+    written = written_storages(gm.graph.nodes)
     count = 0
     for report in context.plan.stacks:
         if report.stack.name not in cached or len(set(report.streams.kinds[:2])) > 1:

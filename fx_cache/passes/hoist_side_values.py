@@ -7,7 +7,7 @@ from torch import fx
 from fx_cache.errors import Refusal
 from fx_cache.passes.outline import REGION, region_nodes
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import ancestors, is_tensor, is_tensor_sequence, storage_key, written_inputs
+from fx_cache.patterns.graph import ancestors, is_tensor, is_tensor_sequence, storage_key, touches, written_storages
 
 
 def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -25,7 +25,7 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
     Ensures: whatever a span hands on depends on its streams, so that a stale copy of anything else is never used.
     """
     assert context.plan is not None
-    written = {storage_key(a) for n in gm.graph.nodes for a in written_inputs(n)} - {None}
+    written = written_storages(gm.graph.nodes)
     count = 0
     for k, span in enumerate(context.plan.spans):
         nodes = region_nodes(gm.graph, 2 * k + 1)
@@ -35,7 +35,8 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
         moving = {a for n in side for a in ancestors(n) if a in inside}
         # A tuple is not carried over a cut: all its elements go with it.
         moving |= {u for n in moving if is_tensor_sequence(n) for u in n.users if u in inside}
-        stuck = next((n for n in moving if storage_key(n) in written), None)
+        inner = written_storages(nodes)
+        stuck = next((n for n in moving if storage_key(n) in written or touches(n, inner)), None)
         if stuck is not None:
             refusal = Refusal(
                 f"stack {' + '.join(span.stacks)}",

@@ -7,7 +7,7 @@ from torch import fx
 
 from fx_cache.passes.outline import REGION, fake, mark
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import storage_key, written_inputs
+from fx_cache.patterns.graph import storage_key, written_storages
 
 
 def insert_probes(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -29,7 +29,7 @@ def insert_probes(gm: fx.GraphModule, context: RewriteContext) -> int:
     assert context.plan is not None
     for k, span in enumerate(context.plan.spans):
         before, after = span.probe
-        written = {storage_key(a) for n in span.head for a in written_inputs(n)} - {None}
+        written = written_storages(span.head)
         if storage_key(before) in written:
             with gm.graph.inserting_before(span.head[0]):
                 copied = gm.graph.call_function(torch.clone, (before,))

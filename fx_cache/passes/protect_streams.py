@@ -7,7 +7,7 @@ from torch import fx
 
 from fx_cache.passes.outline import REGION, fake, mark, region_nodes
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import storage_key, view_key, written_inputs
+from fx_cache.patterns.graph import storage_key, view_key, written_storages
 
 
 def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -29,7 +29,7 @@ def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
     for k, _ in enumerate(context.plan.spans):
         nodes = region_nodes(gm.graph, 2 * k + 1)
         inside = set(nodes)
-        written = {storage_key(a) for n in nodes for a in written_inputs(n)} - {None}
+        written = written_storages(nodes)
         before = [n for n in gm.graph.nodes if n.meta.get(REGION, -1) < 2 * k + 1 and n.op != "placeholder"]
         clones: dict[tuple[Any, ...], fx.Node] = {}
         # The youngest name of a tensor first: that is the stream's value at the cut.

@@ -5,7 +5,7 @@ from torch import fx
 from fx_cache.passes.outline import REGION, region_nodes
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.chains import StackReport
-from fx_cache.patterns.graph import storage_key, written_inputs
+from fx_cache.patterns.graph import touches, written_storages
 
 
 def sink_into_spans(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -41,7 +41,7 @@ def sink_into_spans(gm: fx.GraphModule, context: RewriteContext) -> int:
 
 def _split_alike(gm: fx.GraphModule, context: RewriteContext, report: StackReport) -> None:
     """Moves, in blocks of the kind of one that was split, the same part behind the others."""
-    written = {storage_key(a) for n in gm.graph.nodes for a in written_inputs(n)} - {None}
+    written = written_storages(gm.graph.nodes)
     blocks, kinds = report.stack.blocks, report.streams.kinds
     moved: dict[int, list[int]] = {}
     for block, kind in zip(blocks, kinds, strict=True):
@@ -50,7 +50,7 @@ def _split_alike(gm: fx.GraphModule, context: RewriteContext, report: StackRepor
             moved[kind] = places
     for block, kind in zip(blocks, kinds, strict=True):
         rest = [block.nodes[i] for i in moved.get(kind, ())]
-        if context.rests.intersection(rest) or any(storage_key(n) in written for n in rest):
+        if context.rests.intersection(rest) or any(touches(n, written) for n in rest):
             continue
         last = block.nodes[-1]
         for node in rest:

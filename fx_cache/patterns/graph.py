@@ -154,6 +154,16 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     return out
 
 
+def written_storages(nodes: Iterable[fx.Node]) -> set[int]:
+    """The storages that some nodes write to in place."""
+    return {key for n in nodes for a in written_inputs(n) if (key := storage_key(a)) is not None}
+
+
+def touches(node: fx.Node, storages: Collection[int]) -> bool:
+    """Whether what a node makes or reads lies in one of some storages: behind a write it would compute otherwise."""
+    return any(storage_key(n) in storages for n in (node, *node.all_input_nodes))
+
+
 _RANDOM = {
     "rand",
     "randn",

@@ -21,9 +21,10 @@ from fx_cache.patterns.graph import (
     is_weight,
     positions,
     storage_key,
+    touches,
     value_of,
     within_contexts,
-    written_inputs,
+    written_storages,
 )
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.stacks import Block
@@ -67,8 +68,8 @@ def find_invariants(
 ) -> Invariants:
     """Values that depend on conditioning and weights alone, where keeping them saves work.
 
-    Left where they are: what is written in place or shares storage with an output, what draws random numbers, and what
-    stands within a context such as autocast.
+    Left where they are: what reads or is a tensor that is written to in place, what shares storage with an output,
+    what draws random numbers, and what stands within a context such as autocast.
 
     Args:
         graph: a captured forward.
@@ -125,9 +126,9 @@ def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, Non
     given = {inputs[i] for i in (*roles.conditioning, *roles.scalars, *roles.weights) if i not in alone}
     # Sizes are the same as long as the shapes of a branch are.
     given |= {n for n in inputs if isinstance(value_of(n), torch.SymInt)}
-    written = {storage_key(a) for n in graph.nodes for a in written_inputs(n)}
-    returned = {storage_key(a) for n in graph.find_nodes(op="output") for a in tree_leaves(n.args) if is_tensor(a)}
-    shared = (written | returned) - {None}
+    written = written_storages(graph.nodes)
+    outputs = [a for n in graph.find_nodes(op="output") for a in tree_leaves(n.args) if is_tensor(a)]
+    returned = {storage_key(a) for a in outputs} - {None}
     contexts = within_contexts(graph)
     same: dict[fx.Node, None] = {}
     for node in graph.nodes:
@@ -136,7 +137,8 @@ def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, Non
         if node.op not in ("call_function", "call_method") or node in contexts or draws_random(node):
             continue
         known = is_tensor(node) or is_tensor_sequence(node) or is_scalar(node)
-        if known and storage_key(node) not in shared and all(a in same or a in given for a in node.all_input_nodes):
+        free = storage_key(node) not in returned and not touches(node, written)
+        if known and free and all(a in same or a in given for a in node.all_input_nodes):
             same[node] = None
     return same
 

@@ -18,7 +18,7 @@ from torch._guards import CompileContext
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Refusal
-from fx_cache.patterns.graph import draws_random, program_signature, storage_key, writes_too, written_inputs
+from fx_cache.patterns.graph import draws_random, program_signature, storage_key, writes_too, written_storages
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE, Ranges, random_refusal
 from fx_cache.patterns.stacks import MIN_BLOCKS
@@ -81,7 +81,7 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
     for output in outputs:
         sources = token_sources(output, reads) if isinstance(output, fx.Node) else set()
         tokens.append(tuple(i for i in roles.conditioning if inputs[i] in sources))
-    written = {storage_key(a) for n in graph.nodes for a in written_inputs(n)} - {None}
+    written = written_storages(graph.nodes)
     work = Work(graph).total
     compile_id = CompileContext.current_compile_id()
     return GraphFacts(

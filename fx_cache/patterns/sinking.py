@@ -11,9 +11,9 @@ from fx_cache.patterns.graph import (
     is_scalar,
     is_tensor,
     is_tensor_sequence,
-    storage_key,
+    touches,
     within_contexts,
-    written_inputs,
+    written_storages,
 )
 
 
@@ -22,7 +22,8 @@ def find_sinks(
 ) -> tuple[fx.Node, ...]:
     """What of the nodes before a span is used by nothing but the span, in graph order.
 
-    Left where they are: what is written in place, what draws random numbers, and what stands within a context.
+    Left where they are: what reads or is a tensor that is written to in place, what draws random numbers, and what
+    stands within a context.
 
     Args:
         graph: a captured forward.
@@ -30,13 +31,13 @@ def find_sinks(
         span: its nodes.
         needed: what a hit needs whoever uses it.
     """
-    written = {storage_key(a) for n in graph.nodes for a in written_inputs(n)} - {None}
+    written = written_storages(graph.nodes)
     contexts = within_contexts(graph)
     sunk: dict[fx.Node, None] = {}
     for node in reversed(before):
         if node.op not in ("call_function", "call_method") or node in needed or node in contexts or draws_random(node):
             continue
-        if not node.users or is_scalar(node) or storage_key(node) in written:
+        if not node.users or is_scalar(node) or touches(node, written):
             continue
         if all(u in span or u in sunk for u in node.users) and (is_tensor(node) or is_tensor_sequence(node)):
             sunk[node] = None
