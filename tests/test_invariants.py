@@ -176,11 +176,11 @@ class Writing(nn.Module):
         torch.manual_seed(0)
         self.embed, self.out = nn.Linear(4, 16), nn.Linear(16, 4)
         self.before, self.behind = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in range(4))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in range(6))
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         first = self.before(text)
-        text += 1
+        text.add_(1)
         second = self.behind(text)
         x = self.embed(latent) + torch.sin(timestep)[:, None, None]
         for block in self.blocks:
@@ -190,7 +190,7 @@ class Writing(nn.Module):
 
 def test_a_prompt_that_is_written_to_is_read_in_turn() -> None:
     torch.manual_seed(1)
-    latent, text = torch.randn(1, 8, 4), torch.randn(1, 512, 16)
+    latent, text = torch.randn(1, 64, 4), torch.randn(1, 64, 16)
     model = Writing().eval()
     steps = [{"latent": latent + 0.1 * i, "timestep": torch.tensor([1.0 - 0.1 * i])} for i in range(3)]
     expected = [model(**step, text=text.clone()) for step in steps]
