@@ -1,6 +1,6 @@
 """Cold compilation and step times of a deep DiT: plain `torch.compile` against `dit_cache`, paired, medians.
 
-    python benchmarks/depth.py --blocks 28 --json benchmarks/results/depth.json
+    python benchmarks/depth.py --blocks 14 --blocks 28 --blocks 56 --json benchmarks/results/depth.json
 
 Each compilation runs in a process of its own with an empty Inductor cache. Steps alternate within one process:
 plain, computed by `dit_cache`, reused by `dit_cache`.
@@ -19,7 +19,7 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -92,41 +92,54 @@ def steps(blocks: int, count: int) -> dict[str, list[float]]:
 
 
 def main(
-    blocks: Annotated[int, typer.Option(help="Depth of the model.")] = 28,
+    blocks: Annotated[list[int] | None, typer.Option(help="Depth of the model; several: one after the other.")] = None,
     count: Annotated[int, typer.Option(help="Steps of each kind.")] = 20,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
     only: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Runs the benchmark."""
+    depths = blocks or [28]
     if only is not None:
-        compiled = compile_of(model_of(blocks), only)
+        compiled = compile_of(model_of(depths[0]), only)
         begin = time.perf_counter()
         with torch.no_grad():
             compiled(**inputs_of(0, torch.tensor([7])))
         print(time.perf_counter() - begin)
         return
-    compile_seconds = {kind: cold(kind, blocks) for kind in ("plain", "dit_cache")}
-    times = steps(blocks, count)
-    medians = {kind: statistics.median(values) for kind, values in times.items()}
-    quartiles = {kind: statistics.quantiles(values, n=4) for kind, values in times.items()}
+    table = Table("blocks", "", "plain", "dit_cache computed", "dit_cache reused")
+    rows = []
+    for depth in depths:
+        row = measured(depth, count)
+        seconds, medians = row["cold_compile_seconds"], row["step_seconds_median"]
+        table.add_row(str(depth), "cold compile, s", f"{seconds['plain']:.1f}", f"{seconds['dit_cache']:.1f}", "")
+        table.add_row("", "step, ms", *(f"{1e3 * medians[k]:.1f}" for k in ("plain", "computed", "reused")))
+        rows.append(row)
+    Console().print(table)
     result = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("torch", "diffusers", "fx_cache")},
-        "blocks": blocks,
         "steps": count,
+        "rows": rows,
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measured(blocks: int, count: int) -> dict[str, Any]:
+    """The row of one depth."""
+    compile_seconds = {kind: cold(kind, blocks) for kind in ("plain", "dit_cache")}
+    torch._dynamo.reset()
+    times = steps(blocks, count)
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    return {
+        "blocks": blocks,
         "cold_compile_seconds": compile_seconds,
         "step_seconds_median": medians,
-        "step_seconds_quartiles": quartiles,
+        "step_seconds_quartiles": {kind: statistics.quantiles(values, n=4) for kind, values in times.items()},
         "computed_to_plain": medians["computed"] / medians["plain"],
         "plain_to_reused": medians["plain"] / medians["reused"],
     }
-    table = Table("", "plain", "dit_cache computed", "dit_cache reused")
-    table.add_row("cold compile, s", f"{compile_seconds['plain']:.1f}", f"{compile_seconds['dit_cache']:.1f}", "")
-    table.add_row("step, ms", *(f"{1e3 * medians[k]:.1f}" for k in ("plain", "computed", "reused")))
-    Console().print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 - The same beside the whole model's graph without its span: what has to run anyway in a model of as many weights, since
   Dynamo looks at each block's modules and hands over all weights at every call, before any backend is called.
 
-Each also without what is computed once a request (``hoist_invariants``), and the latter with everything left in the
-head that stands there in the model (`sink_into_spans`), on the models of `benchmarks/peers.py`.
+Each also with head, span and tail compiled whole (``regional=False``), and without what is computed once a request
+(``hoist_invariants``); the latter with everything left in the head that stands there in the model (`sink_into_spans`).
+The models are those of `benchmarks/peers.py`.
 Ratios are medians of the ratios of steps that ran one after the other.
 """
 
@@ -47,8 +48,10 @@ LEAST_SUNK, ALL_OF_IT = spans.MIN_SUNK, 2.0
 PAIRS = {
     "computed / plain": ("computed", "plain"),
     "computed / plain, nothing hoisted": ("computed, nothing hoisted", "plain"),
+    "computed / plain, whole": ("computed, whole", "plain"),
     "cached / first block alone": ("cached", "first block alone"),
     "cached / graph without span": ("cached", "graph without span"),
+    "cached / graph without span, whole": ("cached, whole", "graph without span"),
     "cached / first block alone, nothing hoisted": ("cached, nothing hoisted", "first block alone"),
     "cached / first block alone, nothing sunk": ("cached, nothing sunk", "first block alone"),
 }
@@ -67,7 +70,9 @@ def runs(name: str, size: str) -> dict[str, Callable[..., Any]]:
     kinds: dict[str, dict[str, Any]] = {
         "computed": computed,
         "computed, nothing hoisted": {**computed, "hoist_invariants": False},
+        "computed, whole": {**computed, "regional": False},
         "cached": cached,
+        "cached, whole": {**cached, "regional": False},
         "cached, nothing hoisted": {**cached, "hoist_invariants": False},
         # One option differs: compiled code is shared by those that have all in common.
         "cached, nothing sunk": {**cached, "max_cached_steps": 1 << 30},
@@ -94,6 +99,7 @@ def without_span(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
 def measure(name: str, size: str, steps: int) -> dict[str, Any]:
     """The row of one model."""
     torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 32  # all ways are captured from the same code
     ways = runs(name, size)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     request = MODELS[name].request(MODELS[name].build(size, "cpu" if size == "cpu" else "cuda"), size, steps, seed=0)
