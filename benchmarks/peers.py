@@ -171,7 +171,7 @@ def markdown(result: dict[str, Any]) -> str:
             ]
             cells += ["" if best is None else f"{row['generation'] / best:.2f}"]
             cells += [str(row["graphs"]), str(row["compiled after the first step"])]
-            cells += [f"{row['peak bytes'] / 2**20:.1f}"]
+            cells += [f"{row['peak bytes'] / 2**20:.1f}" if "peak bytes" in row else ""]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import register_backend
 
 import fx_cache
 from fx_cache.runtime.gate import SpanGate
@@ -474,3 +476,34 @@ def test_two_threads_in_one_request(name: str | None, monkeypatch: pytest.Monkey
     fresh = alone.compiled()
     with named():
         assert_equal([*expected, got], [fresh(**step)[0].clone() for step in steps[:3]])
+
+
+alive: list[tuple[bool, ...]] = []
+old_state: list[weakref.ref[torch.Tensor]] = []
+
+
+@register_backend
+def watching(gm, example_inputs):
+    """Notes at each run of a piece which tensors of the state before still take up memory."""
+
+    def piece(*args: Any) -> Any:
+        alive.append(tuple(r() is not None for r in old_state))
+        return gm.forward(*args)
+
+    return piece
+
+
+def test_old_state_is_freed_before_its_span_is_computed_anew() -> None:
+    """A step never holds two states: head and measure see the old one, the blocks of the span do not."""
+    model, steps = build("wan"), walk("wan", 3)
+    compiled = compile_cached(model, compiler="watching", residual_diff_threshold=1e-9, max_warmup_steps=1)
+    for step in steps[:2]:
+        compiled(**step)
+    (branch,) = next(fx_cache.runtime.registry.stores(compiled))._branches.values()
+    old_state[:] = map(weakref.ref, branch.slots[0].tensors)
+    alive.clear()
+    compiled(**steps[2])
+    assert last_branch(model)["spans"][0]["hits"] == []
+    blocks = len(model.blocks) - 1
+    assert len(old_state) == 2
+    assert alive == [(True, True)] * 3 + [(False, False)] * (blocks + 1)
