@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fx_cache.patterns import invariants
 from tests.models import NAMES, build, walk
 from tests.oracles import run_eager
 from tests.running import compile_cached, last_branch, layers, run_cached
@@ -22,6 +23,19 @@ def test_a_hit_skips_what_only_later_blocks_read() -> None:
     first = build("flux")
     del first.transformer_blocks[1:], first.single_transformer_blocks[:]
     assert count == layers(first, steps[1]) - 3
+
+
+@pytest.mark.parametrize("hoist", [False, True])
+def test_blocks_that_are_split_stay_one_kind(hoist: bool, tmp_path, monkeypatch) -> None:
+    """Double blocks are split as the head's is; a norm that only the first could be spared makes no kind of its own."""
+    monkeypatch.setattr(invariants, "MIN_APART", 0.2)
+    options = {"residual_diff_threshold": 0.0, "hoist_invariants": hoist, "dump_dir": str(tmp_path)}
+    run = run_cached(build("flux"), walk("flux", 2), **options)
+    expected = run_eager(build("flux"), walk("flux", 2)).outputs
+    assert all(torch.equal(a, b) for a, b in zip(expected, run.outputs, strict=True))
+    pieces = {p.stem for p in (tmp_path / "graph_0" / "pieces").iterdir()}
+    double = {p for p in pieces if p.startswith("transformer_blocks_") and "invariants" not in p}
+    assert double == {"transformer_blocks_block", "transformer_blocks_rest"}
 
 
 class Written(nn.Module):
