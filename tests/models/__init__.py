@@ -13,7 +13,7 @@ The same prompt with another noise seed (the conditioning tensors are the same o
     prompt = conditioning("flux", seed=0)
     first, second = walk("flux", seed=1, conditioning=prompt), walk("flux", seed=2, conditioning=prompt)
 
-``NAMES`` are the ten that most tests run, each in three sizes; ``ZOO`` every class that diffusers exports as a
+``NAMES`` are the ten that most tests run, each in three sizes; ``MODELS`` has every class that diffusers exports as a
 transformer, with its variants where they change the graph.
 """
 
@@ -29,7 +29,7 @@ from . import image_joint, image_single, other, ten, video_first, video_second
 from .tiny import TinyModel
 from .weights import randomize
 
-__all__ = ["MODELS", "NAMES", "SIZES", "ZOO", "TinyModel", "build", "conditioning", "walk"]
+__all__ = ["MODELS", "NAMES", "SIZES", "TinyModel", "build", "conditioning", "walk"]
 
 NAMES: tuple[str, ...] = tuple(ten.MODELS)
 SIZES: tuple[int, ...] = (0, 1, 2)
