@@ -23,13 +23,17 @@ def captured(gm, example_inputs):
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, autocast: bool) -> None:
         super().__init__()
+        self.autocast = autocast
         self.norm = nn.LayerNorm(CHANNELS)
         self.layers = nn.Sequential(nn.Linear(CHANNELS, 2 * CHANNELS), nn.GELU(), nn.Linear(2 * CHANNELS, CHANNELS))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(self.norm(x)) + x
+        if not self.autocast:
+            return self.layers(self.norm(x)) + x
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layers(self.norm(x)) + x
 
 
 class Model(nn.Module):
@@ -41,7 +45,7 @@ class Model(nn.Module):
         self.kind = kind
         self.patches = nn.Conv2d(4, CHANNELS, 2, 2)
         self.time = nn.Linear(1, CHANNELS)
-        self.blocks = nn.ModuleList(Block() for _ in range(6))
+        self.blocks = nn.ModuleList(Block(kind == "autocast") for _ in range(6))
         self.out = nn.Linear(CHANNELS, 16)
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -84,10 +88,16 @@ def run_pass(model: nn.Module, compiler: str) -> int:
 
 @pytest.mark.parametrize(
     ("kind", "compiler", "count"),
-    [("plain", "inductor", 1), ("plain", "eager", 0), ("written", "inductor", 0), ("given back", "inductor", 0)],
+    [
+        ("plain", "inductor", 1),
+        ("plain", "eager", 0),
+        ("written", "inductor", 0),
+        ("given back", "inductor", 0),
+        ("autocast", "inductor", 0),
+    ],
 )
 def test_a_stream_is_laid_out_as_later_blocks_take_it(kind: str, compiler: str, count: int) -> None:
-    """Not where another compiler has to give the model's own bits, nor where somebody else sees the tensor."""
+    """Not where another compiler has to give the model's own bits, somebody else sees the tensor, or dtypes change."""
     with torch.no_grad():
         assert run_pass(Model(kind).eval(), compiler) == count
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from fx_cache.passes.outline import REGION, mark
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import is_tensor, storage_key, value_of, written_inputs, written_storages
+from fx_cache.patterns.graph import is_tensor, storage_key, value_of, within_contexts, written_inputs, written_storages
 from fx_cache.patterns.spans import SpanPlan
 
 
@@ -85,6 +84,7 @@ def _insert(gm: fx.GraphModule, stream: fx.Node) -> fx.Node:
 def _values_behind(gm: fx.GraphModule, laid: fx.Node, written: set[Any]) -> dict[fx.Node, Any] | None:
     """The values that what comes of `laid` has now, as far as they lie otherwise; None where that is not to be told."""
     mode = value_of(laid).fake_mode
+    contexts = within_contexts(laid.graph)
     changed: dict[fx.Node, Any] = {laid: value_of(laid)}
 
     def now(node: fx.Node) -> Any:
@@ -93,7 +93,9 @@ def _values_behind(gm: fx.GraphModule, laid: fx.Node, written: set[Any]) -> dict
     for node in _behind(laid):
         if not any(a in changed for a in node.all_input_nodes):
             continue
-        if node.op not in ("call_function", "call_method") or storage_key(node) in written or written_inputs(node):
+        if node.op not in ("call_function", "call_method") or node in contexts:
+            return None
+        if storage_key(node) in written or written_inputs(node):
             return None
         args, kwargs = map_arg((node.args, node.kwargs), now)
         try:
@@ -104,10 +106,13 @@ def _values_behind(gm: fx.GraphModule, laid: fx.Node, written: set[Any]) -> dict
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:
             return None
-        if is_tensor(node) and _same(value, value_of(node)) and not _shares(value, changed.values()):
-            continue
         if isinstance(value, torch.Tensor) != is_tensor(node):
             return None
+        if is_tensor(node):
+            if not _alike(value, value_of(node)):
+                return None
+            if _same(value, value_of(node)) and not _shares(value, changed.values()):
+                continue
         changed[node] = value
     return changed
 
@@ -117,10 +122,14 @@ def _behind(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
+def _alike(value: Any, other: Any) -> bool:
+    """Whether they differ in how they lie at most."""
+    return tuple(map(str, value.shape)) == tuple(map(str, other.shape)) and value.dtype == other.dtype
+
+
 def _same(value: Any, other: Any) -> bool:
     return (
-        isinstance(value, FakeTensor)
-        and tuple(map(str, value.stride())) == tuple(map(str, other.stride()))
+        tuple(map(str, value.stride())) == tuple(map(str, other.stride()))
         and value.storage_offset() == other.storage_offset()
     )
 
