@@ -40,7 +40,7 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
         if stuck is not None:
             refusal = Refusal(
                 f"stack {' + '.join(span.stacks)}",
-                f"{stuck.name}, which is written in place, made inside the blocks and used behind them",
+                f"{stuck.name}, which is or reads a tensor written in place, made inside blocks and used behind them",
                 "values from the blocks that nobody writes to in place",
                 "replace the write in place by an operation that returns a new tensor",
             )

@@ -37,7 +37,9 @@ def outline_blocks(gm: fx.GraphModule, context: RewriteContext) -> int:
         for block in report.stack.blocks:
             # A pass before this one may have moved nodes out of the block or put new ones into it.
             parts = [(n.meta[REGION], n in context.rests) for n in block.nodes if REGION in n.meta]
-            main = mode([p for p in parts if not p[1]] or parts or [(0, False)])
+            if not parts:
+                continue
+            main = mode([p for p in parts if not p[1]] or parts)
             for part in sorted(set(parts)):
                 kept = [n for n in block.nodes if (n.meta.get(REGION), n in context.rests) == part]
                 if part != main and all(map(is_scalar, kept)):
