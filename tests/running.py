@@ -15,6 +15,9 @@ from fx_cache.demo.sheet import default_compiler
 from fx_cache.runtime import sessions
 from tests.models import MODELS, build
 
+REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
+"""A policy that reuses some of the steps that `tests.models.walk` makes, and not all."""
+
 needs_inductor = pytest.mark.skipif(default_compiler() != "inductor", reason="Inductor needs a C++ compiler")
 
 
@@ -50,6 +53,13 @@ def run_cached(model: nn.Module, steps: list[dict], **options) -> CachedRun:
 
 def last_branch(model: nn.Module) -> dict:
     return fx_cache.summary(model).to_dict()["sessions"][-1]["branches"][-1]
+
+
+def hits_of(compiled: nn.Module) -> list[list[int]]:
+    """The steps that were reused, of each span of each branch of each session that reused any."""
+    sessions = fx_cache.summary(compiled).to_dict()["sessions"]
+    hits = [span["hits"] for s in sessions for b in s["branches"] for span in b["spans"]]
+    return [h for h in hits if h]
 
 
 def layers(model: nn.Module, step: dict[str, Any]) -> int:

@@ -10,8 +10,7 @@ import torch
 
 import fx_cache
 from tests.models import conditioning, walk
-from tests.running import compile_cached, shallow
-from tests.test_state import REUSING, hits_of
+from tests.running import REUSING, compile_cached, hits_of, shallow
 
 REQUESTS = {
     "cond": (0, 0, 0),

@@ -13,9 +13,7 @@ from torch._dynamo.utils import counters
 import fx_cache
 from fx_cache.runtime.gate import SpanGate
 from tests.models import build, conditioning, walk
-from tests.running import compile_cached, last_branch, schedule_on_a_device
-
-REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
+from tests.running import REUSING, compile_cached, last_branch, schedule_on_a_device
 
 
 def first_weight(model: torch.nn.Module) -> torch.nn.Parameter:

@@ -17,9 +17,8 @@ import torch
 import fx_cache
 from fx_cache.testing import Alone, Outputs, Request, assert_as_if_alone, interleaved, run
 from tests.models import conditioning, walk
-from tests.running import compile_cached, shallow
+from tests.running import REUSING, compile_cached, shallow
 
-REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
 STEPS = 6
 SCHEDULES = int(os.environ.get("FX_CACHE_SCHEDULES", "30"))
 """Schedules in all, over all kinds of models."""

@@ -19,9 +19,7 @@ from torch._dynamo import register_backend
 import fx_cache
 from fx_cache.runtime.gate import SpanGate
 from tests.models import build, conditioning, walk
-from tests.running import compile_cached, last_branch, relative_error
-
-REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
+from tests.running import REUSING, compile_cached, hits_of, last_branch, relative_error
 
 
 class Alone:
@@ -39,12 +37,6 @@ class Alone:
         outputs = [compiled(**step)[0].clone() for step in steps]
         assert hits_of(compiled), "the oracle itself never reused"
         return outputs
-
-
-def hits_of(compiled) -> list[list[int]]:
-    sessions = fx_cache.summary(compiled).to_dict()["sessions"]
-    hits = [span["hits"] for s in sessions for b in s["branches"] for span in b["spans"]]
-    return [h for h in hits if h]
 
 
 def assert_equal(expected: list[torch.Tensor], got: list[torch.Tensor]) -> None:
