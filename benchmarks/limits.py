@@ -61,10 +61,15 @@ def runs(name: str, size: str) -> dict[str, Callable[..., Any]]:
     """The ways to run one model, compiled, by what each step does."""
     model = MODELS[name]
     module = model.build(size, "cpu" if size == "cpu" else "cuda")
+
+    def copied() -> torch.nn.Module:
+        """The module once more, of the same weights."""
+        return copy.deepcopy(module, {id(w): w for w in module.parameters()})
+
     found: dict[str, Callable[..., Any]] = {
-        "plain": torch.compile(copy.deepcopy(module), fullgraph=True),
-        "first block alone": torch.compile(model.truncated(copy.deepcopy(module)), fullgraph=True),
-        "graph without span": torch.compile(copy.deepcopy(module), backend=without_span, fullgraph=True),
+        "plain": torch.compile(copied(), fullgraph=True),
+        "first block alone": torch.compile(model.truncated(copied()), fullgraph=True),
+        "graph without span": torch.compile(copied(), backend=without_span, fullgraph=True),
     }
     computed, cached = {"residual_diff_threshold": 0.0}, {"residual_diff_threshold": 0.99}
     kinds: dict[str, dict[str, Any]] = {
@@ -79,7 +84,7 @@ def runs(name: str, size: str) -> dict[str, Callable[..., Any]]:
     }
     for kind, policy in kinds.items():
         options = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, **policy}
-        found[kind] = torch.compile(copy.deepcopy(module), backend="dit_cache", fullgraph=True, options=options)
+        found[kind] = torch.compile(copied(), backend="dit_cache", fullgraph=True, options=options)
     return found
 
 

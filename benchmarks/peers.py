@@ -44,8 +44,9 @@ class Process:
     running: subprocess.Popen[str]
 
     @classmethod
-    def start(cls, model: str, way: str, size: str, caches: str) -> Process:
+    def start(cls, model: str, way: str, size: str, caches: str, weights: Path | None) -> Process:
         command = [sys.executable, "-m", "benchmarks.contest.worker", model, way, size]
+        command += [] if weights is None else [str(weights)]
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
         running = subprocess.Popen(
@@ -73,10 +74,13 @@ def compare(model: str, ways: list[str], size: str, rounds: int, console: Consol
     rows: dict[str, dict[str, Any]] = {}
     alive: list[Process] = []
     with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pt" if size == "cpu" else None
+        if weights is not None:
+            torch.save(MODELS[model].build(size, "cpu").state_dict(), weights)
         for way in ways:
             begin = time.perf_counter()
             caches = str(Path(folder) / str(len(rows)))
-            cold = Process.start(model, way, size, caches)
+            cold = Process.start(model, way, size, caches, weights)
             first = cold.ask("first")
             cold.end()
             rows[way] = {"model": model, "way": way}
@@ -84,7 +88,7 @@ def compare(model: str, ways: list[str], size: str, rounds: int, console: Consol
                 rows[way]["not run"] = first["error"]
                 console.print(f"{model}: {way}: {first['error']}")
                 continue
-            process = Process.start(model, way, size, caches)
+            process = Process.start(model, way, size, caches, weights)
             again = process.ask("first")
             alive.append(process)
             rows[way] |= {"cold": first["seconds"], "second process": again["seconds"], "graphs": first["graphs"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -46,11 +47,19 @@ class Model:
     step: Callable[[torch.Tensor, float], Inputs]
     sizes: dict[str, Size]
 
-    def build(self, size: str, device: str) -> nn.Module:
-        """The module, in eval mode; bfloat16 on a GPU."""
+    def build(self, size: str, device: str, weights: Path | None = None) -> nn.Module:
+        """The module, in eval mode; bfloat16 on a GPU.
+
+        Args:
+            size: of `sizes`.
+            device: where.
+            weights: a file that they lie in; processes that read the same have them in memory once.
+        """
         torch.manual_seed(0)
         with torch.device(device):
             module = getattr(diffusers, self.kind)(**self.sizes[size].config).eval()
+        if weights is not None:
+            module.load_state_dict(torch.load(weights, mmap=True), assign=True)
         return module.to(torch.bfloat16) if device != "cpu" else module
 
     def truncated(self, module: nn.Module) -> nn.Module:
@@ -120,7 +129,7 @@ MODELS: dict[str, Model] = {
                 {
                     "num_layers": 4,
                     "num_single_layers": 8,
-                    "num_attention_heads": 6,
+                    "num_attention_heads": 12,
                     "attention_head_dim": 64,
                     "joint_attention_dim": 512,
                     "pooled_projection_dim": 256,
@@ -142,13 +151,14 @@ MODELS: dict[str, Model] = {
             "timestep": torch.full((latent.shape[0],), int(999 * time), device=latent.device),
         },
         {
+            # DiT-XL/2 at 256x256, as it was published.
             "cpu": Size(
                 {
                     "num_layers": 28,
-                    "num_attention_heads": 6,
-                    "attention_head_dim": 64,
+                    "num_attention_heads": 16,
+                    "attention_head_dim": 72,
                     "in_channels": 4,
-                    "out_channels": 4,
+                    "out_channels": 8,
                     "sample_size": 32,
                     "num_embeds_ada_norm": 1000,
                 },
@@ -179,9 +189,9 @@ MODELS: dict[str, Model] = {
             "cpu": Size(
                 {
                     "num_layers": 10,
-                    "num_attention_heads": 6,
+                    "num_attention_heads": 12,
                     "attention_head_dim": 64,
-                    "ffn_dim": 1536,
+                    "ffn_dim": 3072,
                     "text_dim": 512,
                     "freq_dim": 128,
                 },
@@ -201,9 +211,9 @@ MODELS: dict[str, Model] = {
             "cpu": Size(
                 {
                     "num_layers": 12,
-                    "num_attention_heads": 6,
+                    "num_attention_heads": 12,
                     "attention_head_dim": 64,
-                    "cross_attention_dim": 384,
+                    "cross_attention_dim": 768,
                     "caption_channels": 512,
                     "sample_size": 32,
                     "use_additional_conditions": False,

@@ -1,4 +1,4 @@
-"""One way and one model in a process of its own: ``python -m benchmarks.contest.worker MODEL WAY SIZE``.
+"""One way and one model in a process of its own: ``python -m benchmarks.contest.worker MODEL WAY SIZE [WEIGHTS]``.
 
 Takes commands as lines of JSON, and answers each with one.
 """
@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ HIT, MISS = WARMUP + 1, WARMUP + 3
 class Worker:
     """Runs one way."""
 
-    def __init__(self, model: str, way: str, size: str) -> None:
+    def __init__(self, model: str, way: str, size: str, weights: Path | None) -> None:
         self.device = "cuda" if size == "gpu" else "cpu"
         self.model, self.size = MODELS[model], size
-        self.module: nn.Module = self.model.build(size, self.device)
+        self.module: nn.Module = self.model.build(size, self.device, weights)
         self.way: Way = WAYS[way](self.module, self.model)
         self.graphs_at_first = 0
 
@@ -115,12 +116,13 @@ def main() -> None:
     # Ends with the one that gives the commands.
     ctypes.CDLL(None).prctl(1, 15)
     model, way, size = sys.argv[1:4]
+    weights = Path(sys.argv[4]) if len(sys.argv) > 4 else None
     worker: Worker | None = None
     with torch.no_grad():
         for line in sys.stdin:
             command = json.loads(line)
             try:
-                worker = worker or Worker(model, way, size)
+                worker = worker or Worker(model, way, size, weights)
                 answer = getattr(worker, command.pop("do"))(**command)
             except Exception as error:
                 answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
