@@ -4,6 +4,7 @@ from fx_cache.config import CacheConfig
 from fx_cache.control import configure, end, offload, reset
 from fx_cache.debug.explain import explain
 from fx_cache.errors import CacheWarning, FxCacheError, OptionError, SessionError
+from fx_cache.integrations.pipelines import enable
 from fx_cache.runtime.named import session
 from fx_cache.runtime.summary import summary
 
@@ -14,6 +15,7 @@ __all__ = [
     "OptionError",
     "SessionError",
     "configure",
+    "enable",
     "end",
     "explain",
     "offload",

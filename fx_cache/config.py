@@ -12,6 +12,8 @@ from fx_cache.errors import OptionError
 
 Scope = Literal["model", "stack"]
 BatchPolicy = Literal["all", "any", "per_sample"]
+StepsPolicy = Literal["dynamic", "static"]
+RefreshPolicy = Literal["once", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class CacheConfig:
             and values of the text) once a request, and keep it.
         regional: compile like blocks once, each a piece of its own; False: head, span and tail each as one piece, in
             which the compiler may fuse across blocks, in a time that grows with depth.
+        process_groups: names of the process groups whose ranks have a part of each sample, and so decide together;
+            needed only where the blocks have no collectives that show them.
         compiler: name of the Dynamo backend that compiles the pieces.
         dump_dir: folder for the graphs before and after every pass, the pieces and the report; None: no dump.
 
@@ -45,6 +49,13 @@ class CacheConfig:
         batch_policy: in a batch, whose samples have a diff each: ``"all"``: a step reuses if every sample may;
             ``"any"``: if one may; ``"per_sample"``: those that may reuse, the others compute.
         num_inference_steps: steps of a request, where known: the step after the last one starts a new request.
+        steps_computation_mask: of each step of a request 1 (it computes) or 0; None, and behind its end: the other
+            options decide. The warm-up ends with the first run of ones.
+        steps_computation_policy: what a 0 means. ``"dynamic"``: the other options decide; ``"static"``: the step reuses
+            without looking.
+        force_refresh_step_hint: number of the call of a request, counted over all its branches from 0, at which it
+            starts afresh; None: nowhere.
+        force_refresh_step_policy: ``"once"``: only there; ``"repeat"``: after every so many calls.
         max_sessions: requests that may hold cached tensors at a time; the one used longest ago is dropped for a new
             one, and computes.
         max_bytes: bytes that cached tensors may take up, where they were made; those used longest ago are dropped,
@@ -61,11 +72,16 @@ class CacheConfig:
     max_continuous_cached_steps: int = -1
     batch_policy: BatchPolicy = "all"
     num_inference_steps: int | None = None
+    steps_computation_mask: tuple[int, ...] | None = None
+    steps_computation_policy: StepsPolicy = "dynamic"
+    force_refresh_step_hint: int | None = None
+    force_refresh_step_policy: RefreshPolicy = "once"
     max_sessions: int = 32
     max_bytes: int | None = None
     scope: Scope = "model"
     hoist_invariants: bool = True
     regional: bool = True
+    process_groups: tuple[str, ...] = ()
     compiler: str = "inductor"
     dump_dir: str | None = None
 
@@ -76,8 +92,11 @@ class CacheConfig:
         _check_int(self, "warmup_interval", 1)
         _check_int(self, "max_cached_steps", -1)
         _check_int(self, "max_continuous_cached_steps", -1)
-        if self.num_inference_steps is not None:
-            _check_int(self, "num_inference_steps", 1)
+        for name in ("num_inference_steps", "force_refresh_step_hint"):
+            if getattr(self, name) is not None:
+                _check_int(self, name, 1)
+        if self.steps_computation_mask is not None:
+            object.__setattr__(self, "steps_computation_mask", _mask(self.steps_computation_mask))
         _check_int(self, "max_sessions", 1)
         if self.max_bytes is not None:
             _check_int(self, "max_bytes", 0)
@@ -86,9 +105,15 @@ class CacheConfig:
             _check_number(self, "max_accumulated_residual_diff_threshold")
         _check_choice(self, "scope", get_args(Scope))
         _check_choice(self, "batch_policy", get_args(BatchPolicy))
+        _check_choice(self, "steps_computation_policy", get_args(StepsPolicy))
+        _check_choice(self, "force_refresh_step_policy", get_args(RefreshPolicy))
         for name in ("hoist_invariants", "regional"):
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "True or False")
+        if isinstance(self.process_groups, list):
+            object.__setattr__(self, "process_groups", tuple(self.process_groups))
+        if not isinstance(self.process_groups, tuple) or not all(isinstance(g, str) for g in self.process_groups):
+            raise _invalid("process_groups", self.process_groups, "a list of group names (ProcessGroup.group_name)")
         if not isinstance(self.compiler, str) or not self.compiler:
             raise _invalid("compiler", self.compiler, "the name of a torch.compile backend")
         if self.compiler == "dit_cache":
@@ -97,6 +122,18 @@ class CacheConfig:
             object.__setattr__(self, "dump_dir", str(self.dump_dir))
         if self.dump_dir is not None and not isinstance(self.dump_dir, str):
             raise _invalid("dump_dir", self.dump_dir, "a path or None")
+
+    @classmethod
+    def checked(cls, options: Mapping[str, Any]) -> CacheConfig:
+        """A configuration of these options, all of them ours.
+
+        Raises:
+            OptionError: an unknown name or a value out of range.
+        """
+        for name in options:
+            if name not in OPTION_NAMES:
+                raise _unknown(name)
+        return cls(**options)
 
     def changed(self, changes: Mapping[str, Any]) -> CacheConfig:
         """This configuration with run-time values replaced.
@@ -117,7 +154,7 @@ class CacheConfig:
 
 COMPILE_OPTIONS = (
     *("Fn_compute_blocks", "Bn_compute_blocks", "scope"),
-    *("hoist_invariants", "regional", "compiler", "dump_dir"),
+    *("hoist_invariants", "regional", "process_groups", "compiler", "dump_dir"),
 )
 OPTION_NAMES = tuple(f.name for f in fields(CacheConfig))
 RUNTIME_OPTIONS = tuple(n for n in OPTION_NAMES if n not in COMPILE_OPTIONS)
@@ -150,6 +187,14 @@ def _unknown(name: str) -> OptionError:
 
 def _invalid(name: str, got: object, expected: str) -> OptionError:
     return OptionError(f"option {name!r}: got {got!r}; expected {expected}; correct or remove it.")
+
+
+def _mask(given: object) -> tuple[int, ...]:
+    """A mask of steps: options are compared and hashed, which a list cannot be."""
+    steps = tuple(given) if isinstance(given, list | tuple) else ()
+    if not steps or any(not isinstance(step, int) or step not in (0, 1) for step in steps):
+        raise _invalid("steps_computation_mask", given, "a list of 1 (compute) and 0, one for each step, or None")
+    return tuple(map(int, steps))
 
 
 def _check_int(config: CacheConfig, name: str, least: int) -> None:

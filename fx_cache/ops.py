@@ -28,7 +28,11 @@ class Gate(Protocol):
     """Decides one span at one step."""
 
     def __call__(
-        self, measure: Callable[[], torch.Tensor], samples: int = 1, separable: bool = False
+        self,
+        measure: Callable[[], torch.Tensor],
+        samples: int = 1,
+        separable: bool = False,
+        ranks: tuple[tuple[str, ...], torch.device] | None = None,
     ) -> bool | Mixed: ...
 
 
@@ -40,19 +44,22 @@ def check(
     *sizes: int,
     samples: int = 1,
     separable: bool = False,
+    groups: tuple[str, ...] = (),
 ) -> bool | Mixed:
     """Whether this step may reuse the span.
 
     Args:
         gate: the policy, bound to this step and slot; it asks for the diff only where it needs it.
-        measure: `residual_diff` as ``(previous, probe, *sizes) -> (diff,)``, compiled.
+        measure: `residual_diff` as ``(previous, probe, *sizes) -> (diff,)``, compiled; with groups `residual_sums`.
         probe: residual of the head's blocks at this step, any shape.
         slot: the probe of the last computed step, same shape, and what was cached with it; nothing in an empty slot.
         sizes: the integers that the probe's dynamic shape is made of.
         samples: how many samples of a batch the probe's rows belong to.
         separable: whether all that the span hands on has one row for each of them.
+        groups: names of the process groups whose ranks have a part of each sample; they decide together.
     """
-    return gate(lambda: measure(slot[0], probe, *sizes)[0], samples, separable)
+    ranks = (groups, probe.device) if groups else None
+    return gate(lambda: measure(slot[0], probe, *sizes)[0], samples, separable, ranks)
 
 
 def cond(
@@ -120,3 +127,16 @@ def residual_diff(previous: Any, probe: Any, samples: Any, ndim: int) -> Any:
         return x.abs().unflatten(0, (samples, -1)).mean(tuple(range(1, ndim + 1)))
 
     return mean(previous - probe) / mean(previous)
+
+
+def residual_sums(previous: Any, probe: Any, samples: Any, ndim: int) -> Any:
+    """The two sums that `residual_diff` is made of, of one rank's part of a probe.
+
+    Returns:
+        Tensor of shape [2, samples]: ``sum|previous - probe|`` and ``sum|previous|`` in float32.
+    """
+
+    def total(x: Any) -> Any:
+        return x.abs().float().unflatten(0, (samples, -1)).sum(tuple(range(1, ndim + 1))).unsqueeze(0)
+
+    return torch.cat((total(previous - probe), total(previous)))

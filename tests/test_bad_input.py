@@ -94,7 +94,7 @@ def test_defaults_are_those_of_cache_dit() -> None:
 
     ours, theirs = fx_cache.CacheConfig(), DBCacheConfig()
     own = ("scope", "compiler", "dump_dir", "max_sessions", "max_bytes", "batch_policy")
-    own += ("hoist_invariants", "regional")
+    own += ("hoist_invariants", "regional", "process_groups")
     shared = [n for n in fx_cache.CacheConfig.__dataclass_fields__ if n not in own]
     assert {n: getattr(ours, n) for n in shared} == {n: getattr(theirs, n) for n in shared}
 

@@ -16,8 +16,20 @@ CONFIGS = {
     "F1B0": {"Fn": 1, "Bn": 0, "max_warmup_steps": 1},
     "F2B1": {"Fn": 2, "Bn": 1, "max_warmup_steps": 2},
     "W4": {"Fn": 1, "Bn": 0, "max_warmup_steps": 4},
+    "SCM static": {
+        "Fn": 1,
+        "Bn": 0,
+        "max_warmup_steps": 3,
+        "steps_computation_policy": "static",
+        "steps_computation_mask": (1, 1, 1, 0, 0, 1, 0, 1, 0, 1),
+    },
+    "SCM dynamic": {"Fn": 1, "Bn": 0, "max_warmup_steps": 3, "steps_computation_mask": (1, 1, 0, 0, 0, 1, 0, 0, 0, 1)},
     "MC3": {"Fn": 1, "Bn": 0, "max_warmup_steps": 1, "max_continuous_cached_steps": 3},
 }
+
+
+USUAL = {"max_continuous_cached_steps": -1, "steps_computation_mask": None, "steps_computation_policy": "dynamic"}
+"""What some configurations say, and the others leave."""
 
 
 def two_thresholds(diffs: dict) -> list[float]:
@@ -28,14 +40,15 @@ def two_thresholds(diffs: dict) -> list[float]:
 
 def check_against(model, steps, scope: str, settings: dict, compiled: dict, **oracle) -> int:
     """Runs cache-dit and the backend at two thresholds; one compiled model serves all run-time settings."""
-    runtime = {"max_continuous_cached_steps": -1, **settings}
+    runtime = {**USUAL, **settings}
     cut = runtime.pop("Fn"), runtime.pop("Bn")
     if cut not in compiled:
         compiled[cut] = compile_cached(
             copy.deepcopy(model), scope=scope, Fn_compute_blocks=cut[0], Bn_compute_blocks=cut[1]
         )
         compiled[cut](**steps[0])
-    measured = run_cache_dit(model, steps, threshold=MEASURE_ONLY, **settings, **oracle)
+    unmasked = {name: value for name, value in settings.items() if "computation" not in name}
+    measured = run_cache_dit(model, steps, threshold=MEASURE_ONLY, **unmasked, **oracle)
     hits = 0
     for threshold in two_thresholds(measured.diffs):
         expected = run_cache_dit(model, steps, threshold=threshold, **settings, **oracle)

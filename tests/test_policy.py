@@ -58,9 +58,20 @@ def test_decisions_are_those_of_cache_dit(seed: int) -> None:
         max_cached_steps=rng.choice([-1, -1, 0, 3, 8]),
         max_continuous_cached_steps=rng.choice([-1, 0, 1, 2, 3]),
         max_accumulated_residual_diff_threshold=rng.choice([None, 0.0, 0.5, 2.0]),
+        # cache-dit reuses what it does not have where the very first step says 0.
+        steps_computation_mask=rng.choice([None, [1, *rng.choices([0, 1], k=29)], [1] * 6 + [0] * 24]),
+        steps_computation_policy=rng.choice(["dynamic", "static"]),
     )
     diffs = [rng.uniform(0.0, 0.7) for _ in range(30)]
     assert ours(config, diffs) == theirs(config, diffs)
+
+
+def test_behind_the_mask_the_other_options_decide() -> None:
+    config = fx_cache.CacheConfig(
+        steps_computation_mask=(1, 0, 1, 0), steps_computation_policy="static", residual_diff_threshold=0.1
+    )
+    assert ours(config, [0.5, 0.5, 0.5, 0.5, 0.5, 0.05]) == [1, 3, 5]
+    assert decide(config, Counters(), 1, filled=False).reason == "nothing cached"
 
 
 def test_a_nan_is_never_a_hit() -> None:

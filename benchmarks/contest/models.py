@@ -103,7 +103,8 @@ def _flux_prompt(module: nn.Module, size: Size, normal: Callable[..., torch.Tens
 
 
 def _dit_prompt(module: nn.Module, size: Size, normal: Callable[..., torch.Tensor]) -> Inputs:
-    return {"class_labels": torch.tensor([7], device=normal(1).device)}
+    # A class, and none: guidance, as the pipeline of this model has it.
+    return {"class_labels": torch.tensor([7, module.config.num_embeds_ada_norm], device=normal(1).device)}
 
 
 def _wan_prompt(module: nn.Module, size: Size, normal: Callable[..., torch.Tensor]) -> Inputs:
@@ -151,7 +152,7 @@ MODELS: dict[str, Model] = {
             "timestep": torch.full((latent.shape[0],), int(999 * time), device=latent.device),
         },
         {
-            # DiT-XL/2 at 256x256, as it was published.
+            # DiT-XL/2 at 256x256 with guidance, as it was published.
             "cpu": Size(
                 {
                     "num_layers": 28,
@@ -162,7 +163,7 @@ MODELS: dict[str, Model] = {
                     "sample_size": 32,
                     "num_embeds_ada_norm": 1000,
                 },
-                (1, 4, 32, 32),
+                (2, 4, 32, 32),
                 0,
             ),
             "gpu": Size(

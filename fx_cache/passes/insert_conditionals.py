@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fx_cache.ops import check, cond, residual_diff
+from fx_cache.ops import check, cond, residual_diff, residual_sums
 from fx_cache.passes.outline import (
     build,
     fake,
@@ -43,7 +44,8 @@ def insert_conditionals(gm: fx.GraphModule, context: RewriteContext) -> int:
         reuse_0(x1, ..., probe_0, slot_0_probe, slot_0_y):    y = x1 + slot_0_y;  return y, slot_0_probe, slot_0_y
 
     For a batch whose samples may be decided one by one, ``check(..., samples=2, separable=True)``; where their number
-    is a symbol, ``cond(..., by_sample=(True, ...))`` says which operands have a row for each.
+    is a symbol, ``cond(..., by_sample=(True, ...))`` says which operands have a row for each. Where blocks have
+    collectives, ``check(..., groups=("0",))`` names their process groups.
 
     Requires: `insert_probes`, `hoist_side_values`, `outline_blocks`.
     Ensures: the graph is a function of (inputs, slot state) that returns (outputs, new slot state).
@@ -99,7 +101,10 @@ def _insert(
     compute = build(gm, nodes, operands, live_outs)
     _store(compute, operands, live_outs, live_ins, probe, cached_values)
     reuse = _reuse(operands, live_outs, live_ins, stored)
-    gm.add_submodule(f"measure_{k}", _measure(probe, sizes, samples))
+    groups = span.groups or context.config.process_groups
+    if groups:
+        batch["groups"] = groups
+    gm.add_submodule(f"measure_{k}", _measure(probe, sizes, samples, residual_sums if groups else residual_diff))
     gm.add_submodule(f"compute_{k}", compute)
     gm.add_submodule(f"reuse_{k}", reuse)
 
@@ -184,8 +189,8 @@ def _number(value: Any, sizes: list[fx.Node]) -> Any:
     return next((n for n in sizes if statically_known_true(value_of(n) == value)), 1)
 
 
-def _measure(probe: fx.Node, sizes: list[fx.Node], samples: Any) -> fx.GraphModule:
-    """`residual_diff` as a graph."""
+def _measure(probe: fx.Node, sizes: list[fx.Node], samples: Any, measure: Callable[..., Any]) -> fx.GraphModule:
+    """`residual_diff` or `residual_sums` as a graph."""
     graph = fx.Graph()
     previous, now = graph.placeholder("previous"), graph.placeholder("probe")
     for node in (previous, now):
@@ -193,6 +198,6 @@ def _measure(probe: fx.Node, sizes: list[fx.Node], samples: Any) -> fx.GraphModu
     tracer = fx.proxy.GraphAppendingTracer(graph)
     numbers = {n: fx.Proxy(mark(graph.placeholder(n.name), None, value_of(n)), tracer) for n in sizes}
     count = numbers[samples] if isinstance(samples, fx.Node) else samples
-    diff = residual_diff(fx.Proxy(previous, tracer), fx.Proxy(now, tracer), count, value_of(probe).ndim)
+    diff = measure(fx.Proxy(previous, tracer), fx.Proxy(now, tracer), count, value_of(probe).ndim)
     graph.output((diff.node,))
     return fx.GraphModule({}, graph)

@@ -26,6 +26,7 @@ from fx_cache.patterns.graph import (
     within_contexts,
     written_storages,
 )
+from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.stacks import Block
 from fx_cache.patterns.work import Work
@@ -69,7 +70,7 @@ def find_invariants(
     """Values that depend on conditioning and weights alone, where keeping them saves work.
 
     Left where they are: what reads or is a tensor that is written to in place, what shares storage with an output,
-    what draws random numbers, and what stands within a context such as autocast.
+    what draws random numbers, collectives, and what stands within a context such as autocast.
 
     Args:
         graph: a captured forward.
@@ -135,6 +136,8 @@ def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, Non
         if node.op == "get_attr" and is_tensor(node):
             given.add(node)
         if node.op not in ("call_function", "call_method") or node in contexts or draws_random(node):
+            continue
+        if groups_of([node]):  # all ranks have to come to it, and one may have lost what it kept
             continue
         known = is_tensor(node) or is_tensor_sequence(node) or is_scalar(node)
         free = storage_key(node) not in returned and not touches(node, written)

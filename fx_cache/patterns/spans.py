@@ -24,6 +24,7 @@ from fx_cache.patterns.graph import (
     view_key,
     written_inputs,
 )
+from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls, with_latents_from
 from fx_cache.patterns.invariants import Invariants, find_invariants
 from fx_cache.patterns.samples import count_samples
@@ -75,6 +76,7 @@ class SpanPlan:
         blocks: for each stack, (head, span, tail) block ranges as (start, stop).
         share: the part of the graph's FLOPs that a hit saves; None where none were counted.
         samples: how many samples the probe's rows belong to, a number or a symbol.
+        groups: the process groups whose ranks have a part of each sample.
     """
 
     stacks: tuple[str, ...]
@@ -86,6 +88,7 @@ class SpanPlan:
     blocks: dict[str, Ranges]
     share: float | None
     samples: Any
+    groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,8 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
         )
     blocks = _ranges(group, fn, total - bn)
     samples = count_samples(graph, probe[1])
-    return SpanPlan(tuple(r.stack.name for r in group), head, span, (), probe, live_outs, blocks, share, samples)
+    names = tuple(r.stack.name for r in group)
+    return SpanPlan(names, head, span, (), probe, live_outs, blocks, share, samples, groups_of((*head, *span)))
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:

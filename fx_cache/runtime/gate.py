@@ -10,6 +10,7 @@ import torch
 from fx_cache.runtime.batches import MixedHit, Separation
 from fx_cache.runtime.given import Control
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
+from fx_cache.runtime.ranks import agree
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
 
@@ -47,11 +48,29 @@ class SpanGate:
         self._verdicts = [NOT_REACHED]
 
     def __call__(
-        self, measure: Callable[[], torch.Tensor], samples: int = 1, separable: bool = False
+        self,
+        measure: Callable[[], torch.Tensor],
+        samples: int = 1,
+        separable: bool = False,
+        ranks: tuple[tuple[str, ...], torch.device] | None = None,
     ) -> bool | MixedHit:
-        """Decides. The host waits for the device at most once, and not where the policy settles the step alone."""
+        """Decides. The host waits for the device at most once, and not where the policy settles the step alone.
+
+        Args:
+            measure: the diff of each sample; with `ranks` the sums that it is made of.
+            samples: their number.
+            separable: whether each may be decided by itself.
+            ranks: the process groups that decide together, and where the probe is; None: this rank alone.
+        """
+        diffs: list[float] | None
         verdicts = self._settle(samples, separable)
-        if self._branch.pending and any(v.reuse is not False for v in verdicts):
+        if ranks is not None:
+            if self._branch.pending:
+                self._store.read_pending(self._branch, self._program)
+                verdicts = self._settle(samples, separable)
+            sums = measure() if any(v.reuse is None for v in verdicts) else None
+            verdicts, diffs = agree(verdicts, sums, *ranks)
+        elif self._branch.pending and any(v.reuse is not False for v in verdicts):
             diff = measure() if any(v.reuse is None for v in verdicts) else None
             diffs = self._store.read_pending(self._branch, self._program, diff)
             verdicts = self._settle(samples, separable)

@@ -93,9 +93,8 @@ def session(
     changes = dict(config or {})
     if num_inference_steps is not None:
         changes["num_inference_steps"] = num_inference_steps
-    if changes:
-        CacheConfig().changed(changes)
-    token = _named.set(NamedSession(name, branch, step, tuple(sorted(changes.items()))))
+    checked = CacheConfig().changed(changes)
+    token = _named.set(NamedSession(name, branch, step, tuple((n, getattr(checked, n)) for n in sorted(changes))))
     try:
         yield
     finally:

@@ -66,8 +66,17 @@ def decide(config: CacheConfig, counters: Counters, step: int, *, filled: bool) 
         step: number of the step within the request, from 0.
         filled: whether the slot holds a probe and what was computed with it.
     """
-    if step in range(0, config.max_warmup_steps, config.warmup_interval):
+    mask = config.steps_computation_mask
+    warmup = config.max_warmup_steps
+    if mask is not None:
+        warmup = min(warmup, (*mask, 0).index(0))
+    if step in range(0, warmup, config.warmup_interval):
         return Verdict(False, "warm-up")
+    if mask is not None and step < len(mask):
+        if mask[step]:
+            return Verdict(False, "steps_computation_mask")
+        if config.steps_computation_policy == "static":
+            return Verdict(True) if filled else Verdict(False, "nothing cached")
     if 0 <= config.max_cached_steps <= len(counters.hits):
         return Verdict(False, "max_cached_steps")
     if 0 <= config.max_continuous_cached_steps <= counters.continuous:

@@ -201,6 +201,7 @@ class Store:
         self._branches.move_to_end(key)
         branch.config = config
         self._advance(branch, program, given.schedule, named)
+        self._refresh(branch, named)
         self._make_room(branch)
         if given.doubt is not None and (named is None or named.branch is None):
             branch.doubt, branch.doubt_until = given.doubt, FOREVER
@@ -299,6 +300,26 @@ class Store:
         self._apply(branch, move, named)
         if twice and branch.doubt is None:
             branch.doubt, branch.doubt_until = STEP_REPEATED, branch.record.step
+
+    def _refresh(self, branch: Branch, named: NamedSession | None) -> None:
+        """Counts the calls of a request, and starts all its branches afresh where the configuration says so."""
+        session, config = branch.session, branch.config
+        assert session is not None
+        number, hint = session.calls, config.force_refresh_step_hint
+        session.calls += 1
+        if hint is None or number == 0 or number % hint:
+            return
+        if config.force_refresh_step_policy == "once" and (session.refreshed or number != hint):
+            return
+        for other in [b for b in self._branches.values() if b.session is session and b is not branch]:
+            self.discard(other)
+        step = branch.record.step
+        if step > branch.record.began:
+            self.restart(branch, named)
+            if named is not None and named.step is not None:
+                branch.record.step = branch.record.began = step
+        assert branch.session is not None
+        branch.session.calls, branch.session.refreshed = 1, True
 
     def _go_to(self, branch: Branch, step: int, named: NamedSession | None) -> None:
         """Goes on to a step whose number is given."""

@@ -123,11 +123,21 @@ class BranchRecord:
 
 @dataclass
 class SessionRecord:
-    """One request, as statistics."""
+    """One request, as statistics.
+
+    Attributes:
+        name: the caller's, or ours.
+        named: whether it is the caller's.
+        branches: its passes.
+        calls: of all branches together.
+        refreshed: whether it goes on with a request that was told to start afresh.
+    """
 
     name: str
     named: bool
     branches: list[BranchRecord] = field(default_factory=list)
+    calls: int = 0
+    refreshed: bool = False
 
 
 class Branch:

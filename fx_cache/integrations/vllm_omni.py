@@ -1,0 +1,256 @@
+"""``--cache-backend dit_cache`` for vLLM-Omni.
+
+Two ways to it, which do the same:
+
+- installed beside the engine, this is found as a plugin (entry point ``vllm_omni.general_plugins``);
+- with no plugin, ``diffusion_model_runner_cls="fx_cache.integrations.vllm_omni.DitCacheRunner"``.
+
+While the engine loads a model the runner hides the name of the backend: several of the engine's pipelines, and its step
+mode, refuse every cache backend, since those that it knows hook into blocks and hold one request's state. What is named
+here compiles whole transformers, and holds each request's state by its id.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from torch import nn
+from vllm_omni.diffusion.cache import selector
+from vllm_omni.diffusion.cache.base import CacheBackend
+from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.worker import diffusion_model_runner
+from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
+from vllm_omni.diffusion.worker.input_batch import InputBatch
+
+import fx_cache
+from fx_cache.config import OPTION_NAMES
+from fx_cache.errors import OptionError
+from fx_cache.integrations.pipelines import Enabled, denoisers, enable_modules
+from fx_cache.profiles import recommended
+
+NAME = "dit_cache"
+
+DEFAULTS = {
+    "Fn_compute_blocks": 1,
+    "max_warmup_steps": 4,
+    "residual_diff_threshold": 0.24,
+    "max_continuous_cached_steps": 3,
+}
+"""Where the engine's defaults for cache-dit are other than cache-dit's own."""
+
+_ELSEWHERE = {"scm_steps_mask_policy", "scm_steps_policy", "profiles", "num_inference_steps"}
+"""Keys of the engine's that are read here, and are no options of the backend."""
+
+logger = logging.getLogger("vllm_omni.fx_cache")
+
+
+class DitCacheBackend(CacheBackend):
+    """The backend as the engine calls it: `enable` once, `refresh` at each request."""
+
+    def __init__(self, config: Any = None) -> None:
+        """
+        Args:
+            config: the engine's `DiffusionCacheConfig`, or its keys; those of cache-dit, and ``profiles``: options by
+                patterns of class names (see :func:`fx_cache.enable`).
+
+        Raises:
+            OptionError: a key that no one here knows, or a wrong value.
+        """
+        super().__init__(
+            config if isinstance(config, DiffusionCacheConfig) else DiffusionCacheConfig.from_dict(config or {})
+        )
+        self._options, self._profiles = read_config(self.config)
+        self._steps: int | None = None
+        self.handle: Enabled | None = None
+
+    def enable(self, pipeline: Any) -> None:
+        """Compiles every transformer of a pipeline whole, instead of what the engine has compiled of them."""
+        modules = transformers(pipeline)
+        self.handle = enable_modules(
+            modules, self._options, type(pipeline), profile=self._profiles, fullgraph=False, dynamic=None
+        )
+        self.enabled = True
+        logger.info("dit_cache runs %s of %s", ", ".join(modules), type(pipeline).__name__)
+
+    def refresh(self, pipeline: Any, num_inference_steps: int | None, verbose: bool = True) -> None:
+        """A request begins. Nothing has to be forgotten for that: requests are told apart."""
+        self._steps = num_inference_steps
+
+    def disable(self, pipeline: Any) -> None:
+        """Runs the transformers as they ran before."""
+        if self.handle is not None:
+            self.handle.disable()
+        self.enabled = False
+
+    def of_request(self, requests: int) -> dict[str, Any]:
+        """The options of the present request, or of several that are run as one batch."""
+        found: dict[str, Any] = {} if requests == 1 else {"batch_policy": "per_sample"}
+        policy = self.config.scm_steps_mask_policy
+        steps = self._steps
+        if policy is not None and steps is not None and (steps >= 8 or steps in (4, 6)):
+            import cache_dit
+
+            found["steps_computation_mask"] = cache_dit.steps_mask(mask_policy=policy, total_steps=steps)
+            found["steps_computation_policy"] = self.config.scm_steps_policy
+        return found
+
+
+def read_config(config: DiffusionCacheConfig) -> tuple[dict[str, Any], Any]:
+    """Our options among the engine's, and the profiles.
+
+    Options that are as the engine has them by default count as not given: a profile goes before those.
+
+    Raises:
+        OptionError: a key of another cache backend, one that nobody knows, or something that is not supported.
+    """
+    usual = {
+        f.name: f.default
+        if f.default is not MISSING
+        else f.default_factory()
+        if f.default_factory is not MISSING
+        else None
+        for f in fields(DiffusionCacheConfig)
+        if not f.name.startswith("_")
+    }
+    given = {name: getattr(config, name) for name in usual if getattr(config, name) != usual[name]}
+    given |= config._extra_params
+    if given.pop("enable_taylorseer", False):
+        raise OptionError(
+            "option 'enable_taylorseer': got True; expected False, since dit_cache reuses residuals and does not "
+            "extrapolate them; remove it, or use --cache-backend cache_dit."
+        )
+    given.pop("taylorseer_order", None)
+    for name in [*given]:
+        if name not in OPTION_NAMES and name not in _ELSEWHERE:
+            raise OptionError(
+                f"cache_config key {name!r}: got a key that is none of dit_cache's; expected those of cache_dit, of "
+                "fx_cache.CacheConfig, or 'profiles'; remove it, or use the cache backend that it belongs to."
+            )
+    profiles = {"*": DEFAULTS, **recommended(), **(given.get("profiles") or {})}
+    return {name: value for name, value in given.items() if name not in _ELSEWHERE}, profiles
+
+
+def transformers(pipeline: Any) -> dict[str, nn.Module]:
+    """The transformers of one of the engine's pipelines, by their names, dotted ones too.
+
+    Raises:
+        OptionError: there is none.
+    """
+    wrapped = getattr(pipeline, "_pipeline", None)
+    if wrapped is not None:  # one of diffusers
+        return denoisers(wrapped)
+    names = getattr(pipeline, "_dit_modules", None) or ("transformer", "transformer_2")
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        part: Any = pipeline
+        for attribute in name.split("."):
+            part = getattr(part, attribute, None)
+        if isinstance(part, nn.Module):
+            found[name] = part
+    if not found:
+        raise OptionError(
+            f"dit_cache: got {type(pipeline).__name__} with no module at {', '.join(names)}; expected a pipeline that "
+            "names its denoisers in _dit_modules; name them there, or run it without --cache-backend."
+        )
+    return found
+
+
+class DitCacheRunner(DiffusionModelRunner):
+    """The engine's runner; with ``cache_backend="dit_cache"`` every request is a session of its id."""
+
+    _dit_cache: DitCacheBackend | None = None
+    _steps: _ByRequest | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        wanted = self.od_config.cache_backend == NAME
+        if wanted:
+            self.od_config.cache_backend = "none"
+        super().load_model(*args, **kwargs)
+        if not wanted:
+            return
+        try:
+            backend = DitCacheBackend(self.od_config.cache_config)
+            backend.enable(self.pipeline)
+        except Exception as error:
+            logger.error("dit_cache is off, and %s runs uncached: %s", type(self.pipeline).__name__, error)
+            return
+        self._dit_cache = self.cache_backend = backend
+        if hasattr(self.pipeline, "denoise_step"):
+            self._steps = self.pipeline.denoise_step = _ByRequest(self.pipeline.denoise_step, backend)
+
+    def _execute_request_list(self, reqs: list[Any], **kwargs: Any) -> Any:
+        backend = self._dit_cache
+        if backend is None:
+            return super()._execute_request_list(reqs, **kwargs)
+        name = "+".join(req.request_id for req in reqs)
+        params = reqs[0].sampling_params
+        given = params.num_inference_steps or getattr(self.pipeline, "default_num_inference_steps", None)
+        backend.refresh(self.pipeline, given)
+        try:
+            with fx_cache.session(name, config=backend.of_request(len(reqs))):
+                outputs = super()._execute_request_list(reqs, **kwargs)
+        finally:
+            fx_cache.end(name)
+        if self.od_config.enable_cache_dit_summary and backend.handle is not None:
+            logger.info("dit_cache, request %s:\n%s", name, backend.handle.summary(name))
+        return outputs
+
+    def _refresh_cache_for_requests(self, reqs: list[Any], **kwargs: Any) -> None:
+        if self._dit_cache is None:
+            super()._refresh_cache_for_requests(reqs, **kwargs)
+
+    def execute_stepwise(self, scheduler_output: Any) -> Any:
+        outputs = super().execute_stepwise(scheduler_output)
+        if self._steps is not None:
+            for output in outputs.runner_outputs:
+                if output.finished:
+                    self._steps.forget(output.request_id)
+        return outputs
+
+
+class _ByRequest:
+    """A pipeline's step, one request after another, so that what one gets depends on no other.
+
+    Who is in a batch changes from step to step. The tensors of each request's own batch stay the same ones: by them its
+    passes are told apart.
+    """
+
+    def __init__(self, denoise_step: Callable[..., Any], backend: DitCacheBackend) -> None:
+        self._denoise_step = denoise_step
+        self._backend = backend
+        self._batches: dict[str, InputBatch] = {}
+
+    def __call__(self, input_batch: InputBatch, states: Sequence[Any] = (), **kwargs: Any) -> Any:
+        made = []
+        for state in states:
+            batch = InputBatch.make_batch([state], cached_batch=self._batches.get(state.request_id))
+            self._batches[state.request_id] = batch
+            self._backend.refresh(None, None if state.timesteps is None else len(state.timesteps))
+            options = self._backend.of_request(1)
+            with fx_cache.session(state.request_id, step=state.step_index, config=options):
+                made.append(self._denoise_step(batch, states=[state], **kwargs))
+        return None if any(m is None for m in made) else torch.cat(made)
+
+    def forget(self, request: str) -> None:
+        """A request is over."""
+        self._batches.pop(request, None)
+        fx_cache.end(request)
+
+
+def get_cache_backend(name: str | None, config: Any) -> CacheBackend | None:
+    """The engine's selector, which knows this backend too."""
+    return DitCacheBackend(config) if name == NAME else _get_cache_backend(name, config)
+
+
+_get_cache_backend = selector.get_cache_backend
+
+
+def register() -> None:
+    """The plugin: puts this backend where the engine looks for one, and this runner for its own."""
+    selector.get_cache_backend = get_cache_backend
+    diffusion_model_runner.get_cache_backend = get_cache_backend
+    diffusion_model_runner.DiffusionModelRunner = DitCacheRunner

@@ -1,0 +1,95 @@
+"""Several ranks decide together. Oracles: one rank, and each other; by ``torchrun`` with gloo, 2 and 4 processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fx_cache.patterns.groups import groups_of
+from fx_cache.runtime.ranks import ANOTHER
+
+WORKER = Path(__file__).with_name("ranks.py")
+SECONDS = 240
+"""After which ranks are said to wait for each other for ever."""
+
+
+def launch(case: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """What each rank found."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, str(WORKER), case, str(folder)], capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{ranks}-{rank}.pt") for rank in range(ranks)]
+
+
+def together(case: str, found: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """The outputs of all ranks as one rank has them."""
+    steps = zip(*(f["outputs"] for f in found), strict=True)
+    return [torch.cat(parts, dim=1) if case.startswith("tokens") else parts[0] for parts in steps]
+
+
+def assert_agreed(found: list[dict[str, Any]]) -> list[int]:
+    """The hits, the same on every rank."""
+    assert all(f["hits"] == found[0]["hits"] for f in found)
+    return found[0]["hits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", ["heads", "tokens"])
+def test_as_on_one_rank(case: str, ranks: int, tmp_path: Path) -> None:
+    """Tensor parallel: each rank has the whole probe. Sequence parallel: each has the part of its tokens."""
+    (alone,) = launch(case, 1, tmp_path)
+    found = launch(case, ranks, tmp_path)
+    assert assert_agreed(found) == alone["hits"]
+    assert 0 < len(alone["hits"]) < len(alone["outputs"]) - 1
+    for step, diff in alone["diffs"].items():
+        assert all(f["diffs"][step] == pytest.approx(diff, rel=1e-3) for f in found)
+    for expected, got in zip(alone["outputs"], together(case, found), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tokens pushed", "heads pushed"])
+def test_one_rank_over_the_threshold(case: str, tmp_path: Path) -> None:
+    found = launch(case, 2, tmp_path)
+    assert 5 not in assert_agreed(found)
+    assert all(f["misses"][5] == "diff >= threshold" for f in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tokens lost", "heads lost"])
+def test_one_rank_that_has_nothing_cached(case: str, tmp_path: Path) -> None:
+    """It cannot reuse, so none may: else it would wait in the blocks' collectives for ever."""
+    found = launch(case, 2, tmp_path)
+    assert ANOTHER in found[0]["misses"].values()
+    assert together(case, found)[-1].isfinite().all()
+
+
+@pytest.mark.slow
+def test_500_steps(tmp_path: Path) -> None:
+    assert len(assert_agreed(launch("tokens long", 2, tmp_path))) > 100
+
+
+@pytest.mark.slow
+def test_ranks_with_requests_of_their_own_do_not_wait(tmp_path: Path) -> None:
+    """Each is the only one in its group, and runs as many steps as it has."""
+    found = launch("heads different", 2, tmp_path)
+    assert all(f["hits"] for f in found)
+
+
+def test_groups_are_read_from_collectives() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x = graph.call_function(torch.ops._c10d_functional.all_reduce, (x, "sum", "first"))
+    x = graph.call_function(torch.ops._c10d_functional.wait_tensor, (x,))
+    x = graph.call_function(torch.ops._c10d_functional.all_gather_into_tensor.default, (x, 2, "second"))
+    x = graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum"), {"group_name": "first"})
+    graph.call_function(torch.add, (x, x))
+    assert groups_of(graph.nodes) == ("first", "second")
