@@ -10,7 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SUFFIX = {"text_to_image": ".png", "image_edit": ".png", "video": ".gif"}
-STEPS = "8"
+STEPS = "28"
 
 
 def run(name: str, folder: Path, backend: str) -> tuple[str, bytes]:

@@ -69,7 +69,7 @@ class SpanGate:
                 self._store.read_pending(self._branch, self._program)
                 verdicts = self._settle(samples, separable)
             sums = measure() if any(v.reuse is None for v in verdicts) else None
-            verdicts, diffs = agree(verdicts, sums, *ranks)
+            verdicts, diffs = agree(verdicts, samples, sums, *ranks)
         elif self._branch.pending and any(v.reuse is not False for v in verdicts):
             diff = measure() if any(v.reuse is None for v in verdicts) else None
             diffs = self._store.read_pending(self._branch, self._program, diff)

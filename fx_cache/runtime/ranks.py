@@ -16,7 +16,11 @@ ANOTHER = "another rank computes"
 
 
 def agree(
-    verdicts: Sequence[Verdict], sums: torch.Tensor | None, groups: Sequence[str], device: torch.device
+    verdicts: Sequence[Verdict],
+    samples: int,
+    sums: torch.Tensor | None,
+    groups: Sequence[str],
+    device: torch.device,
 ) -> tuple[list[Verdict], list[float]]:
     """What all ranks of some groups decide, and the diff of all their parts of a probe; each of them has to call this.
 
@@ -24,33 +28,33 @@ def agree(
     cannot know what the others have.
 
     Args:
-        verdicts: what this rank has settled, of each sample.
+        verdicts: what this rank has settled: of each sample, or of all together.
+        samples: their number.
         sums: of this rank's part of the probe, shape [2, samples] (`residual_sums`); None: it has not measured.
         groups: names of process groups.
         device: where the probe is.
 
     Returns:
-        The verdicts, and the diff of each sample; nan where a rank has not measured it.
+        As many verdicts, and the diff of each sample; nan where a rank has not measured it.
 
     Raises:
         SessionError: there is no such group.
     """
     votes = [[float(v.reuse is False) for v in verdicts], [float(v.reuse is True) for v in verdicts]]
-    rows = torch.zeros(4, len(verdicts), device=device)
+    rows = torch.zeros(4, samples, device=device)
     rows[2:] = torch.tensor(votes, device=device)
     if sums is not None:
         rows[:2] = sums
     for group in groups:
         distributed.all_reduce(rows, group=_resolve(group))
+    moved, sizes, against, sure = rows.tolist()
     settled: list[Verdict] = []
-    diffs: list[float] = []
-    for verdict, moved, size, against, sure in zip(verdicts, *rows.tolist(), strict=True):
-        if against:
+    for verdict, no, yes in zip(verdicts, against, sure, strict=False):
+        if no:
             settled.append(verdict if verdict.reuse is False else Verdict(False, ANOTHER))
         else:
-            settled.append(Verdict(True) if sure else Verdict(None))
-        diffs.append(moved / size if size else float("nan"))
-    return settled, diffs
+            settled.append(Verdict(True) if yes else Verdict(None))
+    return settled, [m / size if size else float("nan") for m, size in zip(moved, sizes, strict=True)]
 
 
 def _resolve(name: Any) -> distributed.ProcessGroup:
