@@ -74,7 +74,8 @@ class DitCacheBackend(CacheBackend):
             modules, self._options, type(pipeline), profile=self._profiles, fullgraph=False, dynamic=None
         )
         self.enabled = True
-        logger.info("dit_cache runs %s of %s", ", ".join(modules), type(pipeline).__name__)
+        for name, options in self.handle.options.items():
+            logger.info("dit_cache runs %s of %s with %s", name, type(pipeline).__name__, options)
 
     def refresh(self, pipeline: Any, num_inference_steps: int | None, verbose: bool = True) -> None:
         """A request begins. Nothing has to be forgotten for that: requests are told apart."""

@@ -1,0 +1,112 @@
+"""The real engine, on a CPU, with and without the cache. Oracles: its own uncached images, and a request run alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm_omni")
+
+HERE = Path(__file__).parent
+STEPS, SIZE = 8, 64
+A, B, AGAIN = (["a cat"], 1, SIZE, STEPS), (["a dog"], 2, SIZE, STEPS), (["a cat"], 1, SIZE, STEPS)
+NEVER = {"cache_backend": "dit_cache", "cache_config": {"residual_diff_threshold": 0.0, "compiler": "eager"}}
+ALWAYS = {"cache_backend": "dit_cache", "cache_config": {"residual_diff_threshold": 2.0, "compiler": "eager"}}
+SUMMARY = {"enable_cache_dit_summary": True}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny pipeline."""
+    folder = tmp_path_factory.mktemp("klein")
+    subprocess.run([sys.executable, str(HERE / "klein.py"), str(folder)], check=True, capture_output=True)
+    return str(folder)
+
+
+def run(model: str, options: dict[str, Any], requests: list[Any], **environment: str) -> tuple[list[list[str]], str]:
+    """The digests of the images, and everything that the engine said."""
+    command = [sys.executable, str(HERE / "images.py"), model, json.dumps(options), json.dumps(requests)]
+    settings = {"VLLM_TARGET_DEVICE": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **environment}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **settings}, check=False
+    )
+    said = done.stdout + done.stderr
+    found = re.findall(r"DIGESTS (.*)", said)
+    assert found, said[-4000:]
+    return json.loads(found[-1]), said
+
+
+def hits(said: str) -> list[int]:
+    """Of each request, as the summaries have them."""
+    rows = [line.split("│") for line in said.splitlines() if "│ branch-" in line and "dummy" not in line]
+    return [int(row[5]) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def uncached(model: str) -> list[list[str]]:
+    """The images of A and B without a cache."""
+    return run(model, {}, [A, B])[0]
+
+
+@pytest.fixture(scope="session")
+def cached(model: str) -> tuple[list[list[str]], str]:
+    """A, B and A again, with every step reused that may be."""
+    return run(model, ALWAYS | SUMMARY, [A, B, AGAIN])
+
+
+def test_a_policy_that_never_reuses_gives_the_same_images(model: str, uncached: list[list[str]]) -> None:
+    images, said = run(model, NEVER | SUMMARY, [A, B])
+    assert images == uncached
+    assert hits(said) == [0, 0]
+
+
+def test_requests_reuse_and_do_not_meet(cached: tuple[list[list[str]], str], uncached: list[list[str]]) -> None:
+    images, said = cached
+    # Four to begin with, three reused, and then one must be computed.
+    assert hits(said) == [3, 3, 3]
+    assert images[0] == images[2] != images[1]
+    assert images[:2] != uncached
+
+
+def test_a_profile_is_kept_through_every_request(cached: tuple[list[list[str]], str], model: str) -> None:
+    """Two blocks in the head, as this model has it; another number where the user says so."""
+    _, said = cached
+    assert re.search(r"dit_cache runs transformer of Flux2KleinPipeline with .*'Fn_compute_blocks': 2", said)
+    masked = {**ALWAYS["cache_config"], "scm_steps_mask_policy": "medium", "scm_steps_policy": "static"}
+    _, said = run(model, ALWAYS | SUMMARY | {"cache_config": masked}, [A, B])
+    assert "'Fn_compute_blocks': 2" in said
+    assert hits(said) == [2, 2]  # 11110101
+    other = {**ALWAYS["cache_config"], "profiles": {"Flux2Klein*": {"Fn_compute_blocks": 3}}}
+    _, said = run(model, ALWAYS | SUMMARY | {"cache_config": other}, [A])
+    assert "'Fn_compute_blocks': 3" in said
+
+
+def test_without_the_plugin(model: str, cached: tuple[list[list[str]], str]) -> None:
+    runner = {"diffusion_model_runner_cls": "fx_cache.integrations.vllm_omni.DitCacheRunner"}
+    images, said = run(model, ALWAYS | SUMMARY | runner, [A, B, AGAIN], VLLM_PLUGINS="omni_cpu")
+    assert (images, hits(said)) == (cached[0], [3, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"rel_l1_thresh": 0.3}, "cache_config key 'rel_l1_thresh': got a key that is none of dit_cache's"),
+        ({"Fn_compute_blocks": 0}, "'Fn_compute_blocks': got 0; expected an integer >= 1"),
+        ({"enable_taylorseer": True}, "'enable_taylorseer': got True; expected False"),
+    ],
+)
+def test_what_cannot_be_enabled_leaves_the_engine_serving(
+    model: str, uncached: list[list[str]], config: dict[str, Any], match: str
+) -> None:
+    images, said = run(model, {"cache_backend": "dit_cache", "cache_config": config}, [A])
+    assert images == uncached[:1]
+    lines = [line for line in said.splitlines() if "dit_cache is off" in line]
+    assert len(lines) == 1
+    assert match in lines[0]
