@@ -1,18 +1,23 @@
-# make demo | make test | make coverage | make check: each makes the virtual environment it needs, once.
+# make demo | make test | make test-engine | make coverage | make check: each makes the environment it needs, once.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINE := .venv-engine
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 # Threads that wait must not spin: the machines that run this are small and shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test coverage check clean
+.PHONY: demo test test-engine coverage check clean
 
 demo: $(VENV)/ready
 	$(BIN)/fx-cache demo --out out/demo
 
-test: $(VENV)/ready
+test: $(VENV)/ready test-engine
 	$(BIN)/pytest -n 2 --dist worksteal --durations=10
+
+# The serving engine, in an environment of its own: it pins other versions.
+test-engine: $(ENGINE)/ready
+	VLLM_TARGET_DEVICE=cpu $(ENGINE)/bin/python -m pytest -c tests/engine/pytest.ini tests/engine --durations=5
 
 # By itself: counting lines takes as long again as most tests, since it counts the compiler's too.
 coverage: $(VENV)/ready
@@ -31,5 +36,9 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
+$(ENGINE)/ready: scripts/install_engine.sh constraints.txt pyproject.toml $(wildcard tests/engine/platform/*/*.py)
+	PYTHON=$(PYTHON) scripts/install_engine.sh $(ENGINE)
+	touch $@
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(ENGINE) out

@@ -13,7 +13,7 @@ here compiles whole transformers, and holds each request's state by its id.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -164,7 +164,7 @@ class DitCacheRunner(DiffusionModelRunner):
     """The engine's runner; with ``cache_backend="dit_cache"`` every request is a session of its id."""
 
     _dit_cache: DitCacheBackend | None = None
-    _steps: _ByRequest | None = None
+    _steps: ByRequest | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         wanted = self.od_config.cache_backend == NAME
@@ -181,7 +181,7 @@ class DitCacheRunner(DiffusionModelRunner):
             return
         self._dit_cache = self.cache_backend = backend
         if hasattr(self.pipeline, "denoise_step"):
-            self._steps = self.pipeline.denoise_step = _ByRequest(self.pipeline.denoise_step, backend)
+            self._steps = ByRequest(self.pipeline, backend)
 
     def _execute_request_list(self, reqs: list[Any], **kwargs: Any) -> Any:
         backend = self._dit_cache
@@ -213,17 +213,26 @@ class DitCacheRunner(DiffusionModelRunner):
         return outputs
 
 
-class _ByRequest:
+class ByRequest:
     """A pipeline's step, one request after another, so that what one gets depends on no other.
 
-    Who is in a batch changes from step to step. The tensors of each request's own batch stay the same ones: by them its
-    passes are told apart.
+    Who is in a batch changes from step to step, and with it how far prompts are padded. So every request has a batch of
+    its own, made before it meets others, whose tensors stay the same ones: by them its passes are told apart.
     """
 
-    def __init__(self, denoise_step: Callable[..., Any], backend: DitCacheBackend) -> None:
-        self._denoise_step = denoise_step
+    def __init__(self, pipeline: Any, backend: DitCacheBackend) -> None:
+        self._prepare_encode = pipeline.prepare_encode
+        self._denoise_step = pipeline.denoise_step
         self._backend = backend
         self._batches: dict[str, InputBatch] = {}
+        pipeline.prepare_encode = self.prepare_encode
+        pipeline.denoise_step = self
+
+    def prepare_encode(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        """A request begins."""
+        result = self._prepare_encode(state, *args, **kwargs)
+        self._batches[state.request_id] = InputBatch.make_batch([state])
+        return result
 
     def __call__(self, input_batch: InputBatch, states: Sequence[Any] = (), **kwargs: Any) -> Any:
         made = []
