@@ -18,8 +18,12 @@ pip -c "$pins" "transformers<5.15,>=5.13.0" diffusers==0.40.0 accelerate==1.12.0
   pyzmq cloudpickle msgspec pydantic psutil cachetools cbor2 aiohttp openai-harmony openai pybase64 uvloop py-cpuinfo \
   prometheus-client "fastapi<0.137" partial-json-parser apache-tvm-ffi llguidance tiktoken loguru omegaconf prettytable \
   av janus pytest rich typer
-pip --no-deps -c "$pins" xgrammar torchvision==0.28.0
+# For its server.
+pip -c "$pins" soundfile websockets uvicorn watchfiles model-hosting-container-standards ijson mistral-common \
+  python-multipart prometheus-fastapi-instrumentator pydantic-settings
+pip --no-deps -c "$pins" xgrammar torchvision==0.28.0 torchaudio
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+rm -f "$site"/torchaudio/lib/_torchaudio*.so "$site"/torchaudio/_torchaudio*.so  # made for CUDA
 cp "$root/tests/engine/torchvision_ops.py" "$site/torchvision_ops.py"
 echo "import torchvision_ops" > "$site/torchvision_ops.pth"
 build=$(mktemp -d)

@@ -132,7 +132,7 @@ def test_recommended_profiles_hold_what_is_known() -> None:
         (object(), {}, "got object with no module"),
         (None, {"Fn_compute_block": 1}, "'Fn_compute_blocks'"),
         (None, {"Fn_compute_blocks": 0}, "integer >= 1"),
-        (None, {"profile": "recomended"}, "profile: got 'recomended'"),
+        (None, {"profile": "recommend"}, "profile: got 'recommend'"),
         (None, {"profile": {"*": {"Fn_block": 2}}}, "unknown name"),
     ],
 )

@@ -12,6 +12,7 @@ here compiles whole transformers, and holds each request's state by its id.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -22,6 +23,7 @@ from torch import nn
 from vllm_omni.diffusion.cache import selector
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 from vllm_omni.diffusion.worker import diffusion_model_runner
 from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
 from vllm_omni.diffusion.worker.input_batch import InputBatch
@@ -73,6 +75,8 @@ class DitCacheBackend(CacheBackend):
         self.handle = enable_modules(
             modules, self._options, type(pipeline), profile=self._profiles, fullgraph=False, dynamic=None
         )
+        for module in modules.values():
+            _leave_no_depth(module)
         self.enabled = True
         for name, options in self.handle.options.items():
             logger.info("dit_cache runs %s of %s with %s", name, type(pipeline).__name__, options)
@@ -98,6 +102,29 @@ class DitCacheBackend(CacheBackend):
             found["steps_computation_mask"] = cache_dit.steps_mask(mask_policy=policy, total_steps=steps)
             found["steps_computation_policy"] = self.config.scm_steps_policy
         return found
+
+
+def _leave_no_depth(module: nn.Module) -> None:
+    """Puts the engine's count of nested shards back after each call.
+
+    Some transformers count up at each call and never down. The captured code depends on the count: it would be captured
+    anew at every step, and after a few steps not at all.
+    """
+    compiled = module._compiled_call_impl
+    assert compiled is not None
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not is_forward_context_available():
+            return compiled(*args, **kwargs)
+        context = get_forward_context()
+        depth = context._sp_shard_depth
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            context._sp_shard_depth = depth
+
+    module._compiled_call_impl = call
 
 
 def read_config(config: DiffusionCacheConfig) -> tuple[dict[str, Any], Any]:

@@ -1,0 +1,339 @@
+"""The engine's own transformers with small random weights, and the calls that a request makes to each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+ROOT = "vllm_omni.diffusion.models."
+STEPS = 8
+Inputs = dict[str, Any]
+
+
+def normal(generator: Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One transformer of the engine.
+
+    Attributes:
+        path: of its class, behind `ROOT`.
+        build: makes it, from its class and the engine's configuration.
+        prompt: what is given unchanged at every step of a request.
+        latent: names and shapes of what is denoised.
+        time: name of the timestep; empty: there is none.
+        listed: whether it takes a list of latents.
+        settings: of the engine's configuration of a transformer.
+        low: whether it has bfloat16 weights.
+    """
+
+    path: str
+    build: Callable[[Any, Any], nn.Module]
+    prompt: Callable[[Generator], Inputs]
+    latent: dict[str, tuple[int, ...]]
+    time: str = "timestep"
+    listed: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    low: bool = False
+
+    def make(self, config: Any) -> nn.Module:
+        """The module, with its weights."""
+        module, name = self.path.rsplit(".", 1)
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16 if self.low else usual)
+        try:
+            made = self.build(getattr(import_module(ROOT + module), name), config)
+        finally:
+            torch.set_default_dtype(usual)
+        generator = Generator().manual_seed(1)
+        for name, weight in made.named_parameters():
+            noise = normal(generator, *weight.shape)
+            around_one = weight.ndim == 1 and "norm" in name and name.endswith("weight")
+            weight.copy_(1 + 0.1 * noise if around_one else 0.5 * noise / max(1, weight.shape[-1]) ** 0.5)
+        for part in made.modules():
+            # What the engine does with weights that it has loaded.
+            method = getattr(part, "quant_method", None)
+            if hasattr(method, "process_weights_after_loading"):
+                method.process_weights_after_loading(part)
+        return made.eval()
+
+    def request(self, seed: int) -> list[Inputs]:
+        """The calls of one request."""
+        generator = Generator().manual_seed(seed)
+        fixed = self.prompt(generator)
+        start = {name: normal(generator, *shape) for name, shape in self.latent.items()}
+        drift = {name: normal(generator, *shape) for name, shape in self.latent.items()}
+        steps: list[Inputs] = []
+        for i in range(STEPS):
+            moved: Inputs = {name: value + 0.05 * i * drift[name] for name, value in start.items()}
+            if self.low:
+                moved = {name: value.bfloat16() for name, value in moved.items()}
+            if self.listed:
+                moved = {name: [value] for name, value in moved.items()}
+            time = {self.time: torch.tensor([1.0 - i / STEPS])} if self.time else {}
+            steps.append({**fixed, **moved, **time})
+        return steps
+
+
+def grid(width: int) -> Tensor:
+    """Places of 4 x 4 tokens."""
+    places = torch.zeros(16, width)
+    places[:, 1], places[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
+    return places
+
+
+def text(generator: Generator, **more: Any) -> Inputs:
+    return {"encoder_hidden_states": normal(generator, 1, 6, 24), "return_dict": False, **more}
+
+
+def flux(generator: Generator) -> Inputs:
+    pooled = normal(generator, 1, 20)
+    return text(generator, pooled_projections=pooled, img_ids=grid(3), txt_ids=torch.zeros(6, 3)) | {
+        "guidance": torch.tensor([3.5])
+    }
+
+
+def klein(generator: Generator) -> Inputs:
+    places = torch.zeros(6, 4)
+    places[:, 3] = torch.arange(6)
+    return text(generator, img_ids=grid(4), txt_ids=places)
+
+
+def glm(generator: Generator) -> Inputs:
+    return text(
+        generator,
+        prior_token_id=torch.randint(0, 16, (1, 16), generator=generator),
+        prior_token_drop=torch.zeros(1, 16, dtype=torch.bool),
+        target_size=torch.tensor([[64.0, 64.0]]),
+        crop_coords=torch.tensor([[0.0, 0.0]]),
+    )
+
+
+def helios(generator: Generator) -> Inputs:
+    history = {
+        "latents_history_short": normal(generator, 1, 4, 2, 16, 16),
+        "latents_history_mid": normal(generator, 1, 4, 2, 16, 16),
+        "latents_history_long": normal(generator, 1, 4, 4, 16, 16),
+    }
+    places = {
+        "indices_hidden_states": torch.arange(18, 21)[None],
+        "indices_latents_history_short": torch.arange(16, 18)[None],
+        "indices_latents_history_mid": torch.arange(14, 16)[None],
+        "indices_latents_history_long": torch.arange(10, 14)[None],
+    }
+    return text(generator, **history, **places)
+
+
+def ltx2(generator: Generator) -> Inputs:
+    sound = {"audio_encoder_hidden_states": normal(generator, 1, 6, 24), "audio_num_frames": 5}
+    return text(generator, num_frames=2, height=3, width=3, fps=24.0, **sound)
+
+
+def bagel(generator: Generator) -> Inputs:
+    """Its prompt is a KV cache."""
+    cache = import_module(ROOT + "bagel.bagel_transformer").NaiveCache(4)
+    for i in range(4):
+        cache.key_cache[i] = normal(generator, 5, 2, 16).bfloat16()
+        cache.value_cache[i] = normal(generator, 5, 2, 16).bfloat16()
+    return {
+        "query_lens": torch.tensor([18], dtype=torch.int),
+        "packed_query_position_ids": torch.full((18,), 5),
+        "past_key_values": cache,
+        "update_past_key_values": False,
+        "is_causal": False,
+        "mode": "gen",
+        "packed_vae_token_indexes": torch.arange(1, 17),
+        "packed_text_indexes": torch.tensor([0, 17]),
+    }
+
+
+def build_bagel(kind: Any, config: Any) -> nn.Module:
+    options = import_module(kind.__module__).Qwen2MoTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        layer_module="Qwen2MoTDecoderLayer",
+        pad_token_id=0,
+    )
+    options.rope_theta = 1e4
+    return kind(options, parallel_config=config.parallel_config)
+
+
+WAN = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 24}
+WAN |= {"freq_dim": 32, "ffn_dim": 48, "num_layers": 4, "patch_size": (1, 2, 2)}
+JOINT = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24}
+
+MODELS = {
+    "GLM-Image": Model(
+        "glm_image.glm_image_transformer.GlmImageTransformer2DModel",
+        lambda kind, config: kind(config),
+        glm,
+        {"hidden_states": (1, 4, 8, 8)},
+        settings={
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "time_embed_dim": 32,
+            "condition_dim": 8,
+            "prior_vq_quantizer_codebook_size": 16,
+            "text_embed_dim": 24,
+            "num_layers": 4,
+        },
+    ),
+    "FLUX.2-klein": Model(
+        "flux2_klein.flux2_klein_transformer.Flux2Transformer2DModel",
+        lambda kind, config: kind(
+            patch_size=1,
+            in_channels=8,
+            num_layers=3,
+            num_single_layers=4,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+            od_config=config,
+            **JOINT,
+        ),
+        klein,
+        {"hidden_states": (1, 16, 8)},
+    ),
+    "Qwen-Image": Model(
+        "qwen_image.qwen_image_transformer.QwenImageTransformer2DModel",
+        lambda kind, config: kind(
+            config, patch_size=2, in_channels=16, out_channels=4, num_layers=4, axes_dims_rope=(4, 6, 6), **JOINT
+        ),
+        lambda g: text(g, encoder_hidden_states_mask=None, img_shapes=[[(1, 4, 4)]], txt_seq_lens=[6]),
+        {"hidden_states": (1, 16, 16)},
+    ),
+    "Wan 2.2": Model(
+        "wan2_2.wan2_2_transformer.WanTransformer3DModel",
+        lambda kind, config: kind(**WAN),
+        text,
+        {"hidden_states": (1, 4, 2, 8, 8)},
+    ),
+    "Helios": Model(
+        "helios.helios_transformer.HeliosTransformer3DModel",
+        lambda kind, config: kind(**WAN, rope_dim=(4, 6, 6)),
+        helios,
+        {"hidden_states": (1, 4, 3, 16, 16)},
+    ),
+    "Bagel": Model(
+        "bagel.bagel_transformer.Qwen2MoTModel",
+        build_bagel,
+        bagel,
+        {"packed_query_sequence": (18, 32)},
+        time="",
+        low=True,
+    ),
+    "LTX-2": Model(
+        "ltx2.ltx2_transformer.LTX2VideoTransformer3DModel",
+        lambda kind, config: kind(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            audio_in_channels=8,
+            audio_out_channels=8,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+            num_layers=4,
+            caption_channels=24,
+        ),
+        ltx2,
+        {"hidden_states": (1, 18, 8), "audio_hidden_states": (1, 5, 8)},
+    ),
+    "FLUX.1": Model(
+        "flux.flux_transformer.FluxTransformer2DModel",
+        lambda kind, config: kind(
+            od_config=config,
+            in_channels=16,
+            num_single_layers=4,
+            pooled_projection_dim=20,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+            **JOINT,
+        ),
+        flux,
+        {"hidden_states": (1, 16, 16)},
+        settings={"num_layers": 3},
+    ),
+    "SD3": Model(
+        "sd3.sd3_transformer.SD3Transformer2DModel",
+        lambda kind, config: kind(config),
+        lambda g: text(g, pooled_projections=normal(g, 1, 20)),
+        {"hidden_states": (1, 4, 8, 8)},
+        settings={
+            "num_layers": 4,
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 20,
+            "patch_size": 2,
+            "pos_embed_max_size": 16,
+            "dual_attention_layers": (),
+            "qk_norm": "rms_norm",
+            **JOINT,
+        },
+    ),
+    "Z-Image": Model(
+        "z_image.z_image_transformer.ZImageTransformer2DModel",
+        lambda kind, config: kind(
+            in_channels=4,
+            dim=32,
+            n_layers=4,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=24,
+            axes_dims=[4, 6, 6],
+            axes_lens=[64, 32, 32],
+        ),
+        lambda g: {"cap_feats": [normal(g, 7, 24)]},
+        {"x": (4, 1, 16, 16)},
+        time="t",
+        listed=True,
+    ),
+}
+"""By the name that the engine's documentation has for each."""
+
+
+@contextlib.contextmanager
+def engine(settings: dict[str, Any]) -> Iterator[Any]:
+    """What the engine sets up in a worker, in this process; its configuration."""
+    from vllm.config import set_current_vllm_config
+    from vllm_omni.diffusion.data import OmniDiffusionConfig, TransformerConfig
+    from vllm_omni.diffusion.distributed import parallel_state
+    from vllm_omni.diffusion.forward_context import set_forward_context
+    from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
+
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ.update({name: os.environ.get(name, value) for name, value in ranks.items()})
+    config = OmniDiffusionConfig(model=None, dtype=torch.float32, tf_model_config=TransformerConfig.from_dict(settings))
+    vllm_config = create_diffusion_vllm_config(torch.device("cpu"), config)
+    with (
+        set_forward_context(vllm_config=vllm_config, omni_diffusion_config=config),
+        set_current_vllm_config(vllm_config),
+    ):
+        if not torch.distributed.is_initialized():
+            parallel_state.init_distributed_environment(world_size=1, rank=0)
+            sizes = ("data_parallel", "cfg_parallel", "sequence_parallel", "tensor_parallel", "pipeline_parallel")
+            degrees = {f"{name}_size": 1 for name in sizes} | {"ulysses_degree": 1, "ring_degree": 1}
+            parallel_state.initialize_model_parallel(**degrees)
+        yield config

@@ -1,0 +1,73 @@
+"""The engine's transformers under its own context. Oracles: the transformer itself, and a request seen before."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vllm_omni.diffusion.forward_context import get_forward_context
+
+import fx_cache
+from fx_cache.integrations.vllm_omni import DitCacheBackend
+from tests.engine.models import MODELS, Inputs, engine
+
+OPTIONS = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 2}
+
+
+def tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    found = output if isinstance(output, tuple | list) else getattr(output, "__dict__", {}).values()
+    return [t.clone() for part in found for t in tensors(part)]
+
+
+def hits(handle: Any, name: str) -> list[list[int]]:
+    (session,) = handle.summary(name).sessions
+    return [span["hits"] for branch in session["branches"] for span in branch["spans"]]
+
+
+def same(expected: list[list[Tensor]], got: list[list[Tensor]]) -> bool:
+    """Bit for bit, every output of every step."""
+    pairs = [pair for x, y in zip(expected, got, strict=True) for pair in zip(x, y, strict=True)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def captured(module: nn.Module, steps: list[Inputs]) -> list[list[Tensor]]:
+    """The outputs under Dynamo alone: some of the engine's operations are others while they are captured."""
+    torch._dynamo.reset()
+    compiled, outputs = torch.compile(module, backend="eager"), []
+    for inputs in steps:
+        get_forward_context()._sp_shard_depth = 0
+        outputs.append(tensors(compiled(**inputs)))
+    get_forward_context()._sp_shard_depth = 0
+    torch._dynamo.reset()
+    return outputs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_transformer(name: str) -> None:
+    model = MODELS[name]
+    with engine(model.settings) as config, torch.no_grad():
+        module = model.make(config)
+        plain = captured(module, model.request(0))
+        assert all(t.isfinite().all() for step in plain for t in step)
+        backend = DitCacheBackend(OPTIONS | {"residual_diff_threshold": 0.0})
+        backend.enable(SimpleNamespace(transformer=module))
+        handle = backend.handle
+        assert handle is not None
+
+        def run(request: str, seed: int) -> list[list[Tensor]]:
+            with fx_cache.session(request):
+                return [tensors(module(**inputs)) for inputs in model.request(seed)]
+
+        assert same(plain, run("never", 0))
+        assert not any(hits(handle, "never"))
+        handle.configure(residual_diff_threshold=2.0)
+        first, _, again = run("first", 0), run("second", 1), run("again", 0)
+        # Two to begin with; after three reused in a row one must be computed.
+        assert [hits(handle, request) for request in ("first", "second", "again")] == [[[2, 3, 4, 6, 7]]] * 3
+        assert same(first, again)
+        assert not same(plain, first)
