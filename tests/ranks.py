@@ -13,11 +13,14 @@ from torch import Tensor, distributed
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fx_cache
+from fx_cache.runtime.registry import stores
 from tests.models.ranks import TOKENS, Divided, part_of
 from tests.running import compile_cached, hits_of
 
 STEPS = 10
 THRESHOLD = 0.15
+PUSHED = 4
+"""A step that is reused if nothing happens."""
 
 
 def request(seed: int, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
@@ -53,9 +56,10 @@ def run(case: str, rank: int, parts: int, group: str) -> dict[str, Any]:
     outputs = []
     with fx_cache.session("request"):
         for i, (latent, time) in enumerate(request(0, 500 if case.endswith("long") else STEPS)):
-            if case.endswith("pushed") and i == 5 and rank == parts - 1:
-                latent = latent + 3.0
-            if case.endswith("lost") and i == 5 and rank == parts - 1:
+            if case.endswith("pushed") and i == PUSHED and rank == parts - 1:
+                (branch,) = next(stores(model))._branches.values()
+                branch.slots[0].tensors[0].add_(10.0)  # the probe that this rank compares with
+            if case.endswith("lost") and i == PUSHED and rank == parts - 1:
                 model.out.bias.add_(0.0)  # a write: this rank's weights have changed
             outputs.append(compiled(given(latent), time)[0].clone())
     span = fx_cache.summary(model).to_dict()["sessions"][-1]["branches"][0]["spans"][0]

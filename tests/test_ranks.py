@@ -12,6 +12,7 @@ import torch
 
 from fx_cache.patterns.groups import groups_of
 from fx_cache.runtime.ranks import ANOTHER
+from tests.ranks import PUSHED
 
 WORKER = Path(__file__).with_name("ranks.py")
 SECONDS = 240
@@ -44,11 +45,12 @@ def assert_agreed(found: list[dict[str, Any]]) -> list[int]:
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", ["heads", "tokens"])
 def test_as_on_one_rank(case: str, ranks: int, tmp_path: Path) -> None:
-    """Tensor parallel: each rank has the whole probe. Sequence parallel: each has the part of its tokens."""
+    """Tensor parallel: each rank has the whole probe. Sequence parallel: each has its tokens' part of it."""
     (alone,) = launch(case, 1, tmp_path)
     found = launch(case, ranks, tmp_path)
     assert assert_agreed(found) == alone["hits"]
-    assert 0 < len(alone["hits"]) < len(alone["outputs"]) - 1
+    assert PUSHED in alone["hits"]
+    assert len(alone["hits"]) < len(alone["outputs"]) - 1
     for step, diff in alone["diffs"].items():
         assert all(f["diffs"][step] == pytest.approx(diff, rel=1e-3) for f in found)
     for expected, got in zip(alone["outputs"], together(case, found), strict=True):
@@ -58,9 +60,10 @@ def test_as_on_one_rank(case: str, ranks: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["tokens pushed", "heads pushed"])
 def test_one_rank_over_the_threshold(case: str, tmp_path: Path) -> None:
+    """The others are not, and would reuse by themselves."""
     found = launch(case, 2, tmp_path)
-    assert 5 not in assert_agreed(found)
-    assert all(f["misses"][5] == "diff >= threshold" for f in found)
+    assert PUSHED not in assert_agreed(found)
+    assert all(f["misses"][PUSHED] == "diff >= threshold" for f in found)
 
 
 @pytest.mark.slow

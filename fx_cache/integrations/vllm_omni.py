@@ -268,7 +268,8 @@ class ByRequest:
             self._batches[state.request_id] = batch
             self._backend.refresh(None, None if state.timesteps is None else len(state.timesteps))
             options = self._backend.of_request(1)
-            with fx_cache.session(state.request_id, step=state.step_index, config=options):
+            # Not by number: a chunk of a video begins afresh, and its steps are counted on.
+            with fx_cache.session(state.request_id, config=options):
                 made.append(self._denoise_step(batch, states=[state], **kwargs))
         return None if any(m is None for m in made) else torch.cat(made)
 
