@@ -107,15 +107,19 @@ class Forward:
         return next((n.made_by for n in reversed(notes) if n.view == _view(value)), None)
 
     def note(self, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Remembers of the outputs of one more graph where they come from."""
+        """Remembers of the outputs of one more graph where they come from; it did not make what it hands through."""
         if self.weight is None:
             self.weight = next((args[i] for i in facts.roles.weights if isinstance(args[i], torch.nn.Parameter)), None)
         tokens = {i: self.tokens_of(args[i]) for sources in facts.tokens for i in sources}
+        kept = [a for i, a in enumerate(args) if _stored(a) and i not in facts.written]
+        through = {(a.untyped_storage()._cdata, _view(a)) for a in kept}
         for k, (output, sources) in enumerate(zip(outputs, facts.tokens, strict=True)):
             if _stored(output):
                 storage = output.untyped_storage()
                 held = frozenset().union(*(tokens[i] for i in sources))
                 self._held[self._count, k] = held
+                if (storage._cdata, _view(output)) in through:
+                    continue
                 note = _Note(StorageWeakRef(storage), (self._count, k), _view(output), held)
                 self._notes.setdefault(storage._cdata, []).append(note)
         self._count += 1

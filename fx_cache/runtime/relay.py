@@ -80,6 +80,8 @@ class Relay:
         self.misfits = 0
         self.store: Store | None = None
         self._watched: tuple[Forward, WatchRun, Context] | None = None
+        self._seen: frozenset[str] = frozenset()
+        self._least = 0.0
         self._learner = Learner()
 
     def begin(self, forward: Forward) -> Run:
@@ -108,10 +110,20 @@ class Relay:
         most = max(own.values(), default=0)
         if own and most >= max(((p.share or 0.0) * total for p in plans), default=0.0):
             self.plans = ()
+            self._seen = frozenset(c.facts.program for c in forward.calls)
+            self._least = max(MIN_SHARE * total, MIN_OTHER_WORK * most)
             self.enabled = frozenset(p for p, work in own.items() if work >= MIN_OTHER_WORK * most)
         else:
             self.plans, self.refusal = plans, refusal
         return forward
+
+    def caches(self, facts: GraphFacts) -> bool:
+        """Whether a graph caches by itself; one that the forward that was watched did not have is judged as those were.
+
+        Another pass of a request, or another size, may be another graph.
+        """
+        new = facts.program not in self._seen and facts.span_work > 0
+        return facts.program in self.enabled or bool(self.enabled and new and facts.span_work >= self._least)
 
     def _learn(self) -> None:
         """What is cached where from the next forward on; the one that was watched was the first step."""
@@ -175,8 +187,7 @@ class PlainRun:
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         del family
-        enabled = graph.facts.program in self._relay.enabled
-        outputs = graph.step(forward, args) if enabled else graph.compute(*args)
+        outputs = graph.step(forward, args) if self._relay.caches(graph.facts) else graph.compute(*args)
         forward.note(graph.facts, args, outputs)
         return outputs
 
