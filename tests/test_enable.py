@@ -113,6 +113,12 @@ def test_profiles_are_options_by_class_name() -> None:
     assert with_base.options[""]["Fn_compute_blocks"] == 3
 
 
+def test_a_configuration_says_what_it_does_not_have_by_default() -> None:
+    config = fx_cache.CacheConfig(max_warmup_steps=1)
+    handle = fx_cache.enable(build("dit"), config, compiler="eager", profile=PROFILES)
+    assert handle.options[""] == {"compiler": "eager", "Fn_compute_blocks": 2, "max_warmup_steps": 1}
+
+
 def test_profiles_by_the_class_of_the_pipeline() -> None:
     pipeline = type("TinyPipeline", (), {})()
     pipeline.transformer = build("dit")

@@ -90,8 +90,9 @@ def enable(
     Raises:
         OptionError: nothing to compile, something that is compiled with this backend already, or a wrong option.
     """
-    given = asdict(config) if isinstance(config, CacheConfig) else dict(config or {})
-    given |= options
+    if isinstance(config, CacheConfig):  # what it has by default it does not say
+        config = {name: value for name, value in asdict(config).items() if value != getattr(CacheConfig, name)}
+    given = {**(config or {}), **options}
     return enable_modules(denoisers(target), given, type(target), profile=profile, fullgraph=fullgraph, dynamic=dynamic)
 
 

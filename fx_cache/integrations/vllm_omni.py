@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
+from vllm.distributed import parallel_state
 from vllm_omni.diffusion.cache import selector
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
@@ -77,6 +79,7 @@ class DitCacheBackend(CacheBackend):
         )
         for module in modules.values():
             _leave_no_depth(module)
+        _name_groups()
         self.enabled = True
         for name, options in self.handle.options.items():
             logger.info("dit_cache runs %s of %s with %s", name, type(pipeline).__name__, options)
@@ -127,6 +130,18 @@ def _leave_no_depth(module: nn.Module) -> None:
     module._compiled_call_impl = call
 
 
+def _name_groups() -> None:
+    """Lets torch know the engine's process groups by the names that its collectives have for them."""
+    for name, reference in parallel_state._groups.items():
+        group = reference()
+        if group is None:
+            continue
+        try:
+            distributed_c10d._resolve_process_group(name)
+        except (RuntimeError, ValueError, KeyError):
+            distributed_c10d._register_process_group(name, group.device_group)
+
+
 def read_config(config: DiffusionCacheConfig) -> tuple[dict[str, Any], Any]:
     """Our options among the engine's, and the profiles.
 
@@ -135,16 +150,9 @@ def read_config(config: DiffusionCacheConfig) -> tuple[dict[str, Any], Any]:
     Raises:
         OptionError: a key of another cache backend, one that nobody knows, or something that is not supported.
     """
-    usual = {
-        f.name: f.default
-        if f.default is not MISSING
-        else f.default_factory()
-        if f.default_factory is not MISSING
-        else None
-        for f in fields(DiffusionCacheConfig)
-        if not f.name.startswith("_")
-    }
-    given = {name: getattr(config, name) for name in usual if getattr(config, name) != usual[name]}
+    usual = DiffusionCacheConfig()
+    names = [f.name for f in fields(usual) if not f.name.startswith("_")]
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
     given |= config._extra_params
     if given.pop("enable_taylorseer", False):
         raise OptionError(
@@ -234,9 +242,7 @@ class DitCacheRunner(DiffusionModelRunner):
     def execute_stepwise(self, scheduler_output: Any) -> Any:
         outputs = super().execute_stepwise(scheduler_output)
         if self._steps is not None:
-            for output in outputs.runner_outputs:
-                if output.finished:
-                    self._steps.forget(output.request_id)
+            self._steps.forget_all_but(self.state_cache)
         return outputs
 
 
@@ -273,10 +279,11 @@ class ByRequest:
                 made.append(self._denoise_step(batch, states=[state], **kwargs))
         return None if any(m is None for m in made) else torch.cat(made)
 
-    def forget(self, request: str) -> None:
-        """A request is over."""
-        self._batches.pop(request, None)
-        fx_cache.end(request)
+    def forget_all_but(self, running: Collection[str]) -> None:
+        """All other requests are over: finished, failed or aborted."""
+        for request in self._batches.keys() - running:
+            del self._batches[request]
+            fx_cache.end(request)
 
 
 def get_cache_backend(name: str | None, config: Any) -> CacheBackend | None:

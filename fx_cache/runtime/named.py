@@ -93,8 +93,10 @@ def session(
     changes = dict(config or {})
     if num_inference_steps is not None:
         changes["num_inference_steps"] = num_inference_steps
-    checked = CacheConfig().changed(changes)
-    token = _named.set(NamedSession(name, branch, step, tuple((n, getattr(checked, n)) for n in sorted(changes))))
+    if changes:
+        checked = CacheConfig().changed(changes)
+        changes = {n: getattr(checked, n) for n in sorted(changes)}
+    token = _named.set(NamedSession(name, branch, step, tuple(changes.items())))
     try:
         yield
     finally:

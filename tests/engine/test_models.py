@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from vllm.distributed import parallel_state
 from vllm_omni.diffusion.forward_context import get_forward_context
 
 import fx_cache
 from fx_cache.integrations.vllm_omni import DitCacheBackend
+from fx_cache.runtime.policy import Verdict
+from fx_cache.runtime.ranks import agree
 from tests.engine.models import MODELS, Inputs, engine
 
 OPTIONS = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 2}
@@ -71,3 +74,14 @@ def test_a_transformer(name: str) -> None:
         assert [hits(handle, request) for request in ("first", "second", "again")] == [[[2, 3, 4, 6, 7]]] * 3
         assert same(first, again)
         assert not same(plain, first)
+
+
+def test_groups_go_by_the_names_of_the_engine() -> None:
+    """Its collectives name them otherwise than torch does."""
+    model = MODELS["Wan 2.2"]
+    with engine(model.settings) as config, torch.no_grad():
+        DitCacheBackend(OPTIONS).enable(SimpleNamespace(transformer=model.make(config)))
+        names = [name for name, reference in parallel_state._groups.items() if reference() is not None]
+        assert "world:0" in names
+        verdicts, diffs = agree([Verdict(None)], 1, torch.tensor([[1.0], [4.0]]), ["world:0"], torch.device("cpu"))
+        assert (verdicts, diffs) == ([Verdict(None)], [0.25])

@@ -86,8 +86,8 @@ def serve(pipeline: Pipeline, requests: dict[int, int]) -> dict[int, Tensor]:
                 state.step_index += 1
                 if state.denoise_completed:
                     done[int(state.prompt)] = state.latents
-                    pipeline.denoise_step.forget(state.request_id)
             running = [state for state in running if not state.denoise_completed]
+            pipeline.denoise_step.forget_all_but([state.request_id for state in running])
         now += 1
     return done
 
