@@ -3,7 +3,8 @@
 from fx_cache.config import CacheConfig
 from fx_cache.control import configure, end, offload, reset
 from fx_cache.debug.explain import explain
-from fx_cache.errors import CacheWarning, FxCacheError, OptionError, SessionError
+from fx_cache.errors import CacheWarning, ExportError, FxCacheError, OptionError, SessionError
+from fx_cache.exporting.program import export
 from fx_cache.integrations.pipelines import enable
 from fx_cache.runtime.named import session
 from fx_cache.runtime.summary import summary
@@ -11,6 +12,7 @@ from fx_cache.runtime.summary import summary
 __all__ = [
     "CacheConfig",
     "CacheWarning",
+    "ExportError",
     "FxCacheError",
     "OptionError",
     "SessionError",
@@ -18,6 +20,7 @@ __all__ = [
     "enable",
     "end",
     "explain",
+    "export",
     "offload",
     "reset",
     "session",

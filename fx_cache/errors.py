@@ -17,6 +17,10 @@ class SessionError(FxCacheError, RuntimeError):
     """A session, or a model's cached state, was used in a way that has no meaning."""
 
 
+class ExportError(FxCacheError, RuntimeError):
+    """A model cannot be exported with its cache."""
+
+
 class CacheWarning(UserWarning):
     """A graph runs uncached; the text says what was found, what was expected and what to do."""
 

@@ -24,12 +24,33 @@ class Mixed(Protocol):
         """The results of both branches, put together by sample."""
 
 
+class Measure:
+    """The diff of a step, computed where a gate asks for it."""
+
+    def __init__(
+        self, compute: Branch, probe: torch.Tensor, slot: Sequence[torch.Tensor], sizes: tuple[int, ...]
+    ) -> None:
+        self.compute = compute
+        self._probe = probe
+        self._slot = slot
+        self._sizes = sizes
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What it is computed of; of an empty slot there is none."""
+        return (self._slot[0], self._probe, *self._sizes)
+
+    def __call__(self) -> torch.Tensor:
+        diff: torch.Tensor = self.compute(*self.operands)[0]
+        return diff
+
+
 class Gate(Protocol):
     """Decides one span at one step."""
 
     def __call__(
         self,
-        measure: Callable[[], torch.Tensor],
+        measure: Measure,
         samples: int = 1,
         separable: bool = False,
         ranks: tuple[tuple[str, ...], torch.device] | None = None,
@@ -59,7 +80,7 @@ def check(
         groups: names of the process groups whose ranks have a part of each sample; they decide together.
     """
     ranks = (groups, probe.device) if groups else None
-    return gate(lambda: measure(slot[0], probe, *sizes)[0], samples, separable, ranks)
+    return gate(Measure(measure, probe, slot, sizes), samples, separable, ranks)
 
 
 def cond(

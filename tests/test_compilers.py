@@ -116,7 +116,18 @@ def test_whole_head_span_and_tail_as_one_piece_each(name: str) -> None:
 
 
 def test_public_surface() -> None:
-    expected = {"CacheConfig", "enable", "explain", "summary", "reset", "session", "end", "offload", "configure"}
-    errors = {"FxCacheError", "OptionError", "SessionError", "CacheWarning"}
+    expected = {
+        "CacheConfig",
+        "enable",
+        "explain",
+        "summary",
+        "reset",
+        "session",
+        "end",
+        "offload",
+        "configure",
+        "export",
+    }
+    errors = {"FxCacheError", "OptionError", "SessionError", "ExportError", "CacheWarning"}
     assert set(fx_cache.__all__) == expected | errors
     assert all(getattr(fx_cache, name).__doc__ for name in fx_cache.__all__)

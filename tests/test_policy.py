@@ -11,6 +11,8 @@ from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
 from torch.profiler import ProfilerActivity, profile
 
 import fx_cache
+from fx_cache.exporting.policy import Counts
+from fx_cache.exporting.policy import decide as decide_in_tensors
 from fx_cache.runtime import sessions
 from fx_cache.runtime.clock import Clock, Move
 from fx_cache.runtime.gate import SpanGate
@@ -30,6 +32,23 @@ def ours(config: fx_cache.CacheConfig, diffs: list[float]) -> list[int]:
         counters.record(step, verdict.reason)
         filled = filled or not verdict.reuse
     return counters.hits
+
+
+def exported(config: fx_cache.CacheConfig, diffs: list[float]) -> list[int]:
+    """The policy of exported programs, in tensors."""
+    zero = torch.zeros((), dtype=torch.int64)
+    counts, no = Counts(zero, zero, zero, zero.double()), torch.zeros((), dtype=torch.bool)
+    hits = []
+    for step, diff in enumerate(diffs):
+
+        def measure(settled: torch.Tensor, diff: float = diff) -> torch.Tensor:
+            return torch.tensor(-1.0 if settled else diff, dtype=torch.float64)
+
+        decision = decide_in_tensors(config, counts, no, measure)
+        counts = decision.counted(counts)
+        hits += [step] if decision.reuse else []
+    assert (int(counts.step), int(counts.hits)) == (len(diffs), len(hits))
+    return hits
 
 
 def theirs(config: fx_cache.CacheConfig, diffs: list[float]) -> list[int]:
@@ -63,14 +82,15 @@ def test_decisions_are_those_of_cache_dit(seed: int) -> None:
         steps_computation_policy=rng.choice(["dynamic", "static"]),
     )
     diffs = [rng.uniform(0.0, 0.7) for _ in range(30)]
-    assert ours(config, diffs) == theirs(config, diffs)
+    assert ours(config, diffs) == theirs(config, diffs) == exported(config, diffs)
 
 
 def test_behind_the_mask_the_other_options_decide() -> None:
     config = fx_cache.CacheConfig(
         steps_computation_mask=(1, 0, 1, 0), steps_computation_policy="static", residual_diff_threshold=0.1
     )
-    assert ours(config, [0.5, 0.5, 0.5, 0.5, 0.5, 0.05]) == [1, 3, 5]
+    diffs = [0.5, 0.5, 0.5, 0.5, 0.5, 0.05]
+    assert ours(config, diffs) == exported(config, diffs) == [1, 3, 5]
     assert decide(config, Counters(), 1, filled=False).reason == "nothing cached"
 
 

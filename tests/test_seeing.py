@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import fx_cache
 from fx_cache.cli import app
 from tests.models import MODELS, NAMES, build, walk
 from tests.models.tiny import LAYERS
+from tests.oracles import run_eager
 from tests.running import compile_cached
 
 PATTERNS = {
@@ -42,6 +44,15 @@ def test_explain_names_stacks_patterns_and_streams(name: str) -> None:
     assert json.loads(json.dumps(found.to_dict()))["stacks"][0]["name"] == first.name
     for part in (first.name, "head blocks[0:1]", "cached"):
         assert part in str(found)
+
+
+def test_looking_often_leaves_compiling_alone() -> None:
+    """Dynamo compiles a function eight times at most; what `explain` captures does not count."""
+    model, step = build("dit"), walk("dit", 1)[0]
+    for _ in range(9):
+        assert fx_cache.explain(model, **step).graphs == 1
+    assert torch.equal(compile_cached(model)(**step)[0], run_eager(model, [step]).outputs[0])
+    assert fx_cache.summary(model).to_dict()["sessions"]
 
 
 @pytest.mark.parametrize("name", NAMES)

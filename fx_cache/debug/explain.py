@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fx_cache.backend import break_of, refuse_gradients, rewrite
+from fx_cache.capturing import captured
 from fx_cache.config import CacheConfig, split_options
 from fx_cache.errors import Refusal
 from fx_cache.patterns.explanation import Explanation
@@ -62,13 +63,10 @@ def explain_with(config: CacheConfig, model: torch.nn.Module, *args: Any, **kwar
         whole.append(facts.broken is None and surroundings().depth == 0)
         return ObservedForward(gm.forward, facts, config, relays)
 
-    root = target = getattr(model, "_orig_mod", model)
-    if getattr(target, "_compiled_call_impl", None) is not None:
-        target = target.forward  # compiled in place: its own call would go to that backend
     with torch.no_grad():
         fullgraph = bool(getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False))
-        torch.compile(target, backend=look, fullgraph=fullgraph)(*args, **kwargs)
-    relay = relays.of(root, config)
+        captured(model, look, fullgraph=fullgraph)(*args, **kwargs)
+    relay = relays.of(getattr(model, "_orig_mod", model), config)
     if all(whole) or relay.read() is None:
         return Explanation.of(plans, names[0] if names else None)
     refusal = _OTHER_STACK if relay.refusal is None else relay.refusal

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from fx_cache.capturing import RECOMPILES_APART
 from fx_cache.config import CacheConfig, split_options
 from fx_cache.control import configure, reset
 from fx_cache.errors import OptionError
@@ -129,7 +130,9 @@ def enable_modules(
     for name, module in modules.items():
         for part in module.modules():
             _take_off(part, enabled._before)
-        module.compile(backend="dit_cache", options=chosen[name], fullgraph=fullgraph, dynamic=dynamic)
+        module.compile(
+            backend="dit_cache", options=chosen[name], fullgraph=fullgraph, dynamic=dynamic, **RECOMPILES_APART
+        )
         setattr(module._compiled_call_impl, _MARK, True)
     return enabled
 
