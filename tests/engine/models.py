@@ -34,6 +34,9 @@ class Model:
         listed: whether it takes a list of latents.
         settings: of the engine's configuration of a transformer.
         low: whether it has bfloat16 weights.
+        held: name under which its pipeline has it.
+        step: changes the inputs of a step to what the model takes at it.
+        hits: of each pass of a request that it tells apart, the steps that reuse where every step does that may.
     """
 
     path: str
@@ -44,6 +47,9 @@ class Model:
     listed: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     low: bool = False
+    held: str = "transformer"
+    step: Callable[[int, Inputs], Inputs] = lambda i, inputs: inputs
+    hits: tuple[list[int], ...] = ([2, 3, 4, 6, 7],)
 
     def make(self, config: Any) -> nn.Module:
         """The module, with its weights."""
@@ -80,7 +86,7 @@ class Model:
             if self.listed:
                 moved = {name: [value] for name, value in moved.items()}
             time = {self.time: torch.tensor([1.0 - i / STEPS])} if self.time else {}
-            steps.append({**fixed, **moved, **time})
+            steps.append(self.step(i, {**fixed, **moved, **time}))
         return steps
 
 
@@ -170,6 +176,60 @@ def build_bagel(kind: Any, config: Any) -> nn.Module:
     )
     options.rope_theta = 1e4
     return kind(options, parallel_config=config.parallel_config)
+
+
+PROMPT, IMAGE = 7, 17  # tokens
+
+
+def hunyuan(generator: Generator) -> Inputs:
+    """Prompt and image are one sequence, and what is given of places is fixed."""
+    angles = torch.rand(1, PROMPT + IMAGE, 8, generator=generator)
+    return {
+        "prompt": normal(generator, 1, PROMPT, 32).bfloat16(),
+        "custom_pos_emb": (angles.cos(), angles.sin()),
+        "attention_mask": torch.ones(1, 1, PROMPT + IMAGE, PROMPT + IMAGE, dtype=torch.bool),
+        "position_ids": torch.arange(PROMPT + IMAGE)[None],
+        "seq_lens": [PROMPT + IMAGE],
+        "num_image_tokens": IMAGE,
+        "gen_timestep_scatter_index": torch.tensor([[PROMPT]]),
+        "mode": "gen_image",
+        "use_cache": False,
+        "return_dict": False,
+    }
+
+
+def first_with_prompt(i: int, inputs: Inputs) -> Inputs:
+    """The first step has prompt and image; later ones the image alone, and the keys and values of the prompt."""
+    prompt, image = inputs.pop("prompt"), inputs.pop("inputs_embeds")
+    tokens = IMAGE if i else PROMPT + IMAGE
+    return inputs | {
+        "inputs_embeds": image if i else torch.cat((prompt, image), dim=1),
+        "custom_pos_emb": tuple(t[:, -tokens:] for t in inputs["custom_pos_emb"]),
+        "attention_mask": inputs["attention_mask"][:, :, -tokens:],
+        "position_ids": inputs["position_ids"][:, -tokens:],
+        "query_lens": [tokens],
+        "first_step": i == 0,
+    }
+
+
+def build_hunyuan(kind: Any, config: Any) -> nn.Module:
+    options = import_module(kind.__module__).HunyuanImage3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_head_dim=16,
+        max_position_embeddings=128,
+        num_experts=1,
+        moe_topk=1,
+        num_shared_expert=1,
+        use_mixed_mlp_moe=False,
+        use_qk_norm=True,
+        rope_scaling={"rope_type": "default", "rope_theta": 1e4},
+    )
+    return kind(options)
 
 
 WAN = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 24}
@@ -309,6 +369,17 @@ MODELS = {
         {"x": (4, 1, 16, 16)},
         time="t",
         listed=True,
+    ),
+    "HunyuanImage3": Model(
+        "hunyuan_image3.hunyuan_image3_transformer.HunyuanImage3Model",
+        build_hunyuan,
+        hunyuan,
+        {"inputs_embeds": (1, IMAGE, 32)},
+        time="",
+        low=True,
+        held="model",
+        step=first_with_prompt,
+        hits=([], [2, 3, 4, 6]),
     ),
 }
 """By the name that the engine's documentation has for each."""
