@@ -72,20 +72,20 @@ class Model:
                 method.process_weights_after_loading(part)
         return made.eval()
 
-    def request(self, seed: int) -> list[Inputs]:
-        """The calls of one request."""
+    def request(self, seed: int, count: int = STEPS) -> list[Inputs]:
+        """The calls of one request of so many steps."""
         generator = Generator().manual_seed(seed)
         fixed = self.prompt(generator)
         start = {name: normal(generator, *shape) for name, shape in self.latent.items()}
         drift = {name: normal(generator, *shape) for name, shape in self.latent.items()}
         steps: list[Inputs] = []
-        for i in range(STEPS):
-            moved: Inputs = {name: value + 0.05 * i * drift[name] for name, value in start.items()}
+        for i in range(count):
+            moved: Inputs = {name: value + 0.4 * i / count * drift[name] for name, value in start.items()}
             if self.low:
                 moved = {name: value.bfloat16() for name, value in moved.items()}
             if self.listed:
                 moved = {name: [value] for name, value in moved.items()}
-            time = {self.time: torch.tensor([1.0 - i / STEPS])} if self.time else {}
+            time = {self.time: torch.tensor([1.0 - i / count])} if self.time else {}
             steps.append(self.step(i, {**fixed, **moved, **time}))
         return steps
 
