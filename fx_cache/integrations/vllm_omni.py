@@ -231,9 +231,13 @@ class DitCacheRunner(DiffusionModelRunner):
                 outputs = super()._execute_request_list(reqs, **kwargs)
         finally:
             fx_cache.end(name)
+        self._say(backend, name)
+        return outputs
+
+    def _say(self, backend: DitCacheBackend, name: str) -> None:
+        """A request is over."""
         if self.od_config.enable_cache_dit_summary and backend.handle is not None:
             logger.info("dit_cache, request %s:\n%s", name, backend.handle.summary(name))
-        return outputs
 
     def _refresh_cache_for_requests(self, reqs: list[Any], **kwargs: Any) -> None:
         if self._dit_cache is None:
@@ -241,8 +245,10 @@ class DitCacheRunner(DiffusionModelRunner):
 
     def execute_stepwise(self, scheduler_output: Any) -> Any:
         outputs = super().execute_stepwise(scheduler_output)
-        if self._steps is not None:
-            self._steps.forget_all_but(self.state_cache)
+        if self._dit_cache is not None and self._steps is not None:
+            finished = {made.request_id for made in outputs.runner_outputs if made.finished}
+            for name in self._steps.forget_all_but(self.state_cache.keys() - finished):
+                self._say(self._dit_cache, name)
         return outputs
 
 
@@ -279,11 +285,13 @@ class ByRequest:
                 made.append(self._denoise_step(batch, states=[state], **kwargs))
         return None if any(m is None for m in made) else torch.cat(made)
 
-    def forget_all_but(self, running: Collection[str]) -> None:
-        """All other requests are over: finished, failed or aborted."""
-        for request in self._batches.keys() - running:
+    def forget_all_but(self, running: Collection[str]) -> list[str]:
+        """All other requests are over: finished, failed or aborted. Returns those that now are."""
+        over = [request for request in self._batches if request not in running]
+        for request in over:
             del self._batches[request]
             fx_cache.end(request)
+        return over
 
 
 def get_cache_backend(name: str | None, config: Any) -> CacheBackend | None:

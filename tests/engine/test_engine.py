@@ -27,7 +27,9 @@ SUMMARY = {"enable_cache_dit_summary": True}
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny pipeline."""
     folder = tmp_path_factory.mktemp("klein")
-    subprocess.run([sys.executable, str(HERE / "klein.py"), str(folder)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(HERE / "tiny_pipelines.py"), "klein", str(folder)], check=True, capture_output=True
+    )
     return str(folder)
 
 

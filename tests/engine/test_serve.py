@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,17 +23,17 @@ CASES = [(prompt, size) for prompt in ("a cat", "a dog on the grass", "a red hou
 STEPS, AT_ONCE = 8, 40
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+@contextlib.contextmanager
+def server(folder: Path, pipeline: str, *more: str) -> Iterator[tuple[str, Path]]:
     """Its address, and the file with what it says."""
-    folder = tmp_path_factory.mktemp("serve")
-    subprocess.run([sys.executable, str(HERE / "klein.py"), str(folder / "klein")], check=True, capture_output=True)
+    make = [sys.executable, str(HERE / "tiny_pipelines.py"), pipeline, str(folder / pipeline)]
+    subprocess.run(make, check=True, capture_output=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     config = {"residual_diff_threshold": 2.0, "compiler": "eager"}
     options = ["--omni", "--dtype", "float32", "--enforce-eager", "--port", str(port), "--enable-cache-dit-summary"]
-    command = [str(Path(sys.executable).with_name("vllm-omni")), "serve", str(folder / "klein"), *options]
+    command = [str(Path(sys.executable).with_name("vllm-omni")), "serve", str(folder / pipeline), *options, *more]
     command += ["--cache-backend", "dit_cache", "--cache-config", json.dumps(config)]
     settings = {"VLLM_TARGET_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
     said, address = folder / "said.txt", f"http://localhost:{port}"
@@ -66,14 +67,20 @@ def ask(address: str, prompt: str, size: int) -> str:
         return hashlib.sha256(json.load(answer)["data"][0]["b64_json"].encode()).hexdigest()
 
 
-def test_40_requests_at_once(server: tuple[str, Path]) -> None:
-    address, said = server
-    alone = {case: ask(address, *case) for case in CASES}
-    assert len(set(alone.values())) == len(CASES)
-    asked = CASES * (AT_ONCE // len(CASES))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = list(pool.map(lambda case: ask(address, *case), asked))
-    assert found == [alone[case] for case in asked]
+@pytest.mark.parametrize(
+    ("pipeline", "more"),
+    [("klein", []), ("qwen-image", ["--step-execution", "--max-num-seqs", "4"])],
+    ids=["requests", "steps"],
+)
+def test_40_requests_at_once(tmp_path: Path, pipeline: str, more: list[str]) -> None:
+    """One after another, and in step mode, where several are under way together."""
+    with server(tmp_path, pipeline, *more) as (address, said):
+        alone = {case: ask(address, *case) for case in CASES}
+        assert len(set(alone.values())) == len(CASES)
+        asked = CASES * (AT_ONCE // len(CASES))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = list(pool.map(lambda case: ask(address, *case), asked))
+        assert found == [alone[case] for case in asked]
     # The first row is the engine's own, of two steps. Four to begin with, three reused, and one computed.
     rows = [line.split("│") for line in said.read_text().splitlines() if "│ branch-" in line]
     assert [int(row[5]) for row in rows] == [0, *[3] * (len(CASES) + AT_ONCE)]

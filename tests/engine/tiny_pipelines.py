@@ -1,4 +1,4 @@
-"""A FLUX.2-klein pipeline of a megabyte with random weights, as a folder that an engine can load."""
+"""Pipelines of a megabyte with random weights, as folders that an engine loads: ``tiny_pipelines.py NAME FOLDER``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -35,9 +49,7 @@ def tokenizer(folder: Path) -> Qwen2TokenizerFast:
     return made
 
 
-def save(folder: Path) -> None:
-    """Writes the pipeline."""
-    torch.manual_seed(0)
+def klein(folder: Path) -> Flux2KleinPipeline:
     encoder = Qwen3Config(
         vocab_size=264,
         hidden_size=WIDTH,
@@ -72,14 +84,53 @@ def save(folder: Path) -> None:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    Flux2KleinPipeline(
+    return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         text_encoder=Qwen3ForCausalLM(encoder),
         tokenizer=tokenizer(folder / "tokenizer"),
         transformer=transformer,
-    ).save_pretrained(folder)
+    )
+
+
+def qwen_image(folder: Path) -> QwenImagePipeline:
+    """The one whose pipeline in the engine can be run step by step."""
+    text = {
+        "vocab_size": 264,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2}
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer(folder / "tokenizer"),
+        transformer=transformer,
+    )
+
+
+def save(name: str, folder: Path) -> None:
+    """Writes a pipeline."""
+    torch.manual_seed(0)
+    {"klein": klein, "qwen-image": qwen_image}[name](folder).save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    save(Path(sys.argv[1]))
+    save(sys.argv[1], Path(sys.argv[2]))
