@@ -17,7 +17,7 @@ pip --no-deps vllm-omni==0.30.0
 pip -c "$pins" "transformers<5.15,>=5.13.0" diffusers==0.40.0 accelerate==1.12.0 cache-dit==1.5.0 aenum==3.1.16 einops \
   pyzmq cloudpickle msgspec pydantic psutil cachetools cbor2 aiohttp openai-harmony openai pybase64 uvloop py-cpuinfo \
   prometheus-client "fastapi<0.137" partial-json-parser apache-tvm-ffi llguidance tiktoken loguru omegaconf prettytable \
-  av janus pytest rich typer
+  av janus pytest pytest-xdist rich typer
 # For its server.
 pip -c "$pins" soundfile websockets uvicorn watchfiles model-hosting-container-standards ijson mistral-common \
   python-multipart prometheus-fastapi-instrumentator pydantic-settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -394,7 +395,10 @@ def engine(settings: dict[str, Any]) -> Iterator[Any]:
     from vllm_omni.diffusion.forward_context import set_forward_context
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
-    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ.update({name: os.environ.get(name, value) for name, value in ranks.items()})
     config = OmniDiffusionConfig(model=None, dtype=torch.float32, tf_model_config=TransformerConfig.from_dict(settings))
     vllm_config = create_diffusion_vllm_config(torch.device("cpu"), config)
