@@ -23,11 +23,11 @@ _alone: dict[str, dict[str, Any]] = {}
 """What one rank found, by case; for the tests of one process."""
 
 
-def launch(case: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
+def launch(case: str, ranks: int, folder: Path, worker: Path = WORKER) -> list[dict[str, Any]]:
     """What each rank found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*command, str(WORKER), case, str(folder)], capture_output=True, text=True, check=False, timeout=SECONDS
+        [*command, str(worker), case, str(folder)], capture_output=True, text=True, check=False, timeout=SECONDS
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{ranks}-{rank}.pt") for rank in range(ranks)]
@@ -90,6 +90,25 @@ def test_ranks_with_requests_of_their_own_do_not_wait(tmp_path: Path) -> None:
     """Each is the only one in its group, and runs as many steps as it has."""
     found = launch("heads different", 2, tmp_path)
     assert all(f["hits"] for f in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["context", "tensor"])
+def test_diffusers_parallelism(case: str, tmp_path: Path) -> None:
+    """Ulysses: each rank has its tokens' part of the probe. Tensor parallel plans: DTensors, whose collectives are
+    in no graph."""
+    found = launch(case, 2, tmp_path, WORKER.with_name("diffusers_ranks.py"))
+    alone = found[0]["alone"]
+    assert PUSHED in alone["hits"]
+    for rank in found:
+        divided, pushed = rank["divided"], rank["pushed"]
+        assert divided["hits"] == alone["hits"]
+        assert divided["diffs"] == pytest.approx(alone["diffs"], rel=1e-3)
+        for expected, got in zip(alone["outputs"], divided["outputs"], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        # One rank's probe is over the threshold; the others' are not.
+        assert pushed["misses"][PUSHED] == "diff >= threshold"
+        assert pushed["hits"][: pushed["hits"].index(PUSHED - 1) + 1] == [2, 3]
 
 
 def test_groups_are_read_from_collectives() -> None:
