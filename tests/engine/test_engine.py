@@ -23,14 +23,16 @@ ALWAYS = {"cache_backend": "dit_cache", "cache_config": {"residual_diff_threshol
 SUMMARY = {"enable_cache_dit_summary": True}
 
 
+def make(pipeline: str, folder: Path) -> str:
+    """The folder of a tiny pipeline."""
+    command = [sys.executable, str(HERE / "tiny_pipelines.py"), pipeline, str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a tiny pipeline."""
-    folder = tmp_path_factory.mktemp("klein")
-    subprocess.run(
-        [sys.executable, str(HERE / "tiny_pipelines.py"), "klein", str(folder)], check=True, capture_output=True
-    )
-    return str(folder)
+    return make("klein", tmp_path_factory.mktemp("klein"))
 
 
 def run(model: str, options: dict[str, Any], requests: list[Any], **environment: str) -> tuple[list[list[str]], str]:
@@ -68,6 +70,14 @@ def test_a_policy_that_never_reuses_gives_the_same_images(model: str, uncached: 
     images, said = run(model, NEVER | SUMMARY, [A, B])
     assert images == uncached
     assert hits(said) == [0, 0]
+
+
+def test_another_pipeline(tmp_path: Path) -> None:
+    """Qwen-Image; that it reuses is seen over HTTP, in `test_serve`."""
+    folder = make("qwen-image", tmp_path)
+    images, said = run(folder, NEVER | SUMMARY, [A])
+    assert images == run(folder, {}, [A])[0]
+    assert hits(said) == [0]
 
 
 def test_requests_reuse_and_do_not_meet(cached: tuple[list[list[str]], str], uncached: list[list[str]]) -> None:
