@@ -19,6 +19,7 @@ from torch._guards import CompileContext
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Refusal
 from fx_cache.patterns.graph import draws_random, program_signature, storage_key, writes_too, written_storages
+from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE, Ranges, random_refusal
 from fx_cache.patterns.stacks import MIN_BLOCKS
@@ -47,6 +48,7 @@ class GraphFacts:
         random: an operation that draws random numbers, or None.
         broken: place and reason of the graph break that ends it, or None.
         gradients: why nothing that it makes may be reused, or None.
+        groups: names of the process groups whose ranks compute it together.
     """
 
     program: str
@@ -60,6 +62,7 @@ class GraphFacts:
     random: str | None
     broken: str | None
     gradients: Refusal | None
+    groups: tuple[str, ...]
 
 
 def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None, span_share: float) -> GraphFacts:
@@ -96,6 +99,7 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
         random=next((n.name for n in graph.nodes if draws_random(n)), None),
         broken=broken,
         gradients=gradients,
+        groups=groups_of(graph.nodes),
     )
 
 
@@ -176,6 +180,7 @@ class RelayPlan:
         streams: what is handed on, the main one first.
         share: the part of the forward's FLOPs that a hit saves; None where none were counted.
         ranges: (head, span, tail) as block ranges.
+        groups: names of the process groups whose ranks decide together.
     """
 
     name: str
@@ -185,6 +190,7 @@ class RelayPlan:
     streams: tuple[RelayStream, ...]
     share: float | None
     ranges: Ranges
+    groups: tuple[str, ...]
 
     @property
     def latent(self) -> int | None:
@@ -262,7 +268,8 @@ def _plan(calls: Sequence[Call], stretch: _Stretch, total: int, config: CacheCon
         )
     before = sum(c.family == first.family for c in calls[: starts[0]])
     ranges = ((0, fn), (fn, count - bn), (count - bn, count))
-    return RelayPlan(name, first.family, before, count, stretch.streams, share, ranges)
+    groups = tuple(dict.fromkeys(g for call in calls[starts[0] : stretch.end + 1] for g in call.facts.groups))
+    return RelayPlan(name, first.family, before, count, stretch.streams, share, ranges, groups or config.process_groups)
 
 
 def _common_path(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from fx_cache.errors import FxCacheError
-from fx_cache.ops import residual_diff
+from fx_cache.ops import residual_diff, residual_sums
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, RelayStream
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined
@@ -236,10 +236,14 @@ class Leg:
         probe = self._probe
         samples = batch if batch and probe.shape[0] % batch == 0 else 1
 
-        def measure() -> torch.Tensor:
-            return residual_diff(slot.tensors[0], probe, samples, probe.ndim)
+        groups = self._plan.groups
+        compare = residual_sums if groups else residual_diff
 
-        self._hit = self._gate(measure, samples) is True
+        def measure() -> torch.Tensor:
+            diff: torch.Tensor = compare(slot.tensors[0], probe, samples, probe.ndim)
+            return diff
+
+        self._hit = self._gate(measure, samples, ranks=(groups, probe.device) if groups else None) is True
         self._script = slot.script if self._hit else Script(len(self._plan.streams))
 
     def call(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
