@@ -39,11 +39,20 @@ def model_of(case: str, rank: int, parts: int, group: str) -> Divided:
     return model.eval()
 
 
+def break_graph(*_: Any) -> None:
+    torch._dynamo.graph_break()
+
+
 def run(case: str, rank: int, parts: int, group: str) -> dict[str, Any]:
     """The outputs and hits of one rank."""
     model = model_of(case, rank, parts, group)
     options: dict[str, Any] = {"residual_diff_threshold": THRESHOLD}
     compiled = compile_cached(model, **options)
+    if "broken" in case:
+        for block in model.blocks:
+            block.register_forward_pre_hook(break_graph)
+        options |= {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1}
+        compiled = torch.compile(model, backend="dit_cache", options=options)
 
     def given(latent: Tensor) -> Tensor:
         return latent.chunk(parts, dim=1)[rank].contiguous() if case.startswith("tokens") else latent
@@ -57,7 +66,7 @@ def run(case: str, rank: int, parts: int, group: str) -> dict[str, Any]:
     with fx_cache.session("request"):
         for i, (latent, time) in enumerate(request(0, 500 if case.endswith("long") else STEPS)):
             if case.endswith("pushed") and i == PUSHED and rank == parts - 1:
-                (branch,) = next(stores(model))._branches.values()
+                (branch,) = next(s for s in stores(model) if s._branches)._branches.values()
                 branch.slots[0].tensors[0].add_(10.0)  # the probe that this rank compares with
             if case.endswith("lost") and i == PUSHED and rank == parts - 1:
                 model.out.bias.add_(0.0)  # a write: this rank's weights have changed

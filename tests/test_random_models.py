@@ -14,8 +14,8 @@ from tests.random_models import Oracle, RandomModel, Spec, specs, steps_of
 from tests.running import last_branch, relative_error
 
 STEPS = 7
-SHARDS = 6
-MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "300"))
+SHARDS = 4
+MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "120"))
 
 
 def check(spec: Spec) -> None:

@@ -63,9 +63,9 @@ def test_as_on_one_rank(case: str, ranks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tokens pushed", "heads pushed"])
+@pytest.mark.parametrize("case", ["tokens pushed", "heads pushed", "tokens broken pushed"])
 def test_one_rank_over_the_threshold(case: str, tmp_path: Path) -> None:
-    """The others are not, and would reuse by themselves."""
+    """The others are not, and would reuse by themselves; also where the blocks lie in several graphs."""
     found = launch(case, 2, tmp_path)
     assert PUSHED not in assert_agreed(found)
     assert all(f["misses"][PUSHED] == "diff >= threshold" for f in found)
