@@ -95,6 +95,17 @@ def test_a_step_with_other_controls_computes() -> None:
     assert torch.equal(outputs[2], run_eager(model, [changed]).outputs[0])
 
 
+def test_numbers_lie_on_the_host() -> None:
+    """Whatever tensors are made on by default."""
+    model, steps = shallow("dit"), walk("dit", 4)
+    torch.set_default_device("meta")
+    try:
+        program = fx_cache.export(model, (), steps[0], **POLICIES[0])
+    finally:
+        torch.set_default_device("cpu")
+    assert int(run(program, steps)[1]["step"]) == 4
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, where it packages
 @needs_inductor
 def test_a_compiled_package_from_python_and_from_cpp(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def decide(config: CacheConfig, counts: Counts, changed: Tensor, measure: Callab
     reuses = reuses & ~computes & ~changed
     computes = computes | changed
     if config.residual_diff_threshold <= 0.0 or config.residual_diff_threshold >= ALWAYS_REUSE:
-        return Decision(reuses, torch.full((), UNMEASURED, dtype=torch.float64))
+        return Decision(reuses, torch.full((), UNMEASURED, dtype=torch.float64, device="cpu"))
     diff = measure(computes | reuses)
     passes = torch.isfinite(diff) & (diff < config.residual_diff_threshold)
     return Decision(reuses | (~computes & passes), diff)
@@ -74,16 +74,16 @@ def _settled(config: CacheConfig, counts: Counts) -> tuple[Tensor, Tensor]:
         warmup = min(warmup, (*mask, 0).index(0))
     filled = step > 0  # the first step computes, and fills it
     computes = ~filled
-    reuses = torch.zeros((), dtype=torch.bool)
+    reuses = torch.zeros((), dtype=torch.bool, device="cpu")
     if warmup > 0:
         computes = computes | ((step < warmup) & (step % config.warmup_interval == 0))
     if mask is not None:
         known = step < len(mask)
-        one = torch.tensor(mask, dtype=torch.bool)[step.clamp(max=len(mask) - 1)]
+        one = torch.tensor(mask, dtype=torch.bool, device="cpu")[step.clamp(max=len(mask) - 1)]
         computes = computes | (known & one)
         if config.steps_computation_policy == "static":
             reuses = known & ~one & ~computes
-    limited = torch.zeros((), dtype=torch.bool)
+    limited = torch.zeros((), dtype=torch.bool, device="cpu")
     if config.max_cached_steps >= 0:
         limited = limited | (counts.hits >= config.max_cached_steps)
     if config.max_continuous_cached_steps >= 0:
@@ -92,7 +92,7 @@ def _settled(config: CacheConfig, counts: Counts) -> tuple[Tensor, Tensor]:
     if limit is not None and limit > 0.0:
         limited = limited | (counts.accumulated >= limit)
     if config.residual_diff_threshold <= 0.0:
-        limited = torch.ones((), dtype=torch.bool)
+        limited = torch.ones((), dtype=torch.bool, device="cpu")
     computes = computes | (limited & ~reuses)
     if config.residual_diff_threshold >= ALWAYS_REUSE:
         reuses = reuses | ~computes

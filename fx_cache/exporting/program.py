@@ -125,9 +125,9 @@ class _StatefulForward(nn.Module):
 
     def empty_state(self) -> State:
         """What a pass of a request remembers before its first step."""
-        state = {"step": torch.zeros((), dtype=torch.int64)}
+        state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
         for k in range(len(self._slots)):
-            state |= {f"{name}_{k}": torch.zeros((), dtype=dtype) for name, dtype in _COUNTS.items()}
+            state |= {f"{name}_{k}": torch.zeros((), dtype=dtype, device="cpu") for name, dtype in _COUNTS.items()}
         return state | {
             name: torch.zeros(value.shape, dtype=value.dtype, device=value.device)
             for name, value in self._remembered.items()
@@ -216,16 +216,16 @@ class _TensorGate:
             return conditional(settled, unmeasured, measured, measure.operands)[0]
 
         def unmeasured(*given: Any) -> tuple[Tensor]:
-            return (torch.full((), UNMEASURED, dtype=torch.float64),)
+            return (torch.full((), UNMEASURED, dtype=torch.float64, device="cpu"),)
 
         def measured(*given: Any) -> tuple[Tensor]:
             of_samples = measure.compute(*given)[0]
             together = of_samples.amin() if self._config.batch_policy == "any" else of_samples.amax()
             return (together.to("cpu", torch.float64),)
 
-        changed = torch.zeros((), dtype=torch.bool)
-        for before, now in self._controls:
-            changed = changed | (before != now).any().cpu()
+        changed = torch.zeros((), dtype=torch.bool, device="cpu")
+        if self._controls:
+            changed = torch.stack([(before != now).any() for before, now in self._controls]).any().cpu()
         decision = decide(self._config, self._counts, changed, diff)
         counted = decision.counted(self._counts)
         self.counted = {name: getattr(counted, name) for name in _COUNTED} | {"diff": decision.diff}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,26 +15,7 @@ from fx_cache.integrations.vllm_omni import DitCacheBackend
 from fx_cache.runtime.policy import Verdict
 from fx_cache.runtime.ranks import agree
 from tests.engine.models import MODELS, Inputs, engine
-
-OPTIONS = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 2}
-
-
-def tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    found = output if isinstance(output, tuple | list) else getattr(output, "__dict__", {}).values()
-    return [t.clone() for part in found for t in tensors(part)]
-
-
-def hits(handle: Any, name: str) -> list[list[int]]:
-    (session,) = handle.summary(name).sessions
-    return [span["hits"] for branch in session["branches"] for span in branch["spans"]]
-
-
-def same(expected: list[list[Tensor]], got: list[list[Tensor]]) -> bool:
-    """Bit for bit, every output of every step."""
-    pairs = [pair for x, y in zip(expected, got, strict=True) for pair in zip(x, y, strict=True)]
-    return all(torch.equal(a, b) for a, b in pairs)
+from tests.engine.running import OPTIONS, hits, same, tensors
 
 
 def captured(module: nn.Module, steps: list[Inputs]) -> list[list[Tensor]]:

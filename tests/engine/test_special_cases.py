@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 import fx_cache
 from fx_cache.integrations.vllm_omni import DitCacheBackend
 from tests.engine.models import MODELS, STEPS, Inputs, engine, normal
-from tests.engine.test_models import OPTIONS, hits, same, tensors
+from tests.engine.running import OPTIONS, hits, same, tensors
 
 REUSED = [2, 3, 4, 6, 7]
 """Of eight steps, two to begin with; after three reused in a row one must be computed."""
