@@ -10,8 +10,9 @@ from torch import nn
 
 import fx_cache
 from fx_cache.config import CacheConfig
+from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.keep import Keep
-from fx_cache.runtime.slots import Branch, nothing_held
+from fx_cache.runtime.slots import Branch
 from fx_cache.testing import Request, assert_bytes_accounted
 from tests.models import build, conditioning, walk
 from tests.oracles import run_eager
@@ -123,7 +124,7 @@ def test_nothing_is_moved_out_of_autocast() -> None:
 
 def test_each_graph_keeps_its_own() -> None:
     """The static and the dynamic graph of one forward go on with each other's requests; what they keep may differ."""
-    branch = Branch("key", "form", nothing_held(), 1, CacheConfig())
+    branch = Branch("key", "form", StorageHold(()), 1, CacheConfig())
     prompt = torch.randn(100)
     graphs = object(), object()
     results = [Keep(branch, g, torch.clone)(lambda p, i=i: (p + i,), (prompt,), (0,)) for i, g in enumerate(graphs)]

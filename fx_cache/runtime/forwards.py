@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fx_cache.patterns.inputs import InputRoles, differs_in_channels
 from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.runtime.given import Control, Given
-from fx_cache.runtime.identity import SMALL, StorageHold, identity_key, signature
+from fx_cache.runtime.identity import SMALL, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT, Moves
 
 _KEPT_AS = "__fx_cache_forward__"
@@ -202,7 +202,7 @@ class Forward:
             tuple(Control.of([]) for _ in range(spans)),
             signature([t for t in self.inputs if _stored(t)]),
             schedule,
-            lambda: StorageHold(fixed),
+            fixed,
             doubt,
         )
 

@@ -38,7 +38,7 @@ class Given:
         controls: for each span, who the inputs are that feed only it, and what keeps that meaningful.
         form: shapes, dtypes and devices of everything.
         schedule: timestep and the like.
-        hold: makes what keeps the identity meaningful.
+        fixed: the inputs that the identity is of.
         doubt: why a request cannot be told from another one by this, or None.
     """
 
@@ -46,7 +46,7 @@ class Given:
     controls: tuple[Control, ...]
     form: Hashable
     schedule: list[torch.Tensor]
-    hold: Callable[[], StorageHold]
+    fixed: Sequence[Any]
     doubt: str | None = None
 
 
@@ -103,7 +103,7 @@ class _Positions:
             tuple([Control.of([args[i] for i in of_span]) for of_span in self._controls]),
             signature([args[i] for i in self._form]),
             [torch.as_tensor(args[i]) for i in self._schedule],
-            lambda: StorageHold(fixed),
+            fixed,
             doubt,
         )
 

@@ -23,6 +23,7 @@ class Keep:
             copied: what to keep of a tensor that is computed.
         """
         self._record = branch.record
+        self._aliases = branch.aliases
         self._graph = graph
         self._copied = copied
 
@@ -30,7 +31,7 @@ class Keep:
         self, compute: Callable[..., tuple[Any, ...]], operands: tuple[Any, ...], told_by: tuple[int, ...]
     ) -> tuple[Any, ...]:
         told = [operands[i] for i in told_by]
-        identity = (self._graph, *identity_key(told))
+        identity = (self._graph, *(self._aliases.get(key, key) for key in identity_key(told)))
         kept = self._record.kept
         if kept is None or kept.identity != identity:
             self._record.kept = None

@@ -16,9 +16,10 @@ from fx_cache.runtime.clock import Direction, Move, read_schedule
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
 from fx_cache.runtime.given import Given
+from fx_cache.runtime.identity import ContentHold, StorageHold
 from fx_cache.runtime.moves import Learner
 from fx_cache.runtime.named import NamedSession, named_session
-from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot, nothing_held
+from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot
 from fx_cache.runtime.weights import Weights
 
 MAX_RECORDS = 64
@@ -174,7 +175,6 @@ class Store:
         config = self.config if named is None else named.config(self.config)
         form: Hashable = (program, given.form)
         controls = tuple(c.identity for c in given.controls)
-        hold = given.hold
         unheard = self.listener is not None and self.listener.begin()
         heard = None if self.listener is None or unheard else self.listener.branch
         base: tuple[Hashable, ...]
@@ -183,23 +183,27 @@ class Store:
         elif named.branch is None:
             base = (named.key, given.identity, heard)
         else:
-            base, controls, hold = (named.key, ()), (), nothing_held
+            base, controls = (named.key, ()), ()
         key = (base, controls)
         branch = self._branches.get(key) or self._with_other_controls(base, key, program, given)
         if branch is None and heard is not None:
             branch = self._heard_late(((*base[:-1], None), controls), key, program, given)
+        if branch is None and named is not None:
+            branch = self._with_equal_inputs(form, heard, program, given, named)
+        elif branch is not None and isinstance(branch.hold, ContentHold):
+            branch.hold = StorageHold(given.fixed)  # its inputs are not made anew: they need not be held
         if branch is not None and branch.busy:
             return self._beside(branch, form, spans, named)
         if branch is None or branch.form != form:
             if branch is not None:
                 self.discard(branch)
             self._purge()
-            branch = Branch(key, form, hold(), spans, config)
+            branch = Branch(key, form, _hold(given, named), spans, config)
             branch.owner = None if named is None else named.name
             branch.unheard = unheard
             self._branches[key] = branch
-        self._branches.move_to_end(key)
-        branch.config = config
+        self._branches.move_to_end(branch.key)
+        branch.config, branch.heard = config, heard
         self._advance(branch, program, given.schedule, named)
         self._refresh(branch, named)
         self._make_room(branch)
@@ -255,7 +259,7 @@ class Store:
                 f"session {named.name!r}: got a call while another thread is at a step of the same branch; expected "
                 "one call of a branch at a time; give each thread its own session or branch, or let it wait."
             )
-        branch = Branch(object(), form, nothing_held(), spans, busy.config)
+        branch = Branch(object(), form, StorageHold(()), spans, busy.config)
         self.restart(branch, named)
         branch.doubt, branch.doubt_until = BUSY, FOREVER
         return branch
@@ -269,6 +273,26 @@ class Store:
         for branch in reversed([b for k, b in self._branches.items() if isinstance(k, tuple) and k[0] == base]):
             if self._goes_on(branch, program, given):
                 return self._renamed(branch, key)
+        return None
+
+    def _with_equal_inputs(
+        self, form: Hashable, heard: str | None, program: Hashable, given: Given, named: NamedSession
+    ) -> Branch | None:
+        """The branch of a named request whose inputs are made anew at every step, with the same content.
+
+        It has to be one step on in time; of passes with equal inputs, it is the one whose turn it is.
+        """
+        for branch in self._of(named.name):
+            if not isinstance(branch.hold, ContentHold) or (branch.form, branch.heard) != (form, heard) or branch.busy:
+                continue
+            if named.step is None:
+                goes_on = self._goes_on(branch, program, given, wait=True)
+            else:
+                goes_on = named.step > branch.record.step
+            aliases = branch.hold.aliases(given.fixed) if goes_on else None
+            if aliases is not None:
+                branch.aliases = aliases
+                return branch
         return None
 
     def _advance(
@@ -438,3 +462,11 @@ class Store:
         """Discards the branches whose conditioning is gone."""
         for branch in [b for b in self._branches.values() if b.hold.expired()]:
             self.discard(branch)
+
+
+def _hold(given: Given, named: NamedSession | None) -> StorageHold:
+    """What keeps a branch's identity meaningful."""
+    if named is None:
+        return StorageHold(given.fixed)
+    # A branch that is named is nothing but its name, and lives until it is ended.
+    return ContentHold(given.fixed) if named.branch is None else StorageHold(())

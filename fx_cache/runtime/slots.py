@@ -152,8 +152,10 @@ class Branch:
         owner: name of the session that it belongs to, or None.
         session: the present session, as statistics.
         unheard: whether it began with a call before which nobody listened to what the pipeline says.
+        heard: what the pipeline calls it, or None.
         said: number of its present step as the pipeline gives it, or None.
         busy: whether a call of it is running.
+        aliases: where inputs of its present call were made anew, by the key of each that of the one it began with.
     """
 
     def __init__(self, key: Hashable, form: Hashable, hold: StorageHold, spans: int, config: CacheConfig) -> None:
@@ -162,8 +164,10 @@ class Branch:
         self.owner: str | None = None
         self.session: SessionRecord | None = None
         self.unheard = False
+        self.heard: str | None = None
         self.said: int | None = None
         self.busy = False
+        self.aliases: dict[Hashable, Hashable] = {}
         self.form = form
         self.hold = hold
         self.clock = Clock()
@@ -184,8 +188,3 @@ class Branch:
         for slot in self.slots:
             if slot.tensors:
                 slot.tensors, slot.home, slot.script, slot.lost = [], None, None, why
-
-
-def nothing_held() -> StorageHold:
-    """A branch that is named lives until it is ended."""
-    return StorageHold(())

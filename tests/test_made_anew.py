@@ -1,0 +1,145 @@
+"""A named request whose loop makes its conditioning anew at every step (``torch.cat([negative, prompt])``, say).
+
+Branches are told apart by the content then. Oracles: the same request with inputs that are the same objects at each
+step, and the model itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fx_cache
+from fx_cache.runtime.identity import ContentHold
+from tests.models import build, conditioning, walk
+from tests.running import REUSING, compile_cached, hits_of, layers, schedule_on_a_device
+
+NAME = "flux"
+MODES = [contextlib.nullcontext, torch.inference_mode]
+Steps = list[dict[str, Any]]
+
+
+def anew(step: dict[str, Any]) -> dict[str, Any]:
+    """A step with copies of all that it is given."""
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in step.items()}
+
+
+def passes(count: int, *seeds: int) -> list[Steps]:
+    """Walks that begin with the same latents, one for each pass, by the seeds of their prompts."""
+    return [walk(NAME, count, conditioning=conditioning(NAME, seed=seed)) for seed in seeds]
+
+
+def run(passes: list[Steps], change: Callable[[dict], dict], **session: Any) -> tuple[list[torch.Tensor], list]:
+    """Outputs of all calls, pass by pass at each step, and the hits of the branches that have any."""
+    compiled = compile_cached(build(NAME), **REUSING)
+    outputs = []
+    for i, calls in enumerate(zip(*passes, strict=True)):
+        with fx_cache.session("request", **({"step": i} if session.get("numbered") else {})):
+            outputs += [compiled(**change(call))[0].clone() for call in calls]
+    return outputs, hits_of(compiled)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 0)])
+def test_it_is_the_request_with_inputs_that_stay(seeds: tuple[int, ...], numbered: bool, mode: Any) -> None:
+    """Also where two passes are given the same content: each goes on with its own."""
+    with mode():
+        expected, hits = run(passes(7, *seeds), dict, numbered=numbered)
+        outputs, found = run(passes(7, *seeds), anew, numbered=numbered)
+    assert found == hits
+    assert len(hits) == len(seeds)
+    assert all(map(torch.equal, expected, outputs))
+
+
+def test_with_a_timestep_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule_on_a_device(monkeypatch)
+    expected, hits = run(passes(7, 0, 1), dict)
+    outputs, found = run(passes(7, 0, 1), anew)
+    assert found == hits != []
+    assert all(map(torch.equal, expected, outputs))
+
+
+def test_without_a_name_each_call_is_a_request() -> None:
+    """Somebody else may have the same prompt."""
+    model, (steps,) = build(NAME), passes(5, 0)
+    compiled = compile_cached(model, **REUSING)
+    assert all(torch.equal(compiled(**anew(s))[0], model(**s)[0]) for s in steps)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_content_is_another_branch(mode: Any) -> None:
+    """Down to one bit."""
+    model, (steps,) = build(NAME), passes(6, 0)
+    compiled = compile_cached(model, **{**REUSING, "residual_diff_threshold": 1.0})
+    with mode(), fx_cache.session("request"):
+        for step in map(anew, steps[:4]):
+            compiled(**step)
+        other = anew(steps[4])
+        other["encoder_hidden_states"].view(torch.int32)[0, 3, 5] ^= 1
+        assert torch.equal(compiled(**other)[0], model(**other)[0])
+    (session,) = fx_cache.summary(model).to_dict()["sessions"]
+    assert [len(b["spans"][0]["hits"]) for b in session["branches"]] == [3, 0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_buffer_and_a_copy_of_it(mode: Any) -> None:
+    """What a request began with was written to since: a copy of what is there now is not what was there then."""
+    model, (steps, others) = build(NAME), passes(6, 0, 1)
+    compiled = compile_cached(model, **{**REUSING, "residual_diff_threshold": 1.0})
+    with mode(), fx_cache.session("request"):
+        first = anew(steps[0])
+        compiled(**first)
+        for name, value in others[1].items():
+            if isinstance(value, torch.Tensor):
+                first[name].copy_(value)
+        for i in range(1, 3):
+            given = {**anew(first), "hidden_states": others[i]["hidden_states"], "timestep": others[i]["timestep"]}
+            output = compiled(**given)[0]
+            if i == 1:
+                assert torch.equal(output, model(**given)[0])
+
+
+def test_what_is_computed_once() -> None:
+    """Projections of the prompt: as often as with inputs that stay."""
+    model, (steps,) = build(NAME), passes(4, 0)
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    compiled(**steps[0])
+    fx_cache.reset(model)
+    with fx_cache.session("request"):
+        first, second, third = (layers(compiled, anew(step)) for step in steps[:3])
+    assert first - second == first - third == 3
+
+
+def test_inputs_that_stay_are_not_held() -> None:
+    """A request that is named and never ended lets go of what it cached when its prompt is gone."""
+    model, (steps,) = build(NAME), passes(4, 0)
+    compiled = compile_cached(model, **REUSING)
+    with fx_cache.session("request"):
+        for step in steps[:3]:
+            compiled(**step)
+    del steps, step
+    with fx_cache.session("other"):
+        compiled(**passes(1, 1)[0][0])
+    held = {
+        s["name"]: sum(b["spans"][0]["bytes"] for b in s["branches"])
+        for s in fx_cache.summary(model).to_dict()["sessions"]
+    }
+    assert held["request"] == 0 < held["other"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128])
+def test_content_is_bits(dtype: torch.dtype) -> None:
+    values = torch.zeros(100, dtype=dtype)
+    values[3] = float("nan")
+    hold = ContentHold([values, 7])
+    assert hold.aliases([values.clone(), 7]) is not None
+    assert hold.aliases([values.clone(), 8]) is None
+    assert hold.aliases([values.clone()[:99], 7]) is None
+    negative = values.clone()
+    negative.view(torch.uint8)[-1] ^= 128  # the last zero's sign
+    assert hold.aliases([negative, 7]) is None
