@@ -140,6 +140,7 @@ def test_content_is_bits(dtype: torch.dtype) -> None:
     assert hold.aliases([values.clone(), 7]) is not None
     assert hold.aliases([values.clone(), 8]) is None
     assert hold.aliases([values.clone()[:99], 7]) is None
+    assert hold.aliases([values.clone()]) is None
     negative = values.clone()
     negative.view(torch.uint8)[-1] ^= 128  # the last zero's sign
     assert hold.aliases([negative, 7]) is None

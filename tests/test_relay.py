@@ -272,3 +272,44 @@ def test_a_stream_that_does_not_come_out_of_the_last_block() -> None:
     with pytest.warns(fx_cache.CacheWarning, match="runs this model uncached.*a stream that is not to be found"):
         assert torch.equal(compiled(**steps[1])[0], expected[1])
     assert torch.equal(compiled(**steps[2])[0], expected[2])
+
+
+class Mixed(nn.Module):
+    """A block that is captured whole, and computes something else in another pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor, edits: bool) -> Tensor:
+        y = self.mix(x) * text.mean(dim=1, keepdim=True)
+        return x + torch.tanh(torch.sin(y) if edits else y)
+
+
+class Noted(Model):
+    """One graph break, in front of all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Mixed() for _ in range(BLOCKS))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, edits: bool) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        torch._dynamo.graph_break()
+        x = x + time[:, None]
+        for block in self.blocks:
+            x = block(x, text, edits)
+        return (self.out(x),)
+
+
+def test_another_pass_at_another_size_caches_like_what_was_watched() -> None:
+    """However little work it is by itself."""
+    model = Noted()
+    compiled = compile_broken(model, residual_diff_threshold=2.0)
+    for name, times, edits in [("large", 16, False), ("small", 1, True)]:
+        with fx_cache.session(name):
+            for step in walk(0):
+                compiled(step["latent"].repeat(1, times, 1), step["timestep"], step["text"], edits)
+    sessions = fx_cache.summary(model).to_dict()["sessions"]
+    hits = {s["name"]: [b["spans"][0]["hits"] for b in s["branches"]] for s in sessions}
+    assert hits["small"] == [[*range(1, STEPS)]]

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import fx_cache
 from tests.models import build, walk
-from tests.running import needs_inductor, relative_error
+from tests.running import compile_cached, needs_inductor, relative_error
 
 
 def run(name: str, compiler: str, dynamic: bool | None, tolerance: float) -> None:
@@ -74,3 +74,39 @@ def test_sizes_and_numbers_are_computed_again_behind_a_cut(compiler: str, dynami
         assert torch.equal(compiled(x, t, scale)[0], model(x, t, scale)[0])
     skeletons = [g for s in fx_cache.summary(model).to_dict()["sessions"] for g in s["branches"]]
     assert skeletons
+
+
+class Cropped(torch.nn.Module):
+    """Patches of what is denoised and of a picture beside it; what comes out has ``2 * (height // 2)`` rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Conv2d(4, 16, 2, stride=2)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(4)])
+        self.out = torch.nn.Linear(16, 16)
+
+    def forward(self, latent: torch.Tensor, picture: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor]:
+        rows, columns = latent.shape[2] // 2, latent.shape[3] // 2
+        x = torch.cat([self.embed(y).flatten(2).mT for y in (picture, latent)], dim=1) + t.sin().reshape(1, 1, 1)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        x = self.out(x[:, -rows * columns :]).unflatten(1, (rows, columns)).unflatten(3, (4, 2, 2))
+        return (x.permute(0, 3, 1, 4, 2, 5).reshape(1, 4, 2 * rows, 2 * columns),)
+
+
+def test_what_is_denoised_is_seen_at_any_size() -> None:
+    """A request has the hits that the next one has, also where its size is the first of its kind."""
+    model = Cropped()
+    compiled = compile_cached(model, residual_diff_threshold=2.0)
+    for name, size in [("usual", 16), ("other", 8), ("again", 8)]:
+        generator = torch.Generator().manual_seed(0)
+        latent, picture = (
+            torch.randn(1, 4, size, size, generator=generator),
+            torch.randn(1, 4, 4, 6, generator=generator),
+        )
+        with fx_cache.session(name):
+            for i in range(5):
+                compiled(latent + 0.01 * i, picture, torch.tensor([1.0 - 0.1 * i]))
+    sessions = fx_cache.summary(model).to_dict()["sessions"]
+    assert [[b["spans"][0]["hits"] for b in s["branches"]] for s in sessions] == [[[1, 2, 3, 4]]] * 3

@@ -12,8 +12,9 @@ No name of an argument is looked at:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,6 +25,7 @@ from fx_cache.patterns.graph import (
     Reads,
     ancestors,
     descendants,
+    hinted_shape,
     is_tensor,
     is_weight,
     same_shape,
@@ -160,31 +162,49 @@ def _widens(node: fx.Node, user: fx.Node) -> bool:
 
 
 def _latents(graph: fx.Graph, inputs: list[fx.Node], candidates: list[int]) -> list[int]:
-    """For each output the input of its shape; failing that, the one that differs from it in channels only."""
+    """For each output the input of its shape; failing that, the one that differs from it in channels only.
+
+    Sizes that are no numbers are taken as they are written; where no input fits (``2 * (s0 // 2)`` out of ``s0``), as
+    those of the present inputs, and then just one may fit.
+    """
     floats = [i for i in candidates if value_of(inputs[i]).is_floating_point()]
     found: list[int] = []
     for result in tree_leaves(next(iter(graph.find_nodes(op="output"))).args):
         if not isinstance(result, fx.Node) or not is_tensor(result):
             continue
-        shape = tuple(map(str, value_of(result).shape))
         free = [i for i in floats if i not in found]
-        exact = [i for i in free if _shape(inputs[i]) == shape]
-        near = [i for i in free if differs_in_channels(_shape(inputs[i]), shape)]
+        exact, near = _fitting(inputs, free, result, _written)
+        if not exact and not near:
+            exact, near = _fitting(inputs, free, result, _present)
+            exact = exact if len(exact) == 1 else []
         if exact or len(near) == 1:
             found.append((exact or near)[0])
     return found
 
 
-def differs_in_channels(a: Sequence[str], b: Sequence[str]) -> bool:
+def _written(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(map(str, value_of(node).shape))
+
+
+def _present(node: fx.Node) -> tuple[Any, ...]:
+    return hinted_shape(value_of(node))
+
+
+def _fitting(
+    inputs: list[fx.Node], free: list[int], result: fx.Node, shape: Callable[[fx.Node], tuple[Any, ...]]
+) -> tuple[list[int], list[int]]:
+    """The inputs of a result's shape, and those that differ from it in channels only."""
+    wanted = shape(result)
+    exact = [i for i in free if shape(inputs[i]) == wanted]
+    return exact, [i for i in free if differs_in_channels(shape(inputs[i]), wanted)]
+
+
+def differs_in_channels(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes differ in one dimension, which holds channels and not tokens, pixels or frames."""
     if len(a) != len(b):
         return False
     different = [d for d, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
     return len(different) == 1 and different[0] in ({len(a) - 1} if len(a) <= 3 else {1, 2, len(a) - 1})
-
-
-def _shape(node: fx.Node) -> tuple[str, ...]:
-    return tuple(map(str, value_of(node).shape))
 
 
 def token_sources(node: fx.Node, reads: Reads) -> set[fx.Node]:

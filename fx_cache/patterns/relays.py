@@ -64,6 +64,11 @@ class GraphFacts:
     gradients: Refusal | None
     groups: tuple[str, ...]
 
+    @property
+    def layers(self) -> Hashable:
+        """Captured code and its weights: the same for another pass of a request, and at another size."""
+        return self.frame, frozenset(self.names[i] for i in self.roles.weights)
+
 
 def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None, span_share: float) -> GraphFacts:
     """Reads a captured graph as a part of a forward.

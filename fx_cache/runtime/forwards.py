@@ -316,6 +316,4 @@ def _form(value: torch.Tensor) -> Form:
 
 def _fits(value: torch.Tensor, shape: tuple[int, ...]) -> bool:
     mine = tuple(value.shape)
-    return value.is_floating_point() and (
-        mine == shape or differs_in_channels(list(map(str, mine)), list(map(str, shape)))
-    )
+    return value.is_floating_point() and (mine == shape or differs_in_channels(mine, shape))

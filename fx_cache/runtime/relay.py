@@ -81,6 +81,7 @@ class Relay:
         self.store: Store | None = None
         self._watched: tuple[Forward, WatchRun, Context] | None = None
         self._seen: frozenset[str] = frozenset()
+        self._layers: frozenset[Hashable] = frozenset()
         self._least = 0.0
         self._learner = Learner()
 
@@ -113,17 +114,20 @@ class Relay:
             self._seen = frozenset(c.facts.program for c in forward.calls)
             self._least = max(MIN_SHARE * total, MIN_OTHER_WORK * most)
             self.enabled = frozenset(p for p, work in own.items() if work >= MIN_OTHER_WORK * most)
+            self._layers = frozenset(c.facts.layers for c in forward.calls if c.facts.program in self.enabled)
         else:
             self.plans, self.refusal = plans, refusal
         return forward
 
     def caches(self, facts: GraphFacts) -> bool:
-        """Whether a graph caches by itself; one that the forward that was watched did not have is judged as those were.
+        """Whether a graph caches by itself.
 
-        Another pass of a request, or another size, may be another graph.
+        At another pass of a request, or another size, there may be other graphs than the forward had that was watched:
+        such a one does if it is made of the same layers, or if it is as much work as those that do.
         """
-        new = facts.program not in self._seen and facts.span_work > 0
-        return facts.program in self.enabled or bool(self.enabled and new and facts.span_work >= self._least)
+        if not self.enabled or facts.program in self._seen:
+            return facts.program in self.enabled
+        return facts.span_work > 0 and (facts.layers in self._layers or facts.span_work >= self._least)
 
     def _learn(self) -> None:
         """What is cached where from the next forward on; the one that was watched was the first step."""
