@@ -16,7 +16,7 @@ import torch
 import fx_cache
 from fx_cache.runtime.identity import ContentHold
 from tests.models import build, conditioning, walk
-from tests.running import REUSING, compile_cached, hits_of, layers, schedule_on_a_device
+from tests.running import REUSING, compile_cached, hits_of, last_branch, layers, schedule_on_a_device
 
 NAME = "flux"
 MODES = [contextlib.nullcontext, torch.inference_mode]
@@ -62,6 +62,33 @@ def test_with_a_timestep_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, found = run(passes(7, 0, 1), anew)
     assert found == hits != []
     assert all(map(torch.equal, expected, outputs))
+
+
+def test_a_model_without_a_timestep() -> None:
+    class Untimed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(5)])
+
+        def forward(self, x: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + torch.tanh(block(x + prompt.mean(dim=1, keepdim=True)))
+            return x
+
+    hits = []
+    for change in (lambda t: t, torch.clone):
+        model = Untimed()
+        compiled = compile_cached(model, **REUSING)
+        generator = torch.Generator().manual_seed(0)
+        x, *prompts = (torch.randn(1, n, 16, generator=generator) for n in (8, 5, 5))
+        with fx_cache.session("request"):
+            for i in range(6):
+                for prompt in prompts:
+                    compiled(x + 0.02 * i, change(prompt))
+        hits.append(hits_of(compiled))
+    assert hits[0] == hits[1]
+    assert len(hits[0]) == 2
 
 
 def test_without_a_name_each_call_is_a_request() -> None:
@@ -113,6 +140,18 @@ def test_what_is_computed_once() -> None:
     with fx_cache.session("request"):
         first, second, third = (layers(compiled, anew(step)) for step in steps[:3])
     assert first - second == first - third == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_held_is_what_is_made_anew(mode: Any) -> None:
+    model, (steps,) = build(NAME), passes(4, 0)
+    compiled = compile_cached(model, **REUSING, hoist_invariants=False)
+    with mode(), fx_cache.session("request"):
+        for step in steps:
+            compiled(**{**step, "encoder_hidden_states": step["encoder_hidden_states"].clone()})
+    assert last_branch(model)["kept_bytes"] == steps[0]["encoder_hidden_states"].nbytes
+    fx_cache.end("request")
+    assert last_branch(model)["kept_bytes"] == 0
 
 
 def test_inputs_that_stay_are_not_held() -> None:

@@ -86,27 +86,26 @@ class Cropped(torch.nn.Module):
         self.blocks = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(4)])
         self.out = torch.nn.Linear(16, 16)
 
-    def forward(self, latent: torch.Tensor, picture: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor]:
-        rows, columns = latent.shape[2] // 2, latent.shape[3] // 2
-        x = torch.cat([self.embed(y).flatten(2).mT for y in (picture, latent)], dim=1) + t.sin().reshape(1, 1, 1)
+    def forward(self, latents: list[torch.Tensor], picture: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+        grids = [(y.shape[2] // 2, y.shape[3] // 2) for y in latents]
+        x = torch.cat([self.embed(y).flatten(2).mT for y in (picture, *latents)], dim=1) + t.sin().reshape(1, 1, 1)
         for block in self.blocks:
             x = x + torch.tanh(block(x))
-        x = self.out(x[:, -rows * columns :]).unflatten(1, (rows, columns)).unflatten(3, (4, 2, 2))
-        return (x.permute(0, 3, 1, 4, 2, 5).reshape(1, 4, 2 * rows, 2 * columns),)
+        parts = self.out(x[:, -sum(a * b for a, b in grids) :]).split([a * b for a, b in grids], dim=1)
+        patches = [p.unflatten(1, grid).unflatten(3, (4, 2, 2)) for p, grid in zip(parts, grids, strict=True)]
+        return [p.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4) for p in patches]
 
 
-def test_what_is_denoised_is_seen_at_any_size() -> None:
-    """A request has the hits that the next one has, also where its size is the first of its kind."""
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_denoised_is_seen_at_any_size(count: int) -> None:
+    """A request has the hits that the next one has, also where its size, or number, is the first of its kind."""
     model = Cropped()
     compiled = compile_cached(model, residual_diff_threshold=2.0)
-    for name, size in [("usual", 16), ("other", 8), ("again", 8)]:
+    for name, size, number in [("usual", 16, 1), ("other", 8, count), ("again", 8, count)]:
         generator = torch.Generator().manual_seed(0)
-        latent, picture = (
-            torch.randn(1, 4, size, size, generator=generator),
-            torch.randn(1, 4, 4, 6, generator=generator),
-        )
+        picture, *latents = (torch.randn(1, 4, n, n, generator=generator) for n in (6, *[size] * number))
         with fx_cache.session(name):
             for i in range(5):
-                compiled(latent + 0.01 * i, picture, torch.tensor([1.0 - 0.1 * i]))
+                compiled([y + 0.01 * i for y in latents], picture, torch.tensor([1.0 - 0.1 * i]))
     sessions = fx_cache.summary(model).to_dict()["sessions"]
     assert [[b["spans"][0]["hits"] for b in s["branches"]] for s in sessions] == [[[1, 2, 3, 4]]] * 3

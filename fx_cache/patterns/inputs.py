@@ -12,7 +12,7 @@ No name of an argument is looked at:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,22 +164,23 @@ def _widens(node: fx.Node, user: fx.Node) -> bool:
 def _latents(graph: fx.Graph, inputs: list[fx.Node], candidates: list[int]) -> list[int]:
     """For each output the input of its shape; failing that, the one that differs from it in channels only.
 
-    Sizes that are no numbers are taken as they are written; where no input fits (``2 * (s0 // 2)`` out of ``s0``), as
-    those of the present inputs, and then just one may fit.
+    Sizes that are no numbers are compared as they are written. Outputs that no input fits then (``2 * (s0 // 2)`` out
+    of ``s0``) are compared by the sizes of the present inputs, of which none may be left over.
     """
-    floats = [i for i in candidates if value_of(inputs[i]).is_floating_point()]
-    found: list[int] = []
-    for result in tree_leaves(next(iter(graph.find_nodes(op="output"))).args):
-        if not isinstance(result, fx.Node) or not is_tensor(result):
-            continue
-        free = [i for i in floats if i not in found]
-        exact, near = _fitting(inputs, free, result, _written)
-        if not exact and not near:
-            exact, near = _fitting(inputs, free, result, _present)
-            exact = exact if len(exact) == 1 else []
-        if exact or len(near) == 1:
-            found.append((exact or near)[0])
-    return found
+    results = [n for n in tree_leaves(next(iter(graph.find_nodes(op="output"))).args) if isinstance(n, fx.Node)]
+    missing = [n for n in results if is_tensor(n)]
+    free = [i for i in candidates if value_of(inputs[i]).is_floating_point()]
+    found: dict[fx.Node, int] = {}
+    for shape in (_written, _present):
+        for result in list(missing):
+            exact = [i for i in free if shape(inputs[i]) == shape(result)]
+            near = [i for i in free if differs_in_channels(shape(inputs[i]), shape(result))]
+            alike = sum(shape(n) == shape(result) for n in missing)
+            if (exact and (shape is _written or len(exact) <= alike)) or (not exact and len(near) == 1):
+                found[result] = (exact or near)[0]
+                free.remove(found[result])
+                missing.remove(result)
+    return [found[n] for n in results if n in found]
 
 
 def _written(node: fx.Node) -> tuple[Any, ...]:
@@ -188,15 +189,6 @@ def _written(node: fx.Node) -> tuple[Any, ...]:
 
 def _present(node: fx.Node) -> tuple[Any, ...]:
     return hinted_shape(value_of(node))
-
-
-def _fitting(
-    inputs: list[fx.Node], free: list[int], result: fx.Node, shape: Callable[[fx.Node], tuple[Any, ...]]
-) -> tuple[list[int], list[int]]:
-    """The inputs of a result's shape, and those that differ from it in channels only."""
-    wanted = shape(result)
-    exact = [i for i in free if shape(inputs[i]) == wanted]
-    return exact, [i for i in free if differs_in_channels(shape(inputs[i]), wanted)]
 
 
 def differs_in_channels(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -13,6 +13,9 @@ SMALL = 64
 """Host tensors of up to this many elements are compared by value."""
 
 
+MAX_HELD = 1 << 30
+"""Bytes of inputs beyond which they are known by nothing but who they are."""
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _NO_REFERENCES = 2
@@ -35,28 +38,37 @@ class StorageHold:
     """
 
     def __init__(self, inputs: Sequence[Any]) -> None:
-        self._references = [StorageWeakRef(t.untyped_storage()) for t in inputs if not _by_value(t)]
+        tensors = {i: v for i, v in enumerate(inputs) if not _by_value(v)}
+        self._references = {i: StorageWeakRef(t.untyped_storage()) for i, t in tensors.items()}
 
     def expired(self) -> bool:
         """Whether one of the tensors is gone: nobody can come back with it."""
-        return any(reference.expired() for reference in self._references)
+        return any(reference.expired() for reference in self._references.values())
 
 
 class ContentHold(StorageHold):
     """The inputs themselves, with the content that they had: others may be the same though they were made anew.
 
-    What can be written to and leaves no trace (tensors made in inference mode) is copied.
+    What can be written to and leaves no trace (tensors made in inference mode) is copied. Inputs that come back as they
+    were are held no longer than until they do.
+
+    Attributes:
+        inputs: those that are held, by their number.
     """
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__(inputs)
         self._keys = identity_key(inputs)
-        self._inputs = [v.clone() if isinstance(v, torch.Tensor) and v.is_inference() else v for v in inputs]
-        self._unwritten = identity_key(self._inputs)
+        large = sum(v.nbytes for v in inputs if isinstance(v, torch.Tensor)) > MAX_HELD
+        self._hold({} if large else {i: _unchanging(v) for i, v in enumerate(inputs)})
+
+    def _hold(self, inputs: dict[int, Any]) -> None:
+        self.inputs = inputs
+        self._unwritten = identity_key([*inputs.values()])
 
     def expired(self) -> bool:
-        """Nobody has to come back with these very tensors."""
-        return False
+        """Whether an input is gone that is not held."""
+        return any(reference.expired() for i, reference in self._references.items() if i not in self.inputs)
 
     @torch.no_grad()
     def aliases(self, inputs: Sequence[Any]) -> dict[Hashable, Hashable] | None:
@@ -64,25 +76,28 @@ class ContentHold(StorageHold):
 
         Where tensors of a device have to be compared, this waits for it, once.
         """
-        if len(inputs) != len(self._inputs) or identity_key(self._inputs) != self._unwritten:
-            return None
         keys = identity_key(inputs)
-        others = [
-            pair
-            for pair, key, own in zip(zip(inputs, self._inputs, strict=True), keys, self._keys, strict=True)
-            if key != own
-        ]
-        if any(_by_value(a) or _by_value(b) or not _alike(a, b) for a, b in others):
+        if len(keys) != len(self._keys) or identity_key([*self.inputs.values()]) != self._unwritten:
             return None
-        differ = [(_bits(a) != _bits(b)).any() for a, b in others]
+        anew = [i for i, (key, own) in enumerate(zip(keys, self._keys, strict=True)) if key != own]
+        if not all(i in self.inputs and _alike(inputs[i], self.inputs[i]) for i in anew):
+            return None
+        differ = [(_bits(inputs[i]) != _bits(self.inputs[i])).any() for i in anew]
         if differ and bool(torch.stack([d.to(differ[0].device) for d in differ]).any()):
             return None
+        self._hold({i: self.inputs[i] for i in anew})
         return dict(zip(keys, self._keys, strict=True))
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    plain = type(a) is type(b) is torch.Tensor and a.layout is b.layout is torch.strided
-    return plain and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+def _unchanging(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two inputs may differ in nothing but the numbers they hold, and these are not compared already."""
+    if type(a) is not torch.Tensor or type(b) is not torch.Tensor or _by_value(a) or _by_value(b):
+        return False
+    return a.layout is b.layout is torch.strided and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:

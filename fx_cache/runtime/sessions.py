@@ -19,7 +19,7 @@ from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold
 from fx_cache.runtime.moves import Learner
 from fx_cache.runtime.named import NamedSession, named_session
-from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot
+from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot, bytes_of
 from fx_cache.runtime.weights import Weights
 
 MAX_RECORDS = 64
@@ -285,13 +285,14 @@ class Store:
         for branch in self._of(named.name):
             if not isinstance(branch.hold, ContentHold) or (branch.form, branch.heard) != (form, heard) or branch.busy:
                 continue
-            if named.step is None:
-                goes_on = self._goes_on(branch, program, given, wait=True)
-            else:
+            if named.step is not None:
                 goes_on = named.step > branch.record.step
+            else:
+                goes_on = not given.schedule or self._goes_on(branch, program, given, wait=True)
             aliases = branch.hold.aliases(given.fixed) if goes_on else None
             if aliases is not None:
                 branch.aliases = aliases
+                branch.record.held = bytes_of(v for v in branch.hold.inputs.values() if isinstance(v, torch.Tensor))
                 return branch
         return None
 

@@ -105,6 +105,7 @@ class BranchRecord:
         step: number of the present step: the caller's, where he numbers them, else counted from 0.
         began: number of the first one.
         kept: what is the same at each step, where that is kept.
+        held: bytes of inputs that are held since they are made anew at each step.
     """
 
     key: Hashable
@@ -113,6 +114,12 @@ class BranchRecord:
     step: int = 0
     began: int = 0
     kept: Kept | None = None
+    held: int = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept beside the slots."""
+        return self.held + (0 if self.kept is None else self.kept.bytes)
 
     @property
     def bytes(self) -> int:
@@ -184,7 +191,7 @@ class Branch:
 
     def drop(self, why: str | None = None) -> None:
         """Lets go of what is cached and kept."""
-        self.record.kept = None
+        self.record.kept, self.record.held = None, 0
         for slot in self.slots:
             if slot.tensors:
                 slot.tensors, slot.home, slot.script, slot.lost = [], None, None, why

@@ -29,7 +29,7 @@ class Summary:
         with span = ``{"steps", "hits": [step, ...], "misses": {step: reason}, "diffs": {step: float}, "bytes"}``.
         A diff of -1.0 stands for a step that reused without measuring. With ``batch_policy="per_sample"`` a span has
         ``"samples"`` too: the same of each sample, but for the bytes; its own hits are the steps that all reused.
-        ``"kept_bytes"`` are those of what is the same at every step, and is computed once.
+        ``"kept_bytes"`` are those of what is the same at every step: computed once, or held since it is made anew.
         """
         return {"sessions": list(self.sessions)}
 
@@ -66,7 +66,7 @@ def summarize(found: Iterable[Store]) -> Summary:
 
 def _branch(record: BranchRecord) -> dict[str, Any]:
     spans = [_span(slot) for slot in record.slots]
-    return {"name": record.name, "spans": spans, "kept_bytes": 0 if record.kept is None else record.kept.bytes}
+    return {"name": record.name, "spans": spans, "kept_bytes": record.kept_bytes}
 
 
 def _span(slot: Slot) -> dict[str, Any]:
