@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -94,3 +98,33 @@ def test_two_requests_with_one_prompt_and_two_controls_stay_apart() -> None:
     assert [span["hits"] for b in branches for span in b["spans"]] == [[2, 3, 4]] * sum(
         len(b["spans"]) for b in branches
     )
+
+
+@pytest.mark.parametrize("branch", [None, "cond"])
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+def test_made_anew_with_the_same_content_they_are_the_same(branch: str | None, mode: Any) -> None:
+    """Where the request is named: the keys and values of a prompt, joined at every step."""
+
+    def run(change: Callable[[Any], Any]) -> list[torch.Tensor]:
+        model, steps = build(NAME), walk(NAME, 6)
+        compiled = compile_cached(model, residual_diff_threshold=2.0, max_continuous_cached_steps=2)
+        outputs = []
+        with mode(), fx_cache.session("request", branch=branch):
+            for i, step in enumerate(steps):
+                given = {k: v if k in ("hidden_states", "timestep") else change(v) for k, v in step.items()}
+                if i == 5:
+                    controls_of(given)[-1][0, 0, 0] += 1.0
+                outputs.append(compiled(**given)[0].clone())
+        for span in last_branch(model)["spans"]:
+            assert span["hits"] == [1, 2, 4]
+            assert span["misses"][5] == CHANGED
+        return outputs
+
+    expected = run(lambda value: value)
+    assert all(map(torch.equal, expected, run(clones)))
+
+
+def clones(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return type(value)(map(clones, value)) if isinstance(value, list | tuple) else value

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from functools import cached_property
 
 import torch
 
 from fx_cache.runtime.batches import MixedHit, Separation
 from fx_cache.runtime.given import Control
+from fx_cache.runtime.identity import ContentHold, StorageHold
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
 from fx_cache.runtime.ranks import agree
 from fx_cache.runtime.sessions import Store
@@ -36,11 +38,11 @@ class SpanGate:
             branch: the branch.
             program: what the graph computes and caches.
             span: number of the span in the graph.
-            control: who the inputs are that feed only the span.
+            control: the inputs that feed only the span.
             separation: how some samples of a batch are computed by themselves.
         """
         self._store = store
-        self.control = control
+        self._control = control
         self._branch = branch
         self._program = program
         self._span = span
@@ -92,6 +94,21 @@ class SpanGate:
         """That of the first sample that computes, if any does."""
         return next((v for v in self._verdicts if not v.reuse), self._verdicts[0])
 
+    def remember_control(self) -> None:
+        """Notes what the span was computed from."""
+        slot = self._branch.slots[self._span]
+        by_content = self._branch.owner is not None and slot.made_anew is not False
+        slot.control = (ContentHold if by_content else StorageHold)(self._control.inputs)
+
+    @cached_property
+    def _control_changed(self) -> bool:
+        """Whether the span was computed from other inputs, as far as these feed nothing else."""
+        slot = self._branch.slots[self._span]
+        changed = slot.control is None or not slot.control.same(self._control.inputs)
+        if isinstance(slot.control, ContentHold):
+            slot.made_anew = bool(slot.control.inputs) and not changed
+        return changed
+
     def record(self) -> None:
         """Notes that the step is over."""
         for counters, verdict in self._decided():
@@ -124,7 +141,7 @@ class SpanGate:
             return Verdict(False, slot.lost)
         if verdict.reuse is not False and branch.doubt is not None:
             return Verdict(False, branch.doubt)
-        if verdict.reuse is not False and not self.control.same(slot.control):
+        if verdict.reuse is not False and self._control_changed:
             return Verdict(False, "an input that feeds only the span changed")
         if verdict.reuse and not branch.blind:
             return Verdict(False, "direction of the timestep not known yet")

@@ -9,24 +9,20 @@ from typing import Any
 import torch
 
 from fx_cache.patterns.inputs import InputRoles
-from fx_cache.runtime.identity import StorageHold, identity_key, signature
+from fx_cache.runtime.identity import identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT, Learner, Moves
 
 
 @dataclass(frozen=True)
 class Control:
-    """Who some inputs are that feed only a span."""
+    """Inputs of a call that feed only a span, and who they are."""
 
+    inputs: Sequence[Any]
     identity: Hashable
-    hold: StorageHold
 
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> Control:
-        return cls(identity_key(inputs), StorageHold(inputs))
-
-    def same(self, other: Control | None) -> bool:
-        """Whether these are the inputs `other` was, with the same content."""
-        return other is not None and not other.hold.expired() and self.identity == other.identity
+        return cls(inputs, identity_key(inputs))
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Given:
 
     Attributes:
         identity: who its conditioning is, but for what feeds only spans.
-        controls: for each span, who the inputs are that feed only it, and what keeps that meaningful.
+        controls: for each span, the inputs that feed only it.
         form: shapes, dtypes and devices of everything.
         schedule: timestep and the like.
         fixed: the inputs that the identity is of.

@@ -35,15 +35,28 @@ class StorageHold:
     """Weak references to the storages behind a key.
 
     They keep each storage's control block, so that no other storage can get its address while this object lives.
+
+    Attributes:
+        identity: the key.
     """
 
     def __init__(self, inputs: Sequence[Any]) -> None:
+        self.identity = identity_key(inputs)
         tensors = {i: v for i, v in enumerate(inputs) if not _by_value(v)}
         self._references = {i: StorageWeakRef(t.untyped_storage()) for i, t in tensors.items()}
 
     def expired(self) -> bool:
         """Whether one of the tensors is gone: nobody can come back with it."""
         return any(reference.expired() for reference in self._references.values())
+
+    def same(self, inputs: Sequence[Any]) -> bool:
+        """Whether some inputs are these, with the same content."""
+        return not self.expired() and self.identity == identity_key(inputs)
+
+    @property
+    def bytes(self) -> int:
+        """What it keeps alive."""
+        return 0
 
 
 class ContentHold(StorageHold):
@@ -58,7 +71,6 @@ class ContentHold(StorageHold):
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__(inputs)
-        self._keys = identity_key(inputs)
         large = sum(v.nbytes for v in inputs if isinstance(v, torch.Tensor)) > MAX_HELD
         self._hold({} if large else {i: _unchanging(v) for i, v in enumerate(inputs)})
 
@@ -70,23 +82,34 @@ class ContentHold(StorageHold):
         """Whether an input is gone that is not held."""
         return any(reference.expired() for i, reference in self._references.items() if i not in self.inputs)
 
+    def same(self, inputs: Sequence[Any]) -> bool:
+        """Whether some inputs have the content of these, bit for bit."""
+        return self.aliases(inputs) is not None
+
+    @property
+    def bytes(self) -> int:
+        storages = {
+            s._cdata: s.nbytes() for v in self.inputs.values() if not _by_value(v) and (s := v.untyped_storage())
+        }
+        return sum(storages.values())
+
     @torch.no_grad()
     def aliases(self, inputs: Sequence[Any]) -> dict[Hashable, Hashable] | None:
-        """If some inputs have bit for bit the content of those held: by the key of each, the key of the one held.
+        """If some inputs have bit for bit the content of these: by the key of each, the key of the one of these.
 
         Where tensors of a device have to be compared, this waits for it, once.
         """
         keys = identity_key(inputs)
-        if len(keys) != len(self._keys) or identity_key([*self.inputs.values()]) != self._unwritten:
+        if len(keys) != len(self.identity) or identity_key([*self.inputs.values()]) != self._unwritten:
             return None
-        anew = [i for i, (key, own) in enumerate(zip(keys, self._keys, strict=True)) if key != own]
+        anew = [i for i, (key, own) in enumerate(zip(keys, self.identity, strict=True)) if key != own]
         if not all(i in self.inputs and _alike(inputs[i], self.inputs[i]) for i in anew):
             return None
         differ = [(_bits(inputs[i]) != _bits(self.inputs[i])).any() for i in anew]
         if differ and bool(torch.stack([d.to(differ[0].device) for d in differ]).any()):
             return None
         self._hold({i: self.inputs[i] for i in anew})
-        return dict(zip(keys, self._keys, strict=True))
+        return dict(zip(keys, self.identity, strict=True))
 
 
 def _unchanging(value: Any) -> Any:

@@ -264,7 +264,7 @@ class Leg:
             slot = self._branch.slots[self._number]
             if not self._hit:
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
-                slot.control = self._gate.control
+                self._gate.remember_control()
             self._gate.record()
             slot.open = False
         return outputs

@@ -20,7 +20,7 @@ from fx_cache.errors import CacheWarning, Refusal
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE
 from fx_cache.runtime.forwards import Forward, family_of, surroundings
-from fx_cache.runtime.given import Control
+from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.legs import Graph, Leg, WatchRun
 from fx_cache.runtime.moves import Learner, Moves
 from fx_cache.runtime.policy import decide
@@ -155,7 +155,7 @@ class Relay:
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
                 assert found is not None
                 slot.tensors, slot.script = found
-                slot.control, slot.open = Control.of([]), False
+                slot.control, slot.open = StorageHold(()), False
                 slot.counters.record(branch.record.step, verdict.reason or "nothing cached")
         elif self.refusal is not None:
             warnings.warn(f"dit_cache runs this model uncached. {self.refusal}", CacheWarning, stacklevel=2)

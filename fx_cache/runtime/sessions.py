@@ -19,7 +19,7 @@ from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold
 from fx_cache.runtime.moves import Learner
 from fx_cache.runtime.named import NamedSession, named_session
-from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot, bytes_of
+from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot
 from fx_cache.runtime.weights import Weights
 
 MAX_RECORDS = 64
@@ -292,7 +292,7 @@ class Store:
             aliases = branch.hold.aliases(given.fixed) if goes_on else None
             if aliases is not None:
                 branch.aliases = aliases
-                branch.record.held = bytes_of(v for v in branch.hold.inputs.values() if isinstance(v, torch.Tensor))
+                branch.record.held = branch.hold.bytes
                 return branch
         return None
 

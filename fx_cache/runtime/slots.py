@@ -11,7 +11,6 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.runtime.clock import Clock
-from fx_cache.runtime.given import Control
 from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.policy import Counters
 
@@ -30,7 +29,8 @@ class Slot:
         tensors: [probe, what is stored of each live-out]; nothing while there is no state.
         home: where they were made, while they lie on the host instead.
         lost: why there are none any more, where it is no matter of course.
-        control: who the inputs were that feed only the span, when it was computed.
+        control: the inputs that fed only the span, when it was computed.
+        made_anew: whether these are made anew at every step; None while that is not known.
         script: where the span lies over several graphs, what each of them gave back.
         open: whether a span over several graphs has begun and not ended.
         counters: what the policy remembers.
@@ -40,7 +40,8 @@ class Slot:
     tensors: list[torch.Tensor] = field(default_factory=list)
     home: tuple[torch.device, ...] | None = None
     lost: str | None = None
-    control: Control | None = None
+    control: StorageHold | None = None
+    made_anew: bool | None = None
     script: Any = None
     open: bool = False
     counters: Counters = field(default_factory=Counters)
@@ -119,7 +120,8 @@ class BranchRecord:
     @property
     def kept_bytes(self) -> int:
         """What is kept beside the slots."""
-        return self.held + (0 if self.kept is None else self.kept.bytes)
+        controls = sum(slot.control.bytes for slot in self.slots if slot.control is not None)
+        return self.held + controls + (0 if self.kept is None else self.kept.bytes)
 
     @property
     def bytes(self) -> int:
@@ -193,5 +195,6 @@ class Branch:
         """Lets go of what is cached and kept."""
         self.record.kept, self.record.held = None, 0
         for slot in self.slots:
+            slot.control = None
             if slot.tensors:
                 slot.tensors, slot.home, slot.script, slot.lost = [], None, None, why

@@ -135,7 +135,7 @@ class CachedForward:
         for gate, slot, tensors in zip(gates, branch.slots, new_state, strict=True):
             if not gate.verdict.reuse:
                 slot.tensors = [self._copied(t) for t in tensors]
-                slot.control = gate.control
+                gate.remember_control()
             gate.record()
         return outputs
 
