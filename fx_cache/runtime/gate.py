@@ -96,9 +96,10 @@ class SpanGate:
 
     def remember_control(self) -> None:
         """Notes what the span was computed from."""
-        slot = self._branch.slots[self._span]
-        by_content = self._branch.owner is not None and slot.made_anew is not False
-        slot.control = (ContentHold if by_content else StorageHold)(self._control.inputs)
+        slot, changed = self._branch.slots[self._span], self._control_changed
+        if changed:
+            by_content = self._branch.owner is not None and slot.made_anew is not False
+            slot.control = (ContentHold if by_content else StorageHold)(self._control.inputs)
 
     @cached_property
     def _control_changed(self) -> bool:

@@ -60,26 +60,22 @@ class StorageHold:
 
 
 class ContentHold(StorageHold):
-    """The inputs themselves, with the content that they had: others may be the same though they were made anew.
+    """Copies of the inputs: others may be the same though they were made anew.
 
-    What can be written to and leaves no trace (tensors made in inference mode) is copied. Inputs that come back as they
-    were are held no longer than until they do.
+    Of inputs that come back as they were, copies are held no longer than until they do.
 
     Attributes:
-        inputs: those that are held, by their number.
+        inputs: the copies, by the inputs' numbers.
     """
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__(inputs)
         large = sum(v.nbytes for v in inputs if isinstance(v, torch.Tensor)) > MAX_HELD
-        self._hold({} if large else {i: _unchanging(v) for i, v in enumerate(inputs)})
-
-    def _hold(self, inputs: dict[int, Any]) -> None:
-        self.inputs = inputs
-        self._unwritten = identity_key([*inputs.values()])
+        tensors = {} if large else {i: v for i, v in enumerate(inputs) if not _by_value(v)}
+        self.inputs = {i: t.detach().clone() for i, t in tensors.items()}
 
     def expired(self) -> bool:
-        """Whether an input is gone that is not held."""
+        """Whether an input is gone of which there is no copy."""
         return any(reference.expired() for i, reference in self._references.items() if i not in self.inputs)
 
     def same(self, inputs: Sequence[Any]) -> bool:
@@ -88,10 +84,7 @@ class ContentHold(StorageHold):
 
     @property
     def bytes(self) -> int:
-        storages = {
-            s._cdata: s.nbytes() for v in self.inputs.values() if not _by_value(v) and (s := v.untyped_storage())
-        }
-        return sum(storages.values())
+        return sum(copy.nbytes for copy in self.inputs.values())
 
     @torch.no_grad()
     def aliases(self, inputs: Sequence[Any]) -> dict[Hashable, Hashable] | None:
@@ -100,7 +93,7 @@ class ContentHold(StorageHold):
         Where tensors of a device have to be compared, this waits for it, once.
         """
         keys = identity_key(inputs)
-        if len(keys) != len(self.identity) or identity_key([*self.inputs.values()]) != self._unwritten:
+        if len(keys) != len(self.identity):
             return None
         anew = [i for i, (key, own) in enumerate(zip(keys, self.identity, strict=True)) if key != own]
         if not all(i in self.inputs and _alike(inputs[i], self.inputs[i]) for i in anew):
@@ -108,17 +101,13 @@ class ContentHold(StorageHold):
         differ = [(_bits(inputs[i]) != _bits(self.inputs[i])).any() for i in anew]
         if differ and bool(torch.stack([d.to(differ[0].device) for d in differ]).any()):
             return None
-        self._hold({i: self.inputs[i] for i in anew})
+        self.inputs = {i: self.inputs[i] for i in anew}
         return dict(zip(keys, self.identity, strict=True))
-
-
-def _unchanging(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def _alike(a: Any, b: Any) -> bool:
     """Whether two inputs may differ in nothing but the numbers they hold, and these are not compared already."""
-    if type(a) is not torch.Tensor or type(b) is not torch.Tensor or _by_value(a) or _by_value(b):
+    if type(a) is not torch.Tensor or type(b) is not torch.Tensor or _by_value(a):
         return False
     return a.layout is b.layout is torch.strided and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 

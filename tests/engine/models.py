@@ -22,6 +22,14 @@ def normal(generator: Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
+def drawn(name: str, shape: torch.Size, generator: Generator) -> Tensor:
+    """A parameter under which no signal dies out; the scales of norms are around one."""
+    noise = normal(generator, *shape)
+    if len(shape) == 1 and "norm" in name and name.endswith("weight"):
+        return 1 + 0.1 * noise
+    return 0.5 * noise / max(1, shape[1:].numel() if len(shape) > 1 else shape.numel()) ** 0.5
+
+
 @dataclass(frozen=True)
 class Model:
     """One transformer of the engine.
@@ -63,9 +71,7 @@ class Model:
             torch.set_default_dtype(usual)
         generator = Generator().manual_seed(1)
         for name, weight in made.named_parameters():
-            noise = normal(generator, *weight.shape)
-            around_one = weight.ndim == 1 and "norm" in name and name.endswith("weight")
-            weight.copy_(1 + 0.1 * noise if around_one else 0.5 * noise / max(1, weight.shape[-1]) ** 0.5)
+            weight.copy_(drawn(name, weight.shape, generator))
         for part in made.modules():
             # What the engine does with weights that it has loaded.
             method = getattr(part, "quant_method", None)

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.engine.running import make
+
 CASES = [(prompt, size) for prompt in ("a cat", "a dog on the grass", "a red house", "two boats") for size in (64, 96)]
 STEPS, AT_ONCE = 8, 40
 
@@ -26,14 +27,13 @@ STEPS, AT_ONCE = 8, 40
 @contextlib.contextmanager
 def server(folder: Path, pipeline: str, *more: str) -> Iterator[tuple[str, Path]]:
     """Its address, and the file with what it says."""
-    make = [sys.executable, str(HERE / "tiny_pipelines.py"), pipeline, str(folder / pipeline)]
-    subprocess.run(make, check=True, capture_output=True)
+    model = make(pipeline, folder / pipeline)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     config = {"residual_diff_threshold": 2.0, "compiler": "eager"}
     options = ["--omni", "--dtype", "float32", "--enforce-eager", "--port", str(port), "--enable-cache-dit-summary"]
-    command = [str(Path(sys.executable).with_name("vllm-omni")), "serve", str(folder / pipeline), *options, *more]
+    command = [str(Path(sys.executable).with_name("vllm-omni")), "serve", model, *options, *more]
     command += ["--cache-backend", "dit_cache", "--cache-config", json.dumps(config)]
     settings = {"VLLM_TARGET_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
     said, address = folder / "said.txt", f"http://localhost:{port}"
