@@ -100,28 +100,29 @@ def test_two_requests_with_one_prompt_and_two_controls_stay_apart() -> None:
     )
 
 
-@pytest.mark.parametrize("branch", [None, "cond"])
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
-def test_made_anew_with_the_same_content_they_are_the_same(branch: str | None, mode: Any) -> None:
+def test_made_anew_with_the_same_content_they_are_the_same(mode: Any) -> None:
     """Where the request is named: the keys and values of a prompt, joined at every step."""
+    model, steps = build(NAME), walk(NAME, 6)
+    compiled = compile_cached(model, residual_diff_threshold=2.0, max_continuous_cached_steps=2)
 
-    def run(change: Callable[[Any], Any]) -> list[torch.Tensor]:
-        model, steps = build(NAME), walk(NAME, 6)
-        compiled = compile_cached(model, residual_diff_threshold=2.0, max_continuous_cached_steps=2)
+    def run(name: str, branch: str | None, change: Callable[[Any], Any]) -> list[torch.Tensor]:
         outputs = []
-        with mode(), fx_cache.session("request", branch=branch):
+        with fx_cache.session(name, branch=branch):
             for i, step in enumerate(steps):
                 given = {k: v if k in ("hidden_states", "timestep") else change(v) for k, v in step.items()}
                 if i == 5:
-                    controls_of(given)[-1][0, 0, 0] += 1.0
+                    given = with_controls(given, lambda t: t + 1.0)
                 outputs.append(compiled(**given)[0].clone())
         for span in last_branch(model)["spans"]:
             assert span["hits"] == [1, 2, 4]
             assert span["misses"][5] == CHANGED
         return outputs
 
-    expected = run(lambda value: value)
-    assert all(map(torch.equal, expected, run(clones)))
+    with mode():
+        for branch in (None, "cond"):
+            expected = run(f"stay {branch}", branch, lambda value: value)
+            assert all(map(torch.equal, expected, run(f"anew {branch}", branch, clones)))
 
 
 def clones(value: Any) -> Any:

@@ -26,16 +26,16 @@ def run(name: str, folder: Path, backend: str) -> tuple[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUFFIX)
 def test_an_example(name: str, tmp_path: Path) -> None:
-    _, plain = run(name, tmp_path, "none")
-    told, cached = run(name, tmp_path, "dit_cache")
-    assert plain[:4] == cached[:4]
+    told, written = run(name, tmp_path, "dit_cache")
+    assert written.startswith((b"\x89PNG", b"GIF8"))
     (row,) = [line for line in told.splitlines() if "request-1" in line][:1]
     steps, hits = [int(cell) for cell in row.split("│")[4:6]]
     assert 0 < hits < steps <= int(STEPS)
 
 
 @pytest.mark.slow
-def test_the_example_with_cache_dit(tmp_path: Path) -> None:
-    told, image = run("text_to_image", tmp_path, "cache_dit")
-    assert image[1:4] == b"PNG"
+@pytest.mark.parametrize("backend", ["none", "cache_dit"])
+def test_an_example_with_another_backend(backend: str, tmp_path: Path) -> None:
+    told, image = run("text_to_image", tmp_path, backend)
+    assert image.startswith(b"\x89PNG")
     assert f"{STEPS} steps in" in told

@@ -40,8 +40,8 @@ def alone(name: str, which: str, path: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dit", "flux"])
-def test_every_request_is_what_a_fresh_process_gives(name: str, tmp_path: Path) -> None:
+def test_every_request_is_what_a_fresh_process_gives(tmp_path: Path) -> None:
+    name = "flux"
     # Forked from a process that has imported this file and run nothing.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.test_fresh_process"])

@@ -7,6 +7,7 @@ step, and the model itself.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 
 import fx_cache
 from fx_cache.runtime.identity import ContentHold
-from tests.models import build, conditioning, walk
-from tests.running import REUSING, compile_cached, hits_of, last_branch, layers, schedule_on_a_device
+from tests.models import conditioning, walk
+from tests.running import REUSING, compile_cached, hits_of, last_branch, layers, schedule_on_a_device, shallow
 
 NAME = "flux"
 MODES = [contextlib.nullcontext, torch.inference_mode]
@@ -33,34 +34,40 @@ def passes(count: int, *seeds: int) -> list[Steps]:
     return [walk(NAME, count, conditioning=conditioning(NAME, seed=seed)) for seed in seeds]
 
 
-def run(passes: list[Steps], change: Callable[[dict], dict], **session: Any) -> tuple[list[torch.Tensor], list]:
-    """Outputs of all calls, pass by pass at each step, and the hits of the branches that have any."""
-    compiled = compile_cached(build(NAME), **REUSING)
+def run(
+    compiled: torch.nn.Module, name: str, passes: list[Steps], change: Callable[[dict], dict], numbered: bool = False
+) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Outputs of all calls of a named request, pass by pass at each step, and the hits of each of its branches."""
     outputs = []
     for i, calls in enumerate(zip(*passes, strict=True)):
-        with fx_cache.session("request", **({"step": i} if session.get("numbered") else {})):
+        with fx_cache.session(name, step=i if numbered else None):
             outputs += [compiled(**change(call))[0].clone() for call in calls]
-    return outputs, hits_of(compiled)
+    session = fx_cache.summary(compiled).to_dict()["sessions"][-1]
+    assert session["name"] == name
+    return outputs, [branch["spans"][0]["hits"] for branch in session["branches"]]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("numbered", [False, True])
-@pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 0)])
-def test_it_is_the_request_with_inputs_that_stay(seeds: tuple[int, ...], numbered: bool, mode: Any) -> None:
+def test_it_is_the_request_with_inputs_that_stay(mode: Any) -> None:
     """Also where two passes are given the same content: each goes on with its own."""
+    compiled = compile_cached(shallow(NAME), **REUSING)
     with mode():
-        expected, hits = run(passes(7, *seeds), dict, numbered=numbered)
-        outputs, found = run(passes(7, *seeds), anew, numbered=numbered)
-    assert found == hits
-    assert len(hits) == len(seeds)
-    assert all(map(torch.equal, expected, outputs))
+        for numbered, seeds in itertools.product((False, True), ((0,), (0, 1), (0, 0))):
+            expected, hits = run(compiled, f"stay {numbered} {seeds}", passes(7, *seeds), dict, numbered)
+            outputs, found = run(compiled, f"anew {numbered} {seeds}", passes(7, *seeds), anew, numbered)
+            assert found == hits
+            assert len(hits) == len(seeds)
+            assert all(hits)
+            assert all(map(torch.equal, expected, outputs))
 
 
 def test_with_a_timestep_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule_on_a_device(monkeypatch)
-    expected, hits = run(passes(7, 0, 1), dict)
-    outputs, found = run(passes(7, 0, 1), anew)
-    assert found == hits != []
+    compiled = compile_cached(shallow(NAME), **REUSING)
+    expected, hits = run(compiled, "stay", passes(7, 0, 1), dict)
+    outputs, found = run(compiled, "anew", passes(7, 0, 1), anew)
+    assert found == hits
+    assert all(hits)
     assert all(map(torch.equal, expected, outputs))
 
 
@@ -93,7 +100,7 @@ def test_a_model_without_a_timestep() -> None:
 
 def test_without_a_name_each_call_is_a_request() -> None:
     """Somebody else may have the same prompt."""
-    model, (steps,) = build(NAME), passes(5, 0)
+    model, (steps,) = shallow(NAME), passes(5, 0)
     compiled = compile_cached(model, **REUSING)
     assert all(torch.equal(compiled(**anew(s))[0], model(**s)[0]) for s in steps)
 
@@ -101,7 +108,7 @@ def test_without_a_name_each_call_is_a_request() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_other_content_is_another_branch(mode: Any) -> None:
     """Down to one bit."""
-    model, (steps,) = build(NAME), passes(6, 0)
+    model, (steps,) = shallow(NAME), passes(6, 0)
     compiled = compile_cached(model, **{**REUSING, "residual_diff_threshold": 1.0})
     with mode(), fx_cache.session("request"):
         for step in map(anew, steps[:4]):
@@ -116,7 +123,7 @@ def test_other_content_is_another_branch(mode: Any) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_one_buffer_and_a_copy_of_it(mode: Any) -> None:
     """What a request began with was written to since: a copy of what is there now is not what was there then."""
-    model, (steps, others) = build(NAME), passes(6, 0, 1)
+    model, (steps, others) = shallow(NAME), passes(6, 0, 1)
     compiled = compile_cached(model, **{**REUSING, "residual_diff_threshold": 1.0})
     with mode(), fx_cache.session("request"):
         first = anew(steps[0])
@@ -133,7 +140,7 @@ def test_one_buffer_and_a_copy_of_it(mode: Any) -> None:
 
 def test_what_is_computed_once() -> None:
     """Projections of the prompt: as often as with inputs that stay."""
-    model, (steps,) = build(NAME), passes(4, 0)
+    model, (steps,) = shallow(NAME), passes(4, 0)
     compiled = compile_cached(model, residual_diff_threshold=0.0)
     compiled(**steps[0])
     fx_cache.reset(model)
@@ -144,7 +151,7 @@ def test_what_is_computed_once() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_held_is_what_is_made_anew(mode: Any) -> None:
-    model, (steps,) = build(NAME), passes(4, 0)
+    model, (steps,) = shallow(NAME), passes(4, 0)
     compiled = compile_cached(model, **REUSING, hoist_invariants=False)
     with mode(), fx_cache.session("request"):
         for step in steps:
@@ -156,7 +163,7 @@ def test_what_is_held_is_what_is_made_anew(mode: Any) -> None:
 
 def test_inputs_that_stay_are_not_held() -> None:
     """A request that is named and never ended lets go of what it cached when its prompt is gone."""
-    model, (steps,) = build(NAME), passes(4, 0)
+    model, (steps,) = shallow(NAME), passes(4, 0)
     compiled = compile_cached(model, **REUSING)
     with fx_cache.session("request"):
         for step in steps[:3]:

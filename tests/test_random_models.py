@@ -15,7 +15,7 @@ from tests.running import last_branch, relative_error
 
 STEPS = 7
 SHARDS = 4
-MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "120"))
+MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "60"))
 
 
 def check(spec: Spec) -> None:

@@ -46,8 +46,7 @@ def assert_agreed(found: list[dict[str, Any]]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", ["heads", "tokens"])
+@pytest.mark.parametrize(("case", "ranks"), [("heads", 2), ("tokens", 4)])
 def test_as_on_one_rank(case: str, ranks: int, tmp_path: Path) -> None:
     """Tensor parallel: each rank has the whole probe. Sequence parallel: each has its tokens' part of it."""
     if case not in _alone:
