@@ -54,9 +54,9 @@ CASES = {
     "flux": Case([3]),
     "sd3": Case([3]),
     "z-image": Case([3], "two samples in a list, of a size that the engine has not warmed up with"),
-    "glm-image": Case([3], more={"extra_args": {"prior_token_ids": places(16)}}, prompts=QUOTED),
+    "glm-image": Case([3, 3], more={"extra_args": {"prior_token_ids": places(16)}}, prompts=QUOTED),
     "glm-image editing": Case(
-        [0, 3],  # the call before the loop, which fills a KV cache, and the loop
+        [0, 3, 3],  # the call before the loop, which fills a KV cache, and two passes
         size=512,
         more={"extra_args": EDITED},
         options=LOW,
