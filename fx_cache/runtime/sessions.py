@@ -188,10 +188,12 @@ class Store:
         branch = self._branches.get(key) or self._with_other_controls(base, key, program, given)
         if branch is None and heard is not None:
             branch = self._heard_late(((*base[:-1], None), controls), key, program, given)
-        if branch is None and named is not None:
+        if branch is not None:
+            branch.aliases = {}
+            if isinstance(branch.hold, ContentHold):
+                branch.hold = StorageHold(given.fixed)  # its inputs are not made anew: no copies are needed
+        elif named is not None:
             branch = self._with_equal_inputs(form, heard, program, given, named)
-        elif branch is not None and isinstance(branch.hold, ContentHold):
-            branch.hold = StorageHold(given.fixed)  # its inputs are not made anew: they need not be held
         if branch is not None and branch.busy:
             return self._beside(branch, form, spans, named)
         if branch is None or branch.form != form:
@@ -206,6 +208,7 @@ class Store:
         branch.config, branch.heard = config, heard
         self._advance(branch, program, given.schedule, named)
         self._refresh(branch, named)
+        branch.record.held = branch.hold.bytes
         self._make_room(branch)
         if given.doubt is not None and (named is None or named.branch is None):
             branch.doubt, branch.doubt_until = given.doubt, FOREVER
@@ -292,7 +295,6 @@ class Store:
             aliases = branch.hold.aliases(given.fixed) if goes_on else None
             if aliases is not None:
                 branch.aliases = aliases
-                branch.record.held = branch.hold.bytes
                 return branch
         return None
 

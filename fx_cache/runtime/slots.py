@@ -106,7 +106,7 @@ class BranchRecord:
         step: number of the present step: the caller's, where he numbers them, else counted from 0.
         began: number of the first one.
         kept: what is the same at each step, where that is kept.
-        held: bytes of inputs that are held since they are made anew at each step.
+        held: bytes of copies of inputs, which may be made anew at each step.
     """
 
     key: Hashable
