@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -29,6 +30,16 @@ def by_block(model: nn.Module) -> None:
 
 def by_leaf(model: nn.Module) -> None:
     model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+def on_one_device(model: nn.Module) -> None:
+    """As a pipeline with a device map has it."""
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+def on_several(model: nn.Module) -> None:
+    """As far as one processor shows it."""
+    accelerate.dispatch_model(model, {name: "cpu" for name, _ in model.named_children()}, force_hooks=True)
 
 
 def int8(model: nn.Module) -> None:
@@ -115,3 +126,13 @@ def test_model_offload_of_a_pipeline() -> None:
     handle.configure(residual_diff_threshold=THRESHOLD)
     generate(pipeline, case.ask(FIRST), FIRST)
     assert len(hits_of(pipeline.transformer)) == case.reused
+
+
+@pytest.mark.parametrize("move", [on_one_device, on_several, accelerate.cpu_offload])
+def test_parts_that_accelerate_moves_are_refused(move: Callable[[nn.Module], object]) -> None:
+    model, step = build("dit"), walk("dit", 1)[0]
+    plain = model(**step)[0]
+    move(model)
+    with pytest.raises(fx_cache.OptionError, match="which accelerate moves by itself"):
+        fx_cache.enable(model, OPTIONS)
+    assert torch.equal(model(**step)[0], plain)

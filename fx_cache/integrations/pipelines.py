@@ -89,7 +89,8 @@ def enable(
         A handle, to see what was cached and to take it off again.
 
     Raises:
-        OptionError: nothing to compile, something that is compiled with this backend already, or a wrong option.
+        OptionError: nothing to compile, something that is compiled with this backend already or whose parts accelerate
+            moves, or a wrong option.
     """
     if isinstance(config, CacheConfig):  # what it has by default it does not say
         config = {name: value for name, value in asdict(config).items() if value != getattr(CacheConfig, name)}
@@ -122,6 +123,13 @@ def enable_modules(
             raise OptionError(
                 f"enable: got {type(module).__name__}, which runs with backend 'dit_cache' already; expected a module "
                 "that does not; call disable() of its handle first."
+            )
+        moved = next((part for part, m in module.named_modules() if part and hasattr(m, "_hf_hook")), None)
+        if moved is not None:
+            raise OptionError(
+                f"enable: got {type(module).__name__} with {moved!r}, which accelerate moves by itself (device map, "
+                "sequential offload) and breaks the graph for; expected a module that is moved whole, or by diffusers' "
+                "hooks; use reset_device_map() of the pipeline, enable_model_cpu_offload() or enable_group_offload()."
             )
         kinds = [kind.__name__ for kind in (*type(module).__mro__, within) if kind not in (object, nn.Module)]
         chosen[name] = {**options_for(kinds, profile), **given}
