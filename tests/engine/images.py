@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy
 import torch
-from vllm.model_executor.custom_op import CustomOp
-from vllm.model_executor.layers import utils
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
+from tests.engine.on_cpu import as_on_a_gpu
 from tests.engine.tiny.sizes import read_sizes
 
 
@@ -45,10 +44,7 @@ def prompt(given: str | list[Any], size: int) -> str | dict[str, Any]:
 def main() -> None:
     """Runs them."""
     model, each, requests = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    # Not compiled by Inductor, which rounds otherwise than what the cache is given as a compiler here.
-    CustomOp.maybe_compile = lambda self, forward, **options: forward
-    # Where a CPU has AMX, vLLM takes kernels for bfloat16 that are not built here.
-    utils.check_cpu_sgl_kernel = lambda *sizes: False
+    as_on_a_gpu()
     read_sizes(Path(model))
     for options in each:
         engine = Omni(**{"model": model, "dtype": "float32", "enforce_eager": True, **options})

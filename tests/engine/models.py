@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Generator, Tensor, nn
@@ -401,14 +402,17 @@ def engine(settings: dict[str, Any]) -> Iterator[Any]:
     from vllm_omni.diffusion.forward_context import set_forward_context
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
+    from tests.engine.on_cpu import as_on_a_gpu
+
+    as_on_a_gpu()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ.update({name: os.environ.get(name, value) for name, value in ranks.items()})
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     config = OmniDiffusionConfig(model=None, dtype=torch.float32, tf_model_config=TransformerConfig.from_dict(settings))
     vllm_config = create_diffusion_vllm_config(torch.device("cpu"), config)
     with (
+        mock.patch.dict(os.environ, alone),
         set_forward_context(vllm_config=vllm_config, omni_diffusion_config=config),
         set_current_vllm_config(vllm_config),
     ):
