@@ -11,8 +11,6 @@ import fx_cache
 from fx_cache.profiles import options_for
 from tests.engine.running import ALWAYS, NEVER, SUMMARY, Digests, make, run, summarised
 
-pytestmark = pytest.mark.xdist_group("engine")  # its fixtures are dear
-
 STEPS, SIZE = 8, 64
 A, B, AGAIN = (["a cat"], 1, SIZE, STEPS), (["a dog"], 2, SIZE, STEPS), (["a cat"], 1, SIZE, STEPS)
 

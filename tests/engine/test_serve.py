@@ -20,8 +20,6 @@ import pytest
 
 from tests.engine.running import make
 
-pytestmark = pytest.mark.xdist_group("serve")  # its fixtures are dear
-
 CASES = [(prompt, size) for prompt in ("a cat", "a dog on the grass", "a red house", "two boats") for size in (64, 96)]
 STEPS, AT_ONCE = 8, 40
 
