@@ -14,7 +14,7 @@ from fx_cache.integrations.pipelines import denoisers
 from fx_cache.profiles import options_for, recommended
 from tests.models import build, walk
 from tests.pipelines import CASES, FIRST, THRESHOLD, run
-from tests.running import compile_cached, hits_of, layers
+from tests.running import compile_cached, hits_of, layers, shallow
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 
@@ -102,6 +102,29 @@ def test_what_is_compiled_in_blocks_is_taken_off() -> None:
 
 
 PROFILES = {"Tiny*": {"Fn_compute_blocks": 3}, "DiT*": {"Fn_compute_blocks": 2, "max_warmup_steps": 2}}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's export
+@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+def test_an_exported_module(name: str) -> None:
+    """Its operations are ATen's, and no module shows its blocks; roles and hits are the model's own."""
+    model, steps = shallow(name), walk(name, 5)
+    exported = torch.export.export(model, (), dict(steps[0])).module()
+    expected = [exported(**step)[0].clone() for step in steps]
+    own, handle = fx_cache.enable(model, OPTIONS), fx_cache.enable(exported, OPTIONS)
+    for module in (model, exported):
+        with fx_cache.session("never", config={"residual_diff_threshold": 0.0}):
+            outputs = [module(**step)[0].clone() for step in steps]
+        if module is exported:
+            assert all(map(torch.equal, expected, outputs))
+        with fx_cache.session("reusing", config={"residual_diff_threshold": 2.0}):
+            for step in steps:
+                module(**step)
+    (branch,), (theirs,) = (h.summary("reusing").sessions[0]["branches"] for h in (handle, own))
+    assert [span["hits"] for span in branch["spans"]] == [span["hits"] for span in theirs["spans"]]
+    assert all(span["hits"] for span in branch["spans"])
+    found, known = fx_cache.explain(exported, **steps[0]).inputs, fx_cache.explain(model, **steps[0]).inputs
+    assert {role: len(names) for role, names in found.items()} == {role: len(names) for role, names in known.items()}
 
 
 def test_profiles_are_options_by_class_name() -> None:

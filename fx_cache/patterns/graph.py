@@ -179,12 +179,17 @@ _RANDOM |= {"normal", "poisson", "normal_", "uniform_", "bernoulli_", "exponenti
 _DROPOUTS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"}
 
 
+def operation(node: fx.Node) -> str:
+    """What an operation is called, as a function, a method or in an exported graph (``aten.linear.default``); or ""."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.split(".")[0]
+
+
 def draws_random(node: fx.Node) -> bool:
     """Whether an operation draws random numbers."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    name = name.split(".")[0]
+    name = operation(node)
     if name == "scaled_dot_product_attention":
         return _may_hold(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
     if name not in _DROPOUTS:

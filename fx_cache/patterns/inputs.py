@@ -28,14 +28,14 @@ from fx_cache.patterns.graph import (
     hinted_shape,
     is_tensor,
     is_weight,
+    operation,
     same_shape,
     value_of,
     writes_too,
 )
 
-_SINUSOIDS = {torch.sin, torch.cos, "sin", "cos", torch.polar}
-_LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, torch.addmm, torch.mm, operator.matmul}
-_LINEAR_METHODS = {"matmul", "mm", "addmm"}
+_SINUSOIDS = {"sin", "cos", "polar"}
+_LINEAR = {"linear", "matmul", "addmm", "mm"}
 _MAX_STEPS = 24
 
 
@@ -140,13 +140,13 @@ def _through_sinusoid_to_linear(node: fx.Node) -> bool:
         following = []
         for n, curved in frontier:
             for user in n.users:
-                if curved and (user.target in _LINEAR or (user.op == "call_method" and user.target in _LINEAR_METHODS)):
-                    return True
-                if not curved and user.target in _LINEAR:
+                if operation(user) in _LINEAR:
+                    if curved:
+                        return True
                     continue
                 if curved and _widens(n, user):
                     continue
-                state = (user, curved or user.target in _SINUSOIDS)
+                state = (user, curved or operation(user) in _SINUSOIDS)
                 if state not in seen:
                     seen.add(state)
                     following.append(state)
@@ -215,15 +215,11 @@ def token_sources(node: fx.Node, reads: Reads) -> set[fx.Node]:
 
 def _sliced_operand(node: fx.Node) -> fx.Node | None:
     """For ``cat([a, b], dim)[..., start:stop, ...]``, also through shape-preserving operations, the operand taken."""
-    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node) or not is_tensor(node):
+    found = _cut(node)
+    if found is None:
         return None
-    source, item = node.args
-    item = item if isinstance(item, tuple) else (item,)
-    cuts = [(d, s) for d, s in enumerate(item) if isinstance(s, slice) and (s.start, s.stop) != (None, None)]
-    if len(cuts) != 1 or any(not isinstance(s, slice) for s in item) or not isinstance(source, fx.Node):
-        return None
-    dim, cut = cuts[0]
-    while source.target not in (torch.cat, torch.concat):
+    source, dim, from_start = found
+    while operation(source) not in ("cat", "concat"):
         parents = [a for a in source.all_input_nodes if is_tensor(a) and not is_weight(a) and same_shape(a, source)]
         if len(parents) != 1:
             return None
@@ -238,6 +234,25 @@ def _sliced_operand(node: fx.Node) -> fx.Node | None:
     if len(matching) == 1:
         return matching[0] if isinstance(matching[0], fx.Node) else None
     if len(operands) == 2 and len(sizes) == 2:
-        chosen = operands[0] if cut.start is None else operands[1]
+        chosen = operands[0] if from_start else operands[1]
         return chosen if isinstance(chosen, fx.Node) else None
     return None
+
+
+def _cut(node: fx.Node) -> tuple[fx.Node, int, bool] | None:
+    """For ``x[..., start:stop, ...]``: what is cut, in which dimension, and whether from its start."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not is_tensor(node) or not is_tensor(source):
+        return None
+    if isinstance(node.target, torch._ops.OpOverload) and operation(node) == "slice":
+        dim, start = (*node.args[1:3], None, None)[:2]
+        whole = same_shape(node, source) or not isinstance(dim, int)
+        return None if whole else (source, dim % value_of(source).ndim, not start)
+    if node.target is not operator.getitem:
+        return None
+    item = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    cuts = [(d, s) for d, s in enumerate(item) if isinstance(s, slice) and (s.start, s.stop) != (None, None)]
+    if len(cuts) != 1 or any(not isinstance(s, slice) for s in item):
+        return None
+    ((dim, cut),) = cuts
+    return source, dim, cut.start is None
