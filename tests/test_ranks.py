@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import fx_cache
 from fx_cache.patterns.groups import groups_of
-from fx_cache.runtime.ranks import ANOTHER
+from fx_cache.runtime.policy import Verdict
+from fx_cache.runtime.ranks import ANOTHER, agree
 from tests.ranks import PUSHED
 
 WORKER = Path(__file__).with_name("ranks.py")
@@ -119,3 +121,8 @@ def test_groups_are_read_from_collectives() -> None:
     x = graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum"), {"group_name": "first"})
     graph.call_function(torch.add, (x, x))
     assert groups_of(graph.nodes) == ("first", "second")
+
+
+def test_a_group_that_is_gone() -> None:
+    with pytest.raises(fx_cache.SessionError, match=r"process group 'gone': got .*; expected the group whose ranks"):
+        agree([Verdict(None)], 1, torch.ones(2, 1), ("gone",), torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 Two ways to it, which do the same:
 
-- installed beside the engine, this is found as a plugin (entry point ``vllm_omni.general_plugins``);
+- installed beside the engine, this is found as a plugin (`fx_cache.integrations.plugin`);
 - with no plugin, ``diffusion_model_runner_cls="fx_cache.integrations.vllm_omni.DitCacheRunner"``.
 
 While the engine loads a model the runner hides the name of the backend: several of the engine's pipelines, and its step
@@ -13,7 +13,6 @@ here compiles whole transformers, and holds each request's state by its id.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
@@ -34,9 +33,8 @@ import fx_cache
 from fx_cache.config import OPTION_NAMES
 from fx_cache.errors import OptionError
 from fx_cache.integrations.pipelines import Enabled, denoisers, enable_modules
+from fx_cache.integrations.plugin import NAME, logger
 from fx_cache.profiles import recommended
-
-NAME = "dit_cache"
 
 DEFAULTS = {
     "Fn_compute_blocks": 1,
@@ -48,8 +46,6 @@ DEFAULTS = {
 
 _ELSEWHERE = {"scm_steps_mask_policy", "scm_steps_policy", "profiles", "num_inference_steps"}
 """Keys of the engine's that are read here, and are no options of the backend."""
-
-logger = logging.getLogger("vllm_omni.fx_cache")
 
 
 class DitCacheBackend(CacheBackend):
@@ -303,7 +299,7 @@ _get_cache_backend = selector.get_cache_backend
 
 
 def register() -> None:
-    """The plugin: puts this backend where the engine looks for one, and this runner for its own."""
+    """Puts this backend where the engine looks for one, and this runner for its own."""
     selector.get_cache_backend = get_cache_backend
     diffusion_model_runner.get_cache_backend = get_cache_backend
     diffusion_model_runner.DiffusionModelRunner = DitCacheRunner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,17 @@ def test_what_cannot_be_enabled_leaves_the_engine_serving(model: str, runs: list
     lines = [line for line in said.splitlines() if "dit_cache is off" in line]
     assert len(lines) == 1
     assert "cache_config key 'rel_l1_thresh': got a key that is none of dit_cache's" in lines[0]
+
+
+def test_a_plugin_that_cannot_be_loaded_leaves_the_engine_serving(
+    model: str, runs: list[tuple[Digests, str]], tmp_path: Path
+) -> None:
+    """As with an engine whose modules lie elsewhere."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['fx_cache.integrations.vllm_omni'] = None\n")
+    ((images, said),) = run(model, [ALWAYS], [A], PYTHONPATH=str(tmp_path))
+    assert images == runs[0][0][:1]
+    (line,) = [line for line in said.splitlines() if "dit_cache is off" in line]
+    assert "got ModuleNotFoundError: import of fx_cache.integrations.vllm_omni halted" in line
 
 
 @pytest.mark.parametrize(
