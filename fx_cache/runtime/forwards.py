@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import convert_frame, eval_frame
+from torch.fx import graph_module
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 from torch.utils._pytree import tree_leaves
@@ -31,6 +32,7 @@ _KEPT_AS = "__fx_cache_forward__"
 _MACHINERY = (
     str(Path(eval_frame.__file__).parent),
     module.__file__,
+    graph_module.__file__,
     str(Path(__file__).parents[1]),
 )
 """Where frames lie that belong neither to the model nor to who calls it."""
