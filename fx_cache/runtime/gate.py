@@ -96,8 +96,8 @@ class SpanGate:
 
     def remember_control(self) -> None:
         """Notes what the span was computed from."""
-        slot, changed = self._branch.slots[self._span], self._control_changed
-        if changed:
+        slot = self._branch.slots[self._span]
+        if slot.control is None or self._control_changed:  # none: meanwhile it was seen that a request begins here
             by_content = self._branch.owner is not None and slot.made_anew is not False
             slot.control = (ContentHold if by_content else StorageHold)(self._control.inputs)
 
