@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fx_cache
+from fx_cache.runtime.gate import SpanGate
 from tests.models import build, walk
 from tests.oracles import run_eager
 from tests.running import compile_cached, last_branch, relative_error, run_cached
@@ -129,3 +130,25 @@ def clones(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
     return type(value)(map(clones, value)) if isinstance(value, list | tuple) else value
+
+
+@pytest.mark.parametrize("name", [None, "request"])
+def test_written_while_the_span_is_computed(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, say. What the span was computed from is not known: the next step computes."""
+    model, steps = build(NAME), walk(NAME, 5)
+    compiled = compile_cached(model, residual_diff_threshold=2.0, max_warmup_steps=3)
+    remember = SpanGate.remember_control
+
+    def written(gate: SpanGate) -> None:
+        controls_of(steps[0])[-1].mul_(-1.0)
+        remember(gate)
+
+    with contextlib.nullcontext() if name is None else fx_cache.session(name):
+        for i, step in enumerate(steps):
+            with monkeypatch.context() as patch:
+                if i == 2:
+                    patch.setattr(SpanGate, "remember_control", written)
+                compiled(**step)
+    (span,) = last_branch(model)["spans"]
+    assert span["misses"][3] == CHANGED
+    assert span["hits"] == [4]

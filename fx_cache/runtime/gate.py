@@ -10,7 +10,7 @@ import torch
 
 from fx_cache.runtime.batches import MixedHit, Separation
 from fx_cache.runtime.given import Control
-from fx_cache.runtime.identity import ContentHold, StorageHold
+from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
 from fx_cache.runtime.ranks import agree
 from fx_cache.runtime.sessions import Store
@@ -95,11 +95,13 @@ class SpanGate:
         return next((v for v in self._verdicts if not v.reuse), self._verdicts[0])
 
     def remember_control(self) -> None:
-        """Notes what the span was computed from."""
-        slot = self._branch.slots[self._span]
-        if slot.control is None or self._control_changed:  # none: meanwhile it was seen that a request begins here
+        """Notes what the span was computed from: nothing that is known, if that was written to meanwhile."""
+        slot, inputs = self._branch.slots[self._span], self._control.inputs
+        if identity_key(inputs) != self._control.identity:
+            slot.control = None
+        elif slot.control is None or self._control_changed:  # none: meanwhile it was seen that a request begins here
             by_content = self._branch.owner is not None and slot.made_anew is not False
-            slot.control = (ContentHold if by_content else StorageHold)(self._control.inputs)
+            slot.control = (ContentHold if by_content else StorageHold)(inputs)
 
     @cached_property
     def _control_changed(self) -> bool:
