@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fx_cache
-from fx_cache.runtime.identity import ContentHold
+from fx_cache.runtime.identity import ContentHold, identity_key
 from tests.models import conditioning, walk
 from tests.running import REUSING, compile_cached, hits_of, last_branch, layers, schedule_on_a_device, shallow
 
@@ -183,10 +183,14 @@ def test_content_is_bits(dtype: torch.dtype) -> None:
     values = torch.zeros(100, dtype=dtype)
     values[3] = float("nan")
     hold = ContentHold([values, 7])
-    assert hold.aliases([values.clone(), 7]) is not None
-    assert hold.aliases([values.clone(), 8]) is None
-    assert hold.aliases([values.clone()[:99], 7]) is None
-    assert hold.aliases([values.clone()]) is None
+
+    def same(given: list[Any]) -> bool:
+        return hold.same(given, identity_key(given))
+
+    assert same([values.clone(), 7])
+    assert not same([values.clone(), 8])
+    assert not same([values.clone()[:99], 7])
+    assert not same([values.clone()])
     negative = values.clone()
     negative.view(torch.uint8)[-1] ^= 128  # the last zero's sign
-    assert hold.aliases([negative, 7]) is None
+    assert not same([negative, 7])

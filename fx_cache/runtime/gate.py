@@ -107,7 +107,7 @@ class SpanGate:
     def _control_changed(self) -> bool:
         """Whether the span was computed from other inputs, as far as these feed nothing else."""
         slot = self._branch.slots[self._span]
-        changed = slot.control is None or not slot.control.same(self._control.inputs)
+        changed = slot.control is None or not slot.control.same(self._control.inputs, self._control.identity)
         if isinstance(slot.control, ContentHold):
             slot.made_anew = bool(slot.control.inputs) and not changed
         return changed

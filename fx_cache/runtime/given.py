@@ -18,7 +18,7 @@ class Control:
     """Inputs of a call that feed only a span, and who they are."""
 
     inputs: Sequence[Any]
-    identity: Hashable
+    identity: tuple[Hashable, ...]
 
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> Control:

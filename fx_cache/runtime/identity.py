@@ -49,9 +49,9 @@ class StorageHold:
         """Whether one of the tensors is gone: nobody can come back with it."""
         return any(reference.expired() for reference in self._references.values())
 
-    def same(self, inputs: Sequence[Any]) -> bool:
-        """Whether some inputs are these, with the same content."""
-        return not self.expired() and self.identity == identity_key(inputs)
+    def same(self, inputs: Sequence[Any], keys: tuple[Hashable, ...]) -> bool:
+        """Whether some inputs, which have these keys, are those held, with the same content."""
+        return not self.expired() and self.identity == keys
 
     @property
     def bytes(self) -> int:
@@ -78,21 +78,20 @@ class ContentHold(StorageHold):
         """Whether an input is gone of which there is no copy."""
         return any(reference.expired() for i, reference in self._references.items() if i not in self.inputs)
 
-    def same(self, inputs: Sequence[Any]) -> bool:
-        """Whether some inputs have the content of these, bit for bit."""
-        return self.aliases(inputs) is not None
+    def same(self, inputs: Sequence[Any], keys: tuple[Hashable, ...]) -> bool:
+        """Whether some inputs, which have these keys, have the content of those held, bit for bit."""
+        return self.aliases(inputs, keys) is not None
 
     @property
     def bytes(self) -> int:
         return sum(copy.nbytes for copy in self.inputs.values())
 
     @torch.no_grad()
-    def aliases(self, inputs: Sequence[Any]) -> dict[Hashable, Hashable] | None:
-        """If some inputs have bit for bit the content of these: by the key of each, the key of the one of these.
+    def aliases(self, inputs: Sequence[Any], keys: tuple[Hashable, ...]) -> dict[Hashable, Hashable] | None:
+        """If some inputs have bit for bit the content of those held: by the key of each, the key of the one held.
 
         Where tensors of a device have to be compared, this waits for it, once.
         """
-        keys = identity_key(inputs)
         if len(keys) != len(self.identity):
             return None
         anew = [i for i, (key, own) in enumerate(zip(keys, self.identity, strict=True)) if key != own]

@@ -16,7 +16,7 @@ from fx_cache.runtime.clock import Direction, Move, read_schedule
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
 from fx_cache.runtime.given import Given
-from fx_cache.runtime.identity import ContentHold, StorageHold
+from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
 from fx_cache.runtime.moves import Learner
 from fx_cache.runtime.named import NamedSession, named_session
 from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot
@@ -292,7 +292,7 @@ class Store:
                 goes_on = named.step > branch.record.step
             else:
                 goes_on = not given.schedule or self._goes_on(branch, program, given, wait=True)
-            aliases = branch.hold.aliases(given.fixed) if goes_on else None
+            aliases = branch.hold.aliases(given.fixed, identity_key(given.fixed)) if goes_on else None
             if aliases is not None:
                 branch.aliases = aliases
                 return branch
