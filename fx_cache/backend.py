@@ -25,6 +25,7 @@ from fx_cache.patterns.graph import hinted_shape, is_tensor, is_weight, storage_
 from fx_cache.patterns.relays import read_facts
 from fx_cache.patterns.samples import fewer_allowed
 from fx_cache.patterns.spans import Plan
+from fx_cache.regions import written_out
 from fx_cache.runtime.forwards import Forward, surroundings
 from fx_cache.runtime.relay import ObservedForward, Relays
 from fx_cache.runtime.step import CachedForward
@@ -72,6 +73,7 @@ def dit_cache(
     config = replace(config, dump_dir=None)
     around = surroundings()
     broken = break_of(gm)
+    marked, gm = gm, written_out(gm)
     whole = broken is None and around.depth == 0
     refusal = refuse_gradients(gm)
     if refusal is None:
@@ -84,8 +86,8 @@ def dit_cache(
     if refusal is not None:
         if whole:
             warnings.warn(f"dit_cache runs this graph uncached. {refusal}", CacheWarning, stacklevel=2)
-            return compiler(gm, list(example_inputs))
-        return ObservedForward(compiler(gm, list(example_inputs)), facts, config, _relays)
+            return compiler(marked, list(example_inputs))
+        return ObservedForward(compiler(marked, list(example_inputs)), facts, config, _relays)
     plan = rewritten.plan
     spans = plan.spans
     # Before it is asked what was assumed of sizes: compilers may assume more.
@@ -131,6 +133,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 def rewrite(gm: fx.GraphModule, config: CacheConfig, dump: Dump | None = None) -> Rewritten:
     """Runs the pipeline over a copy of a captured graph, a `Draft`."""
+    gm = written_out(gm)
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     copied = Draft(gm, graph)
