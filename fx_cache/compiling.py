@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch._guards import CompileContext, TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.graph import CodeGen
 
+from fx_cache.boxing import Boxed, TakesAList, box, taking_a_list
 from fx_cache.errors import OptionError
 from fx_cache.ops import cond, once
 from fx_cache.patterns.graph import value_of
@@ -67,32 +70,61 @@ def weights_stay(compiler: Compiler) -> Compiler:
     return compile_piece
 
 
-def compile_pieces(
-    gm: fx.GraphModule, compiler: Compiler, done: dict[fx.GraphModule, Callable[..., Any]] | None = None
-) -> fx.GraphModule:
+def compile_pieces(gm: fx.GraphModule, compiler: Compiler) -> fx.GraphModule:
     """The same graph with every piece compiled; what consists of pieces itself is gone through likewise.
 
+    Arguments are handed over in lists to the branch that computes a span, and to pieces that take one.
+
     Args:
-        gm: a rewritten graph: calls of pieces, checks and conditionals.
-        compiler: ``(piece, example inputs) -> callable``.
-        done: pieces compiled so far; each is compiled once, however often it is called.
+        gm: a rewritten graph: calls of pieces, checks and conditionals. It is left as it is.
+        compiler: ``(piece, example inputs) -> callable``. Each piece is compiled once, however often it is called.
     """
-    done = {} if done is None else done
-    nested = {str(a.target) for n in gm.graph.find_nodes(op="call_function", target=cond) for a in n.args[1:3]}
-    nested |= {str(n.args[1].target) for n in gm.graph.find_nodes(op="call_function", target=once)}
-    targets = {str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr")}
-    attributes: dict[str, Any] = {}
-    for target in sorted(targets):
-        piece = _attribute(gm, target)
-        if target in nested:
-            attributes[target] = compile_pieces(piece, compiler, done)
-        elif isinstance(piece, fx.GraphModule):
-            if piece not in done:
-                done[piece] = piece.forward if _is_one_operation(piece) else compiler(piece, _examples(piece))
-            attributes[target] = done[piece]
-        else:
-            attributes[target] = piece
-    return fx.GraphModule(attributes, gm.graph)
+    return _compiled(gm, compiler, {})
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A compiled piece, and what takes its arguments in a list, if it has that."""
+
+    compiled: Callable[..., Any]
+    boxed: Boxed | None
+
+    @classmethod
+    def of(cls, piece: fx.GraphModule, compiler: Compiler) -> _Piece:
+        compiled = piece.forward if _is_one_operation(piece) else compiler(piece, _examples(piece))
+        return cls(compiled, taking_a_list(compiled))
+
+
+def _compiled(
+    gm: fx.GraphModule, compiler: Compiler, done: dict[fx.GraphModule, _Piece], codegen: CodeGen | None = None
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    if codegen is not None:
+        graph.set_codegen(codegen)
+    parts: dict[str, Any] = {}
+    for node in graph.find_nodes(op="call_function", target=once):
+        target = node.args[1].target
+        parts[target] = _compiled(_attribute(gm, target), compiler, done)
+    for node in graph.find_nodes(op="call_function", target=cond):
+        hit, reuse, compute, operands, slot = node.args
+        parts[reuse.target] = _compiled(_attribute(gm, reuse.target), compiler, done)
+        parts[compute.target] = _compiled(_attribute(gm, compute.target), compiler, done, TakesAList())
+        node.args = (hit, reuse, compute, box(graph, node, operands), slot)
+    rest = [n for n in graph.nodes if n.op in ("call_module", "get_attr") and n.target not in parts]
+    for node in rest:
+        part = _attribute(gm, node.target)
+        if not isinstance(part, fx.GraphModule):
+            parts[node.target] = part
+            continue
+        if part not in done:
+            done[part] = _Piece.of(part, compiler)
+        piece = done[part]
+        parts[node.target] = piece.compiled
+        if node.op == "call_module" and piece.boxed is not None:
+            parts[node.target] = piece.boxed
+            node.args = (box(graph, node, node.args),)
+    return fx.GraphModule(parts, graph)
 
 
 def _is_one_operation(piece: fx.GraphModule) -> bool:

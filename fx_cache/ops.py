@@ -8,6 +8,10 @@ from typing import Any, Protocol
 import torch
 
 Branch = Callable[..., Any]
+"""A part of a rewritten graph: takes tensors and integers, returns a tuple of tensors."""
+
+Handed = Callable[[list[Any]], Any]
+"""A branch that takes its operands in a list, and empties it."""
 
 
 class Mixed(Protocol):
@@ -16,8 +20,8 @@ class Mixed(Protocol):
     def run(
         self,
         reuse: Branch,
-        compute: Branch,
-        operands: tuple[Any, ...],
+        compute: Handed,
+        operands: Sequence[Any],
         slot: Sequence[torch.Tensor],
         by_sample: tuple[bool, ...] | None,
     ) -> Any:
@@ -86,8 +90,8 @@ def check(
 def cond(
     hit: bool | Mixed,
     reuse: Branch,
-    compute: Branch,
-    operands: tuple[Any, ...],
+    compute: Handed,
+    operands: list[Any],
     slot: list[torch.Tensor],
     *,
     by_sample: tuple[bool, ...] | None = None,
@@ -95,12 +99,13 @@ def cond(
     """Runs one of two branches over the same operands. The order of arguments is that of ``torch.cond``.
 
     Where `hit` is not the same for all samples, both, and puts the results together by sample. Where nothing is reused
-    the slot is emptied first, so that the old state does not take up memory while the new one is computed.
+    the slot is emptied first, so that the old state does not take up memory while the new one is computed, and the
+    operands are handed over, so that each is freed where the span needs it no more.
 
     Args:
         hit: the decision.
         reuse: takes the operands and the tensors of the slot, returns a tuple of tensors.
-        compute: takes the operands, returns as many tensors.
+        compute: takes the list of operands, which it empties, and returns as many tensors.
         operands: tensors and integers.
         slot: the state after the last computed step, or nothing.
         by_sample: which operands have one row for each sample, or are their number; None: `compute` takes no fewer.
@@ -110,7 +115,7 @@ def cond(
     if hit:
         return reuse(*operands, *slot)
     slot.clear()
-    return compute(*operands)
+    return compute(operands)
 
 
 class Keep(Protocol):

@@ -15,7 +15,7 @@ from fx_cache.config import CacheConfig
 from fx_cache.errors import ExportError, OptionError
 from fx_cache.exporting.capture import Capture, Constant, Leaf, Result, Weight, capture
 from fx_cache.exporting.policy import Counts, decide
-from fx_cache.ops import Branch, Measure
+from fx_cache.ops import Branch, Handed, Measure
 from fx_cache.patterns.graph import value_of
 from fx_cache.runtime.policy import UNMEASURED
 
@@ -241,8 +241,8 @@ class _TensorHit:
     def run(
         self,
         reuse: Branch,
-        compute: Branch,
-        operands: tuple[Any, ...],
+        compute: Handed,
+        operands: Sequence[Any],
         slot: Sequence[Tensor],
         by_sample: tuple[bool, ...] | None,
     ) -> Any:
@@ -252,7 +252,7 @@ class _TensorHit:
             return _anew(reuse(*given))
 
         def computed(*given: Any) -> tuple[Tensor, ...]:
-            return _anew(compute(*given[: len(operands)]))
+            return _anew(compute(list(given[: len(operands)])))
 
         return conditional(self._reuse, reused, computed, (*operands, *slot))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fx_cache.ops import Branch
+from fx_cache.ops import Branch, Handed
 
 LEAST = 2
 """Samples that a graph is given at least: one that was captured for any number of them holds for two or more."""
@@ -32,20 +32,20 @@ class Separation:
         self._independent: bool | None = None
 
     def compute(
-        self, branch: Branch, operands: tuple[Any, ...], misses: Sequence[int], by_sample: Sequence[bool] | None
+        self, branch: Handed, operands: Sequence[Any], misses: Sequence[int], by_sample: Sequence[bool] | None
     ) -> list[torch.Tensor]:
         """The results of the branch that computes, rows of the samples `misses` only."""
         samples = next((o.shape[0] for o, taken in zip(operands, by_sample or (), strict=False) if taken), 0)
         fewer = [*misses, *[misses[0]] * (LEAST - len(misses))]
         if by_sample is None or not self._fewer or self._independent is False or len(fewer) >= samples:
-            return _rows(branch(*operands), misses)
+            return _rows(branch(list(operands)), misses)
         if self._independent is None:
-            whole = _rows(branch(*operands), misses)
+            whole = _rows(branch(list(operands)), misses)
             others = [i if i in misses else misses[0] for i in range(samples)]
-            again = _rows(branch(*_taken(operands, others, by_sample)), misses)
+            again = _rows(branch(_taken(operands, others, by_sample)), misses)
             self._independent = all(map(torch.equal, whole, again))
             return whole
-        return _rows(branch(*_taken(operands, fewer, by_sample)), range(len(misses)))
+        return _rows(branch(_taken(operands, fewer, by_sample)), range(len(misses)))
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class MixedHit:
     def run(
         self,
         reuse: Branch,
-        compute: Branch,
-        operands: tuple[Any, ...],
+        compute: Handed,
+        operands: Sequence[Any],
         slot: Sequence[torch.Tensor],
         by_sample: tuple[bool, ...] | None,
     ) -> tuple[torch.Tensor, ...]:
@@ -78,7 +78,7 @@ def _rows(results: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Te
     return [r.index_select(0, index.to(r.device)) for r in results]
 
 
-def _taken(operands: tuple[Any, ...], rows: Sequence[int], by_sample: Sequence[bool]) -> list[Any]:
+def _taken(operands: Sequence[Any], rows: Sequence[int], by_sample: Sequence[bool]) -> list[Any]:
     """Of the operands that have a row for each sample some rows; of the number of samples how many."""
     taken = []
     index = _index(rows, next(o for o in operands if isinstance(o, torch.Tensor)))
