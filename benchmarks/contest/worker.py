@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.contest.memory import peak_bytes
 from benchmarks.contest.models import MODELS, Inputs
 from benchmarks.contest.ways import PATTERN, STEPS, WARMUP, WAYS, Way, counted_syncs
 
@@ -98,14 +98,7 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
             self._run(steps)
             return torch.cuda.max_memory_allocated() - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            self._run(steps)
-        events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-        now = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            peak = max(peak, now)
-        return peak
+        return peak_bytes(lambda: self._run(steps))
 
 
 def main() -> None:
