@@ -1,7 +1,7 @@
-"""Calls that hand their arguments over: in a list that the callee empties, so that each is freed behind its last reader.
+"""Calls that hand their arguments over: in a list that the callee empties. Each is freed behind its last reader.
 
-Who calls a function holds its arguments until it returns. Whole models do not notice, whose every tensor is a local of one
-function; in pieces, the stream would be kept a second time, and whatever one block makes for the next.
+Who calls a function holds its arguments until it returns. A whole model does not notice, whose every tensor is a local
+of one function; in pieces, the stream would be kept a second time, and so would what one block makes for the next.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from fx_cache.patterns.graph import value_of
 def written_out(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph with the operations of every marked region in the place of its call.
 
-    Before: ``r1 = invoke_subgraph(region, ..., x, blocks_0_weight)[0]; r2 = invoke_subgraph(region, ..., r1, blocks_1_weight)[0]``
-    After:  ``y = linear(x, blocks_0_weight); y_1 = linear(y, blocks_1_weight)``
+    Before: ``y = invoke_subgraph(self.region, "region", x, w0)[0]; z = invoke_subgraph(self.region, "region", y, w1)[0]``
+    After:  ``y = linear(x, w0); z = linear(y, w1)``
 
     Args:
         gm: a graph as Dynamo captured it; it is left as it is.

@@ -1,4 +1,4 @@
-"""Models whose blocks are marked with ``torch.compiler.nested_compile_region``: what a graph only calls is looked into."""
+"""Blocks marked with ``torch.compiler.nested_compile_region``: what a graph only calls is looked into."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fx_cache.patterns.graph import program_signature, value_of
 from fx_cache.regions import written_out
 from tests.models import walk
 from tests.running import REUSING, compile_cached, hits_of, run_cached, shallow
-
 
 MARKED = {"dit": "transformer_blocks", "wan": "blocks", "pixart": "transformer_blocks", "flux": "transformer_blocks"}
 """A stack of each model; those of FLUX's second stack return views of one tensor, and torch refuses to mark them."""
