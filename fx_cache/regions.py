@@ -22,7 +22,7 @@ from fx_cache.patterns.graph import value_of
 def written_out(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph with the operations of every marked region in the place of its call.
 
-    Before: ``y = invoke_subgraph(self.region, "region", x, w0)[0]; z = invoke_subgraph(self.region, "region", y, w1)[0]``
+    Before: ``y = invoke_subgraph(self.r, "r", x, w0)[0]; z = invoke_subgraph(self.r, "r", y, w1)[0]``
     After:  ``y = linear(x, w0); z = linear(y, w1)``
 
     Args:
