@@ -6,17 +6,14 @@ captured sooner; but what a graph only calls, nobody can look into.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-from torch._subclasses.fake_tensor import FakeTensor
 
-from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.graph import value_of, values_for
 
 
 def written_out(gm: fx.GraphModule) -> fx.GraphModule:
@@ -67,11 +64,7 @@ def _copied(
 
     Returns what the region returns. The capture recorded the values of its first call alone; they are computed anew.
     """
-    examples = [value_of(a) if isinstance(a, fx.Node) else a for a in operands]
-    mode = next((v.fake_mode for v in examples if isinstance(v, FakeTensor)), contextlib.nullcontext())
-    values = fx.Interpreter(body, garbage_collect_values=False)
-    with torch.no_grad(), mode:
-        values.run(*examples)
+    values = values_for(body, [value_of(a) if isinstance(a, fx.Node) else a for a in operands])
     env = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
     for node in body.graph.nodes:
         if node.op == "output":
@@ -79,7 +72,7 @@ def _copied(
         if node.op == "placeholder":
             continue
         copy = env[node] = graph.node_copy(node, env.__getitem__)
-        copy.meta = {**node.meta, "example_value": values.env[node]}
+        copy.meta = {**node.meta, "example_value": values[node]}
         if "nn_module_stack" in node.meta:
             copy.meta["nn_module_stack"] = {
                 key: (_renamed(path, *renamed), kind) for key, (path, kind) in node.meta["nn_module_stack"].items()

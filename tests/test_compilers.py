@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch._dynamo import register_backend
 from torch._dynamo.utils import counters
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
 import fx_cache
 from tests.models import build, walk
-from tests.running import compile_cached, last_branch, needs_inductor, relative_error, run_cached
+from tests.running import compile_cached, last_branch, needs_inductor, relative_error, run_cached, shallow
 
 seen: list[torch.fx.GraphModule] = []
 
@@ -41,6 +42,18 @@ def test_like_blocks_are_compiled_once_whatever_the_depth(depth: int) -> None:
         compiled(**step)
     assert len(seen) == pieces
     assert last_branch(model)["spans"][0]["hits"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["flux", "dit", "wan", "pixart"])
+def test_a_second_process_finds_every_piece_on_disk(name: str, dynamic: bool) -> None:
+    seen.clear()
+    options = {"compiler": "counting", "Fn_compute_blocks": 1}
+    compiled = torch.compile(shallow(name), backend="dit_cache", fullgraph=True, dynamic=dynamic, options=options)
+    compiled(**walk(name, 1)[0])
+    assert len(seen) >= 4
+    for piece in seen:
+        check_cacheable(piece)  # raises what AOTAutograd's cache would pass the piece over for
 
 
 @needs_inductor

@@ -20,7 +20,7 @@ from fx_cache.passes.outline import (
     size_inputs,
 )
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.graph import value_of, values_for
 from fx_cache.patterns.samples import one_row_each, taken_by_sample
 from fx_cache.patterns.spans import SpanPlan
 
@@ -200,4 +200,9 @@ def _measure(probe: fx.Node, sizes: list[fx.Node], samples: Any, measure: Callab
     count = numbers[samples] if isinstance(samples, fx.Node) else samples
     diff = measure(fx.Proxy(previous, tracer), fx.Proxy(now, tracer), count, value_of(probe).ndim)
     graph.output((diff.node,))
-    return fx.GraphModule({}, graph)
+    made = fx.GraphModule({}, graph)
+    values = values_for(made, [value_of(n) for n in graph.find_nodes(op="placeholder")])
+    for node in graph.nodes:
+        # Pieces with values alone are found again in AOTAutograd's cache on disk.
+        mark(node, None, values[node])
+    return made

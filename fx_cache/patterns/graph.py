@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +33,15 @@ _NUMPY_WRAPPERS = (numpy_to_tensor_wrapper, numpy_method_wrapper, numpy_operator
 def value_of(node: fx.Node) -> Any:
     """The fake value that the capture recorded for a node, or None."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def values_for(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+    """The fake value of every node of a graph, computed anew from fake values of its inputs."""
+    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), contextlib.nullcontext())
+    interpreter = fx.Interpreter(gm, garbage_collect_values=False)
+    with torch.no_grad(), mode:
+        interpreter.run(*inputs)
+    return interpreter.env
 
 
 def is_tensor(node: fx.Node) -> bool:
