@@ -15,7 +15,7 @@ from torch.fx.graph import CodeGen
 from fx_cache.boxing import Boxed, TakesAList, box, taking_a_list
 from fx_cache.errors import OptionError
 from fx_cache.ops import cond, once
-from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.graph import attribute_of, value_of
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -105,15 +105,15 @@ def _compiled(
     parts: dict[str, Any] = {}
     for node in graph.find_nodes(op="call_function", target=once):
         target = node.args[1].target
-        parts[target] = _compiled(_attribute(gm, target), compiler, done)
+        parts[target] = _compiled(attribute_of(gm, target), compiler, done)
     for node in graph.find_nodes(op="call_function", target=cond):
         hit, reuse, compute, operands, slot = node.args
-        parts[reuse.target] = _compiled(_attribute(gm, reuse.target), compiler, done)
-        parts[compute.target] = _compiled(_attribute(gm, compute.target), compiler, done, TakesAList())
+        parts[reuse.target] = _compiled(attribute_of(gm, reuse.target), compiler, done)
+        parts[compute.target] = _compiled(attribute_of(gm, compute.target), compiler, done, TakesAList())
         node.args = (hit, reuse, compute, box(graph, node, operands), slot)
     rest = [n for n in graph.nodes if n.op in ("call_module", "get_attr") and n.target not in parts]
     for node in rest:
-        part = _attribute(gm, node.target)
+        part = attribute_of(gm, node.target)
         if not isinstance(part, fx.GraphModule):
             parts[node.target] = part
             continue
@@ -149,10 +149,3 @@ def _example(node: fx.Node) -> Any:
         example.item_memo = value.item_memo  # a Python number that Dynamo made an input: it stays the same symbol
     is_parameter = isinstance(value, torch.nn.Parameter)
     return torch.nn.Parameter(example, requires_grad=value.requires_grad) if is_parameter else example
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

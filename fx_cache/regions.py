@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
-from fx_cache.patterns.graph import value_of, values_for
+from fx_cache.patterns.graph import attribute_of, value_of, values_for
 
 
 def written_out(gm: fx.GraphModule) -> fx.GraphModule:
@@ -34,20 +34,21 @@ def written_out(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
     held: dict[str, Any] = {}
-    first_paths: dict[str, str] = {}
+    first_calls: dict[str, tuple[fx.GraphModule, str]] = {}
     for node in gm.graph.nodes:
         if _is_call(node):
             region, _, *operands = node.args
             path = _path(node)
-            body = written_out(getattr(gm, region.target))
-            operands = [env.get(a, a) for a in operands]
-            env[node] = _copied(body, graph, operands, held, (first_paths.setdefault(region.target, path), path))
+            if region.target not in first_calls:
+                first_calls[region.target] = written_out(attribute_of(gm, region.target)), path
+            body, first_path = first_calls[region.target]
+            env[node] = _copied(body, graph, [env.get(a, a) for a in operands], held, (first_path, path))
         elif node.op == "call_function" and node.target is operator.getitem and _is_call(node.args[0]):
             env[node] = env[node.args[0]][node.args[1]]
         elif not (node.op == "get_attr" and node.users and all(_is_call(user) for user in node.users)):
             env[node] = graph.node_copy(node, env.__getitem__)
             if node.op in ("get_attr", "call_module"):
-                held[node.target] = _attribute(gm, node.target)
+                held[node.target] = attribute_of(gm, node.target)
     made = fx.GraphModule(held, graph)
     made.meta.update(gm.meta)
     return made
@@ -79,12 +80,8 @@ def _copied(
             }
         if node.op in ("get_attr", "call_module"):
             copy.target = f"region_{len(held)}"
-            held[copy.target] = _attribute(body, node.target)
+            held[copy.target] = attribute_of(body, node.target)
     raise AssertionError("a graph without output")
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    return operator.attrgetter(target)(gm)
 
 
 def _path(call: fx.Node) -> str:

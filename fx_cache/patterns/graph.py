@@ -35,6 +35,11 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def attribute_of(gm: fx.GraphModule, target: str) -> Any:
+    """What a node of `target` stands for: a sub-module, a parameter, a constant."""
+    return operator.attrgetter(target)(gm)
+
+
 def values_for(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
     """The fake value of every node of a graph, computed anew from fake values of its inputs."""
     mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), contextlib.nullcontext())
