@@ -15,7 +15,7 @@ from fx_cache.demo.sheet import default_compiler
 from fx_cache.runtime import sessions
 from tests.models import MODELS, build
 
-REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 1}
+REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 2}
 """A policy that reuses some of the steps that `tests.models.walk` makes, and not all."""
 
 needs_inductor = pytest.mark.skipif(default_compiler() != "inductor", reason="Inductor needs a C++ compiler")

@@ -5,7 +5,7 @@ No name of an argument is looked at:
 - a *weight* is held by the module;
 - the *schedule* (timestep, sigma, guidance) is what goes through a sinusoid into a linear layer, and every scalar;
 - a *latent* has the shape of an output (up to the channel dimension), one for each output; where no input has, it is
-  the one whose tokens the blocks' main stream holds;
+  the one whose tokens the blocks' main stream holds; where several have, it is only a guess;
 - all other inputs are *conditioning*.
 """
 
@@ -33,6 +33,7 @@ from fx_cache.patterns.graph import (
     value_of,
     writes_too,
 )
+from fx_cache.patterns.values import form_inputs
 
 _SINUSOIDS = {"sin", "cos", "polar"}
 _LINEAR = {"linear", "matmul", "addmm", "mm"}
@@ -51,6 +52,8 @@ class InputRoles:
             layers): a step with others computes, since no probe shows them.
         scalars: host numbers, compared by value; not the sizes of other inputs.
         weights: belong to the module.
+        certain: whether the graph leaves no doubt which inputs are the latents.
+        timed: whether the graph leaves no doubt that the timestep is in the schedule.
     """
 
     latents: tuple[int, ...]
@@ -59,20 +62,29 @@ class InputRoles:
     scalars: tuple[int, ...]
     weights: tuple[int, ...]
     controls: tuple[tuple[int, ...], ...] = ()
+    certain: bool = False
+    timed: bool = False
 
 
 def classify_inputs(graph: fx.Graph) -> InputRoles:
     """The roles of a graph's inputs."""
     inputs = list(graph.find_nodes(op="placeholder"))
     weights = [i for i, n in enumerate(inputs) if is_weight(n)]
-    numbers = [i for i, n in enumerate(inputs) if i not in weights and not is_tensor(n)]
-    scalars = [i for i in numbers if not _is_size(inputs[i])]
-    tensors = [i for i, n in enumerate(inputs) if i not in weights and is_tensor(n)]
-    schedule = [i for i in tensors if _is_schedule(inputs[i])]
+    given = [i for i, n in enumerate(inputs) if i not in weights and (is_tensor(n) or not _is_size(n))]
+    tensors = [i for i in given if is_tensor(inputs[i])]
+    timed = [i for i in given if _through_sinusoid_to_linear(inputs[i])]
+    schedule = [i for i in given if i in timed or (i in tensors and _looks_like_time(inputs[i]))]
     others = [i for i in tensors if i not in schedule]
-    latents = _latents(graph, inputs, others)
-    conditioning = [i for i in others if i not in latents]
-    return InputRoles(tuple(latents), tuple(schedule), tuple(conditioning), tuple(scalars), tuple(weights))
+    latents, certain = _latents(graph, inputs, others)
+    return InputRoles(
+        latents=tuple(latents),
+        schedule=tuple(schedule),
+        conditioning=tuple(i for i in others if i not in latents),
+        scalars=tuple(i for i in given if i not in tensors and i not in schedule),
+        weights=tuple(weights),
+        certain=certain,
+        timed=bool(timed),
+    )
 
 
 def with_latents_from(roles: InputRoles, graph: fx.Graph, streams: Sequence[fx.Node]) -> InputRoles:
@@ -88,7 +100,8 @@ def with_latents_from(roles: InputRoles, graph: fx.Graph, streams: Sequence[fx.N
     held = {i for i in held if value_of(inputs[i]).is_floating_point()}
     if len(held) != 1:
         return roles
-    return replace(roles, latents=tuple(held), conditioning=tuple(i for i in roles.conditioning if i not in held))
+    rest = tuple(i for i in roles.conditioning if i not in held)
+    return replace(roles, latents=tuple(held), conditioning=rest, certain=True)
 
 
 def with_controls(
@@ -120,13 +133,9 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(source, TensorPropertySource)
 
 
-def _is_schedule(node: fx.Node) -> bool:
+def _looks_like_time(node: fx.Node) -> bool:
     value = value_of(node)
-    if value.ndim == 0:
-        return True
-    if value.is_floating_point() and value.ndim == 1:
-        return True
-    return _through_sinusoid_to_linear(node)
+    return value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
 
 
 def _through_sinusoid_to_linear(node: fx.Node) -> bool:
@@ -140,6 +149,8 @@ def _through_sinusoid_to_linear(node: fx.Node) -> bool:
         following = []
         for n, curved in frontier:
             for user in n.users:
+                if n in form_inputs(user):
+                    continue
                 if operation(user) in _LINEAR:
                     if curved:
                         return True
@@ -161,8 +172,10 @@ def _widens(node: fx.Node, user: fx.Node) -> bool:
     return value_of(user).ndim > max(value_of(node).ndim, 3)
 
 
-def _latents(graph: fx.Graph, inputs: list[fx.Node], candidates: list[int]) -> list[int]:
+def _latents(graph: fx.Graph, inputs: list[fx.Node], candidates: list[int]) -> tuple[list[int], bool]:
     """For each output the input of its shape; failing that, the one that differs from it in channels only.
+
+    Also whether there is any, and no output for which it might have been another one.
 
     Sizes that are no numbers are compared as they are written. Outputs that no input fits then (``2 * (s0 // 2)`` out
     of ``s0``) are compared by the sizes of the present inputs, of which none may be left over.
@@ -171,16 +184,18 @@ def _latents(graph: fx.Graph, inputs: list[fx.Node], candidates: list[int]) -> l
     missing = [n for n in results if is_tensor(n)]
     free = [i for i in candidates if value_of(inputs[i]).is_floating_point()]
     found: dict[fx.Node, int] = {}
+    certain = True
     for shape in (_written, _present):
         for result in list(missing):
             exact = [i for i in free if shape(inputs[i]) == shape(result)]
             near = [i for i in free if differs_in_channels(shape(inputs[i]), shape(result))]
             alike = sum(shape(n) == shape(result) for n in missing)
             if (exact and (shape is _written or len(exact) <= alike)) or (not exact and len(near) == 1):
+                certain = certain and len(exact) <= alike
                 found[result] = (exact or near)[0]
                 free.remove(found[result])
                 missing.remove(result)
-    return [found[n] for n in results if n in found]
+    return [found[n] for n in results if n in found], certain and bool(found)
 
 
 def _written(node: fx.Node) -> tuple[Any, ...]:
@@ -208,7 +223,10 @@ def token_sources(node: fx.Node, reads: Reads) -> set[fx.Node]:
 
     def holds(n: fx.Node) -> Iterable[fx.Node]:
         part = _sliced_operand(n)
-        return reads(n) if part is None else [part]
+        if part is not None:
+            return [part]
+        form = form_inputs(n)
+        return [a for a in reads(n) if a not in form] if form else reads(n)
 
     return {n for n in ancestors(node, reads=holds) if n.op == "placeholder"}
 

@@ -1,108 +1,251 @@
-"""Tells from the schedule inputs (timestep, sigma, guidance) whether a call goes on with a request."""
+"""Tells whether a call goes on with a request: from its timestep, its latent, and what is said about it.
+
+Whatever a call does not show beyond doubt, it does not show: then the step computes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
+from typing import Any
 
 import torch
 
+from fx_cache.runtime.follow import strayed
+
 
 class Move(Enum):
-    """How a call's schedule values follow those of the call before."""
+    """How a call follows the one before it."""
 
-    START = "first call"
-    NEXT = "one step on"
-    UNSURE = "one step on, in a direction that this request has not gone before"
+    START = "first call of a request"
+    FIRST = "one step on, for the first time"
+    NEXT = "one step on, as before"
     EITHER = "one step on for this request, and for the one that it interrupted"
-    REPEAT = "same timestep again"
-    BACK = "timestep went back"
+    REPEAT = "same time again"
+    LATE = "one step on for a request whose first call was the one before"
 
 
-Direction = tuple[int, ...]
+FIRST_MOVE = "which way the timestep goes is not known yet"
+REPEATED = "same timestep twice: which request it belongs to is not known"
+STEP_REPEATED = "same step twice"
+EITHER = "may belong to the request that was left before this one began"
 
 LEAP = 1.5
 """How much longer than the step before a step is that looks as if another request went on."""
 
+FLOOR = 0.1
+"""What of a latent may be left over at any step (see `fx_cache.runtime.follow`)."""
 
-class Clock:
-    """The schedule of one branch.
+FACTOR = 3.0
+"""How much more than at the request's other steps may be left over at one."""
 
-    A request moves its values one way: those that move keep moving in their direction, those that rest keep resting.
-    Anything else is the start of another request.
+MOST = 0.9
+"""What is left over of a latent that has nothing to do with the one before; less where a sampler adds much noise."""
+
+Values = tuple[float, ...]
+Direction = tuple[int, ...]
+
+BOTH_WAYS = 2
+"""The direction of an input one part of which rises while another one falls."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What one call shows of its place in a request.
 
     Attributes:
-        last: the values of the last call.
-        left: those at which the request before was left; it may be under way still, and come back.
-        direction: which way the values move.
+        values: of each schedule input (timestep, sigma, guidance) the least and the largest element; a tensor while
+            they lie on a device.
+        grams: what tells whether its latents follow from the call before (`Look.since`); a tensor while it lies on a
+            device, None: nothing does.
+        sizes: what that is made of.
+        said: number of the step as somebody gives it, or None.
+        named: whether somebody says to which request the call belongs.
+        apart: whether somebody says to which pass of the request it belongs.
+        begins: whether it is known to be the first call of a request.
+        step: number of the step where the caller counts; then nothing else is looked at.
     """
 
-    def __init__(self) -> None:
-        self.last: tuple[float, ...] | None = None
-        self.left: tuple[float, ...] | None = None
-        self.direction: Direction | None = None
-        self._stride: tuple[float, ...] = ()
-        self._against: Direction | None = None
+    values: Values | torch.Tensor = ()
+    grams: tuple[float, ...] | torch.Tensor | None = None
+    sizes: tuple[int, ...] = ()
+    said: int | None = None
+    named: bool = False
+    apart: bool = False
+    begins: bool = False
+    step: int | None = None
 
-    def move(self, values: tuple[float, ...], known: Direction | None) -> Move:
-        """Takes the values of a call.
+    @property
+    def late(self) -> list[torch.Tensor]:
+        """What of it lies on a device."""
+        return [part.reshape(-1) for part in (self.values, self.grams) if isinstance(part, torch.Tensor)]
 
-        Args:
-            values: the schedule values of this call.
-            known: the direction that earlier requests of this graph had, if any.
-        """
-        move = self.preview(values, known)
-        # Against the way that earlier requests went: another request, or the second step of one that goes the other
-        # way; then the next step shows it.
-        self._against = self._step(values) if move is Move.BACK and self.direction is None else None
-        if move in (Move.NEXT, Move.UNSURE):
-            self.direction = self._step(values)
-        elif move in (Move.START, Move.BACK):
-            self.direction, self.left = None, self.last
-        before = values if self.last is None or move in (Move.START, Move.BACK) else self.last
-        self._stride = tuple(abs(a - b) for a, b in zip(values, before, strict=True))
-        self.last = values
+    def read(self, numbers: Iterator[float]) -> Sign:
+        """The same with what lies on a device as numbers, which come in the order of `late`."""
+
+        def host(part: Any) -> Any:
+            return tuple(next(numbers) for _ in range(part.numel())) if isinstance(part, torch.Tensor) else part
+
+        return replace(self, values=host(self.values), grams=host(self.grams))
+
+    @cached_property
+    def strayed(self) -> float | None:
+        """The part of the latent that does not follow from the call before; None: unknown."""
+        assert not isinstance(self.grams, torch.Tensor)
+        return None if self.grams is None else strayed(self.grams, self.sizes)
+
+
+@dataclass
+class Clock:
+    """Where one branch is in its request. `move` takes its calls, one after another.
+
+    A request moves its schedule one way: inputs that move keep moving in their direction, those that rest keep
+    resting. Its latents follow from each other. One move is no evidence of either: another request may have begun.
+
+    Attributes:
+        doubt: why the present step computes; None: its place in the request is certain.
+    """
+
+    doubt: str | None = None
+    _last: Values | None = None
+    _left: Values | None = None
+    _said: int | None = None
+    _direction: Direction | None = None
+    _stride: Values = ()
+    _moves: int = 0
+    _strayed: list[float] = field(default_factory=list)
+    _tried: bool = False
+    _lasting: str | None = None
+
+    def move(self, sign: Sign) -> Move:
+        """Takes a call."""
+        move = self.preview(sign)
+        values, strays = _values(sign), sign.strayed
+        again = self._still(values) or self._again(sign)
+        before = self._last
+        self.doubt = None
+        if move is Move.REPEAT and self._moves == 0 and not sign.apart:
+            move = Move.START  # most likely the call before was a try
+        if move is Move.START:
+            # Behind two calls at one time, one that moves may go on with either.
+            self._moves, self._direction, self._strayed, self._lasting = 0, None, [], None
+            self._tried, self._left = again, before
+        elif move is Move.REPEAT:
+            repeated = STEP_REPEATED if self._again(sign) else REPEATED
+            self.doubt = repeated
+            if not sign.apart:
+                self._lasting = repeated
+        else:
+            assert before is not None
+            if move is Move.LATE:
+                self._moves, self._strayed, self._lasting, self._tried = 0, [], None, False
+            if move is Move.EITHER:
+                self._lasting = EITHER
+            self._direction = directions(before, values)
+            self._moves += 1
+            self._strayed += [] if strays is None else [strays]
+            if move in (Move.FIRST, Move.LATE):
+                self.doubt = FIRST_MOVE
+        self.doubt = self.doubt or self._lasting
+        self._stride = tuple(abs(a - b) for a, b in zip(values, before, strict=True)) if move in _ON and before else ()
+        self._last, self._said = values, sign.said
         return move
 
-    def preview(self, values: tuple[float, ...], known: Direction | None) -> Move:
+    def preview(self, sign: Sign) -> Move:
         """What `move` would say."""
-        if self.last is None or len(self.last) != len(values):
+        values = _values(sign)
+        if sign.begins or self._last is None or len(self._last) != len(values):
             return Move.START
-        step = self._step(values)
-        if not any(step):
+        if sign.said is not None and self._said is not None and sign.said < self._said:
+            return Move.START
+        if not sign.apart and self._strays(sign.strayed):
+            return Move.START
+        if self._again(sign):
             return Move.REPEAT
-        expected = self.direction or known
-        if expected and step not in (expected, self._against):
-            return Move.BACK
-        if self._passes(step, values):
+        if self._still(values):
+            return Move.NEXT if sign.apart else Move.REPEAT
+        step = directions(self._last, values)
+        if BOTH_WAYS in step:
+            return Move.START
+        if self._direction is not None and step != self._direction:
+            return Move.LATE if self._unproven else Move.START
+        if self._unproven and not sign.apart and self._strayed_before(sign.strayed):
+            return Move.LATE
+        if not sign.named and self._passes(step, values):
             return Move.EITHER
-        return Move.UNSURE if self.direction is None else Move.NEXT
+        return Move.FIRST if self._moves == 0 and not self._trusts(sign) else Move.NEXT
 
-    def _passes(self, direction: Direction, values: tuple[float, ...]) -> bool:
+    @property
+    def _unproven(self) -> bool:
+        """Whether the call before was the first move, and computed: that it may just as well have begun a request."""
+        return self._moves == 1 and self.doubt is not None
+
+    def _trusts(self, sign: Sign) -> bool:
+        """Whether what is said leaves no doubt about a first move."""
+        ahead = sign.said is not None and self._said is not None and sign.said > self._said
+        return sign.apart or ((sign.named or ahead) and not self._tried)
+
+    def _again(self, sign: Sign) -> bool:
+        return sign.said is not None and sign.said == self._said
+
+    def _still(self, values: Values) -> bool:
+        return bool(values) and values == self._last
+
+    def _strays(self, strayed: float | None) -> bool:
+        """Whether a latent cannot have come out of the call before."""
+        return strayed is not None and not strayed <= (_allowed(self._strayed) if self._strayed else MOST)
+
+    def _strayed_before(self, strayed: float | None) -> bool:
+        """Whether it was at the move before that a latent came out of nowhere."""
+        return strayed is not None and max(self._strayed, default=0.0) > _allowed([strayed])
+
+    def _passes(self, step: Direction, values: Values) -> bool:
         """Whether the request before, where it was left, lies between the last call and this one, in a leap."""
-        if self.left is None or self.last is None or len(self.left) != len(values):
+        if self._left is None or self._last is None or len(self._left) != len(values):
             return False
-        for d, last, left, now, stride in zip(direction, self.last, self.left, values, self._stride, strict=True):
-            leaps = not stride or abs(now - last) >= LEAP * stride
-            if d and not (leaps and d * last < d * left < d * now):
+        for i, (last, left, now) in enumerate(zip(self._last, self._left, values, strict=True)):
+            d = step[i // 2]
+            leaps = not self._stride or not self._stride[i] or abs(now - last) >= LEAP * self._stride[i]
+            if d and last != now and not (leaps and d * last < d * left < d * now):
                 return False
-        return True
-
-    def _step(self, values: tuple[float, ...]) -> Direction:
-        assert self.last is not None
-        return tuple((now > before) - (now < before) for now, before in zip(values, self.last, strict=True))
+        return bool(values)
 
 
-def read_schedule(inputs: Sequence[torch.Tensor]) -> tuple[float, ...] | torch.Tensor:
+_ON = {Move.FIRST, Move.NEXT, Move.EITHER, Move.LATE, Move.REPEAT}
+
+
+def _allowed(strayed: Sequence[float]) -> float:
+    return min(MOST, max(FLOOR, FACTOR * max(strayed)))
+
+
+def _values(sign: Sign) -> Values:
+    assert not isinstance(sign.values, torch.Tensor)
+    return sign.values
+
+
+def directions(before: Values, now: Values) -> Direction:
+    """Which way each schedule input goes, of which there are the least and the largest element: 1, -1, or 0 if none.
+
+    Elements of one input (a timestep for each frame) begin and end on their own: some may rest.
+    """
+    signs = [(b > a) - (b < a) for a, b in zip(before, now, strict=True)]
+    return tuple(
+        BOTH_WAYS if low * high < 0 else low or high for low, high in zip(signs[::2], signs[1::2], strict=True)
+    )
+
+
+def read_schedule(inputs: Sequence[torch.Tensor]) -> Values | torch.Tensor:
     """The schedule values of a call: as numbers where they lie on the host, else as a tensor that is read later.
 
-    Of an input with several elements (a timestep for each sample or token) the least and the largest count.
-    Values on a device come as one float64 tensor of shape [n], so that no synchronisation happens here.
+    Of each input the least and the largest element, whatever its size. Values on a device come as one float64 tensor
+    of shape [2 * inputs], so that no synchronisation happens here.
     """
     if all(t.numel() == 1 and t.is_cpu for t in inputs):
-        return tuple(float(v) for t in inputs for v in t.reshape(-1).tolist())
+        return tuple(float(v) for t in inputs for v in t.reshape(-1).tolist() * 2)
     flat = [t.detach().reshape(-1) for t in inputs if t.numel()]
-    parts = [torch.stack(t.aminmax()) if t.numel() > 1 else t for t in flat]
+    parts = [torch.stack(t.aminmax()) if t.numel() > 1 else t.expand(2) for t in flat]
     if all(p.is_cpu for p in parts):
         return tuple(float(v) for p in parts for v in p.tolist())
     device = next(p.device for p in parts if not p.is_cpu)

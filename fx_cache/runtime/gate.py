@@ -68,13 +68,13 @@ class SpanGate:
         verdicts = self._settle(samples, separable)
         if ranks is not None:
             if self._branch.pending:
-                self._store.read_pending(self._branch, self._program)
+                self._store.read_pending(self._branch)
                 verdicts = self._settle(samples, separable)
             sums = measure() if any(v.reuse is None for v in verdicts) else None
             verdicts, diffs = agree(verdicts, samples, sums, *ranks)
         elif self._branch.pending and any(v.reuse is not False for v in verdicts):
             diff = measure() if any(v.reuse is None for v in verdicts) else None
-            diffs = self._store.read_pending(self._branch, self._program, diff)
+            diffs = self._store.read_pending(self._branch, diff)
             verdicts = self._settle(samples, separable)
         else:
             diffs = measure().tolist() if any(v.reuse is None for v in verdicts) else []
@@ -146,8 +146,6 @@ class SpanGate:
             return Verdict(False, branch.doubt)
         if verdict.reuse is not False and self._control_changed:
             return Verdict(False, "an input that feeds only the span changed")
-        if verdict.reuse and not branch.blind:
-            return Verdict(False, "direction of the timestep not known yet")
         return verdict
 
     def _judge(self, verdicts: list[Verdict], diffs: list[float] | None) -> list[Verdict]:

@@ -10,7 +10,7 @@ import torch
 
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.runtime.identity import identity_key, signature
-from fx_cache.runtime.moves import UNKNOWN_LATENT, Learner, Moves
+from fx_cache.runtime.moves import UNKNOWN_LATENT, Call, Learner, Moves
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Given:
         schedule: timestep and the like.
         fixed: the inputs that the identity is of.
         doubt: why a request cannot be told from another one by this, or None.
+        latents: what is denoised, as far as that is known.
+        call: what is still to be told of the call, where something is learned from it.
     """
 
     identity: Hashable
@@ -44,18 +46,22 @@ class Given:
     schedule: list[torch.Tensor]
     fixed: Sequence[Any]
     doubt: str | None = None
+    latents: tuple[torch.Tensor, ...] = ()
+    call: Call | None = None
 
 
 class Reader:
     """Reads the inputs of a graph that is a whole forward.
 
-    Where the graph does not show which of them is denoised, that is learned from its calls; in doubt until then.
+    Where the graph does not show which of them are denoised, or tell the time, that is learned from its calls; while it
+    is not known what is denoised, there is doubt.
     """
 
     def __init__(self, roles: InputRoles) -> None:
         self._roles = roles
         self._positions = _Positions(roles)
         self._learned: dict[Moves, _Positions] = {}
+        self._told = {*roles.latents, *roles.conditioning, *roles.scalars, *roles.schedule}
 
     def __call__(self, args: Sequence[Any], learner: Callable[[], Learner]) -> Given:
         """What a call was given.
@@ -64,21 +70,25 @@ class Reader:
             args: the graph's inputs.
             learner: what is learned of the graph.
         """
-        if self._roles.latents:
+        if self._roles.certain and self._roles.timed:
             return self._positions.read(args)
-        known = learner()
-        moves = self._see(known, args) if known.moves is None else known.moves
-        if moves is None:
-            return self._positions.read(args, UNKNOWN_LATENT)
-        if moves not in self._learned:
-            self._learned[moves] = _Positions(_with_moves(self._roles, moves))
-        return self._learned[moves].read(args)
+        known, call = learner(), None
+        if known.moves is None:
+            call = self._call(args)
+            known.see(call)
+        if known.moves is None:
+            doubt = None if self._roles.certain else UNKNOWN_LATENT
+            return replace(self._positions.read(args, doubt), call=call)
+        if known.moves not in self._learned:
+            self._learned[known.moves] = _Positions(_with_moves(self._roles, known.moves))
+        return self._learned[known.moves].read(args)
 
-    def _see(self, learner: Learner, args: Sequence[Any]) -> Moves | None:
-        told = {*self._roles.conditioning, *self._roles.scalars, *self._roles.schedule}
-        return learner.see(
-            [a if i in told else None for i, a in enumerate(args)],
-            [identity_key([a]) if i in told else None for i, a in enumerate(args)],
+    def _call(self, args: Sequence[Any]) -> Call:
+        return Call(
+            [a if i in self._told else None for i, a in enumerate(args)],
+            [identity_key([a]) if i in self._told else None for i, a in enumerate(args)],
+            latents=self._roles.latents if self._roles.certain else (),
+            schedule=self._roles.schedule,
         )
 
 
@@ -91,6 +101,7 @@ class _Positions:
         self._controls = roles.controls
         self._form = sorted((*roles.latents, *roles.schedule, *roles.conditioning))
         self._schedule = roles.schedule
+        self._latents = roles.latents
 
     def read(self, args: Sequence[Any], doubt: str | None = None) -> Given:
         fixed = [args[i] for i in self._fixed]
@@ -101,6 +112,7 @@ class _Positions:
             [torch.as_tensor(args[i]) for i in self._schedule],
             fixed,
             doubt,
+            tuple([args[i] for i in self._latents]),
         )
 
 
@@ -109,7 +121,7 @@ def _with_moves(roles: InputRoles, moves: Moves) -> InputRoles:
     return replace(
         roles,
         latents=tuple(sorted(moves.latents)),
-        schedule=tuple(sorted({*roles.schedule, *moves.schedule})),
-        conditioning=tuple(i for i in roles.conditioning if i not in moving),
+        schedule=tuple(sorted(moves.schedule)),
+        conditioning=tuple(sorted({*roles.conditioning, *roles.latents} - moving)),
         scalars=tuple(i for i in roles.scalars if i not in moving),
     )

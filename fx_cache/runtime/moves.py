@@ -1,20 +1,29 @@
-"""Learns from a model's calls which inputs change from step to step, where its graph does not show it."""
+"""Learns from a model's calls which inputs are denoised, and which tell the time, where its graph does not show it.
+
+What changes is no evidence: two passes of a step change the prompt. What is denoised follows from the call before by a
+scheduler's step, and moves at every step; what tells the time moves with it, one way. That has to be seen twice.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fx_cache.runtime.clock import BOTH_WAYS, MOST, Direction, Values, directions
+from fx_cache.runtime.follow import Look, strayed
 from fx_cache.runtime.identity import SMALL, StorageHold
 
 UNKNOWN_LATENT = "which input is denoised is not known: name the request and its branch with fx_cache.session"
 
-HISTORY = 4
-"""Calls whose inputs are compared with those of the next one."""
+HISTORY = 8
+"""Calls that are compared with those that come behind them: passes and requests may be mixed."""
+
+TIMES = 16
+"""Different values that a large tensor has at most, if it tells the time of each of its elements."""
 
 
 @dataclass(frozen=True)
@@ -25,42 +34,145 @@ class Moves:
     schedule: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What changed from one call to another one that may be its next step, and which way the time went."""
+
+    moves: Moves
+    way: tuple[tuple[int, Direction], ...]
+
+
 class Learner:
     """Compares what a model is given with the calls before, until it is clear what changes from step to step."""
 
     def __init__(self) -> None:
         self.moves: Moves | None = None
-        self._history: deque[_Inputs] = deque(maxlen=HISTORY)
+        self._history: deque[Call] = deque(maxlen=HISTORY)
 
-    def see(self, values: Sequence[Any], keys: Sequence[Hashable | None]) -> Moves | None:
-        """Takes the inputs of one more call, and who they are (None: cannot be said); what is known then."""
+    def see(self, call: Call) -> Moves | None:
+        """Takes one more call; what is known then."""
         if self.moves is None:
-            given = _Inputs(values, keys)
-            found = {moves for before in self._history if (moves := given.moves_since(before)) is not None}
-            self.moves = found.pop() if len(found) == 1 else None
-            self._history.append(given)
+            call.steps = [(before, step) for before in self._history if (step := call.step_from(before)) is not None]
+            found = {step.moves for before, step in call.steps if any(step == s for _, s in before.steps)}
+            least = min(map(_count, found), default=0)
+            fewest = [moves for moves in found if _count(moves) == least]
+            self.moves = fewest[0] if len(fewest) == 1 else None
+            self._history.append(call)
+            if self.moves is not None:
+                self._history.clear()
         return self.moves
 
 
-class _Inputs:
-    """Who the inputs of one call were."""
+def _count(moves: Moves) -> int:
+    return len(moves.latents) + len(moves.schedule)
 
-    def __init__(self, values: Sequence[Any], keys: Sequence[Hashable | None]) -> None:
+
+class Call:
+    """What a model was given at one call, and returned.
+
+    Attributes:
+        steps: earlier calls whose next step this one may be.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[Any],
+        keys: Sequence[Hashable | None],
+        *,
+        latents: Collection[int] = (),
+        schedule: Collection[int] = (),
+    ) -> None:
+        """
+        Args:
+            values: the inputs; None for those that are not looked at.
+            keys: who each of them is; None: cannot be said.
+            latents: those that are known to be denoised; none: that is to be learned.
+            schedule: those that are known to tell the time.
+        """
+        self.steps: list[tuple[Call, _Step]] = []
         known = [v if k is not None else None for v, k in zip(values, keys, strict=True)]
         self._keys = list(keys)
-        tensors = {i: v for i, v in enumerate(known) if isinstance(v, torch.Tensor)}
-        self._large = {i for i, v in tensors.items() if v.numel() > SMALL and v.is_floating_point()}
-        self._small = {i for i, v in tensors.items() if v.numel() <= SMALL}
-        self._small |= {i for i, v in enumerate(known) if isinstance(v, int | float) and not isinstance(v, bool)}
-        self._hold = StorageHold(known)
+        self._forms = [(v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else None for v in known]
+        self._known = frozenset(latents)
+        self._schedule = frozenset(schedule)
+        self._hold = StorageHold(known)  # so that no other tensor has a key of these
+        large = [i for i, v in enumerate(known) if _is_large_float(v) and i not in self._schedule]
+        self._looks = {i: Look([values[i]]) for i in (latents or large)}
+        self._extents = {i: extent for i, v in enumerate(known) if (extent := _extent(v)) is not None}
+        self._times = {i for i, v in enumerate(known) if i in self._schedule or _may_tell_time(v)}
+        self._fitting: frozenset[int] | None = None
 
-    def moves_since(self, other: _Inputs) -> Moves | None:
-        """What differs, if it looks like two steps of a request: one large tensor, and something small (a timestep)."""
-        if len(self._keys) != len(other._keys):
+    def came_out(self, outputs: Sequence[Any]) -> None:
+        """Takes what the model returned. What is denoised has the shape of an output, but for one dimension."""
+        tensors = [o for o in outputs if isinstance(o, torch.Tensor)]
+        for look in self._looks.values():
+            look.came_out(tensors)
+        self._fitting = frozenset(i for i, look in self._looks.items() if all(size > 2 for size in look.sizes))
+
+    def step_from(self, before: Call) -> _Step | None:
+        """What changed since an earlier call, if this may be its next step."""
+        if self._forms != before._forms or self._schedule != before._schedule:
             return None
-        different = [i for i, (a, b) in enumerate(zip(self._keys, other._keys, strict=True)) if a != b]
-        large = [i for i in different if i in self._large]
-        small = [i for i in different if i in self._small]
-        if len(large) != 1 or not small or len(different) > 1 + len(small):
+        different = {i for i, (a, b) in enumerate(zip(self._keys, before._keys, strict=True)) if a != b}
+        if self._known:
+            latents = self._known
+        else:
+            fits = before._fitting
+            latents = frozenset(i for i in self._looks if i in different and (fits is None or i in fits))
+        others = different - latents
+        if not latents or not others or not others <= self._times:
             return None
-        return Moves(frozenset(large), frozenset(small))
+        way = tuple((i, d) for i in sorted(others) if any(d := directions(before._extent(i), self._extent(i))))
+        moved = frozenset(i for i, _ in way)
+        # Two calls at one time are never one step apart.
+        known = self._schedule & set(self._extents)
+        still = bool(known) and not known & moved
+        if moved != others or any(BOTH_WAYS in d for _, d in way) or (still and not moved <= self._numbers):
+            return None
+        if any(self._left_of(i, before) > MOST for i in latents):
+            return None
+        return _Step(Moves(latents, moved | self._schedule), way)
+
+    @property
+    def _numbers(self) -> set[int]:
+        """Inputs that count: integers, or numbers of Python."""
+        forms = {i: self._forms[i] for i in self._times}
+        return {i for i, form in forms.items() if form is None or not form[1].is_floating_point}
+
+    def _extent(self, i: int) -> Values:
+        """The least and the largest element of an input. On a device this waits for it, as long as nothing is known."""
+        extent = self._extents[i]
+        if isinstance(extent, torch.Tensor):
+            extent = self._extents[i] = tuple(extent.tolist())
+        return extent
+
+    def _left_of(self, i: int, before: Call) -> float:
+        grams = self._looks[i].since(before._looks[i])
+        return MOST + 1.0 if grams is None else strayed(grams.tolist(), before._looks[i].sizes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_large_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > SMALL
+
+
+def _extent(value: Any) -> Values | torch.Tensor | None:
+    if _is_number(value):
+        return (float(value), float(value))
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.dtype is torch.bool or not value.numel():
+        return None
+    with torch.no_grad():
+        extent = torch.stack(value.detach().aminmax()).double()
+    return tuple(extent.tolist()) if extent.is_cpu else extent
+
+
+def _may_tell_time(value: Any) -> bool:
+    """Whether an input may be a timestep: a number, few of them, integers, or a few different ones for many tokens."""
+    if not isinstance(value, torch.Tensor):
+        return _is_number(value)
+    if value.numel() <= SMALL or not value.is_floating_point():
+        return value.dtype is not torch.bool and not value.is_complex()
+    return value.ndim <= 2 and value.unique().numel() <= TIMES

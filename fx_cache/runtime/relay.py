@@ -22,7 +22,7 @@ from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE
 from fx_cache.runtime.forwards import Forward, family_of, surroundings
 from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.legs import Graph, Leg, WatchRun
-from fx_cache.runtime.moves import Learner, Moves
+from fx_cache.runtime.moves import Call, Learner, Moves
 from fx_cache.runtime.policy import decide
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.sessions import Store
@@ -87,7 +87,7 @@ class Relay:
 
     def begin(self, forward: Forward) -> Run:
         """What drives a forward that begins."""
-        forward.moves = self._learner.see(forward.inputs, forward.keys) or Moves()
+        forward.moves = self._learner.see(Call(forward.inputs, forward.keys)) or Moves()
         self._learn()
         if self.enabled or self.refusal is not None:
             return PlainRun(self)

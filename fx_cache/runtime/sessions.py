@@ -12,9 +12,10 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import SessionError
-from fx_cache.runtime.clock import Direction, Move, read_schedule
+from fx_cache.runtime.clock import Move, Sign, read_schedule
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
+from fx_cache.runtime.follow import Look
 from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
 from fx_cache.runtime.moves import Learner
@@ -31,16 +32,7 @@ MAX_BRANCHES = 8
 MAX_PENDING = 128
 """Steps that may pass before schedule values on a device are read although nobody needs them."""
 
-BOTH_WAYS: Direction = ()
-"""The direction of a model whose requests go either way (one that is inverted, and then denoised)."""
-
-FOREVER = 1 << 62
-"""A number of steps that no request has."""
-
 BUSY = "another thread is at a step of this request"
-STEP_REPEATED = "same step twice"
-REPEATED = "same timestep twice: which request it belongs to is not known"
-EITHER = "may belong to the request that was left before this one began"
 NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
 MAX_BYTES = "max_bytes"
 
@@ -58,7 +50,6 @@ class Store:
         self.listener = listener
         self.sessions: deque[SessionRecord] = deque(maxlen=MAX_RECORDS)
         self._branches: OrderedDict[Hashable, Branch] = OrderedDict()
-        self._directions: dict[Hashable, Direction] = {}
         self._learners: dict[Hashable, Learner] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._count = 0
@@ -185,15 +176,15 @@ class Store:
         else:
             base, controls = (named.key, ()), ()
         key = (base, controls)
-        branch = self._branches.get(key) or self._with_other_controls(base, key, program, given)
+        branch = self._branches.get(key) or self._with_other_controls(base, key, given, named)
         if branch is None and heard is not None:
-            branch = self._heard_late(((*base[:-1], None), controls), key, program, given)
+            branch = self._heard_late(((*base[:-1], None), controls), key, given)
         if branch is not None:
             branch.aliases = {}
             if isinstance(branch.hold, ContentHold):
                 branch.hold = StorageHold(given.fixed)  # its inputs are not made anew: no copies are needed
         elif named is not None:
-            branch = self._with_equal_inputs(form, heard, program, given, named)
+            branch = self._with_equal_inputs(form, heard, given, named)
         if branch is not None and branch.busy:
             return self._beside(branch, form, spans, named)
         if branch is None or branch.form != form:
@@ -206,14 +197,15 @@ class Store:
             self._branches[key] = branch
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
-        self._advance(branch, program, given.schedule, named)
+        branch.unclear = None
+        if named is None or named.branch is None:
+            branch.unclear = given.doubt or (None if given.schedule or named is not None else NO_SCHEDULE)
+        self._advance(branch, given, named)
         self._refresh(branch, named)
         branch.record.held = branch.hold.bytes
         self._make_room(branch)
-        if given.doubt is not None and (named is None or named.branch is None):
-            branch.doubt, branch.doubt_until = given.doubt, FOREVER
         if len(branch.pending) >= MAX_PENDING:
-            self.read_pending(branch, program)
+            self.read_pending(branch)
         branch.busy = True
         return branch
 
@@ -227,28 +219,27 @@ class Store:
             for other in [b for b in self._branches.values() if b.session is session and b is not branch]:
                 self.discard(other)
 
-    def _heard_late(
-        self, unheard: tuple[Hashable, ...], key: tuple[Hashable, ...], program: Hashable, given: Given
-    ) -> Branch | None:
+    def _heard_late(self, unheard: tuple[Hashable, ...], key: tuple[Hashable, ...], given: Given) -> Branch | None:
         """The branch that began with the very first call, before which nobody listened."""
         branch = self._branches.get(unheard)
         if branch is None or not branch.unheard or branch.record.step > 0:
             return None
-        if given.schedule and not self._goes_on(branch, program, given, wait=True):
+        if given.schedule and not self._goes_on(branch, given, None, wait=True):
             return None
         branch.unheard = False
         return self._renamed(branch, key)
 
-    def _goes_on(self, branch: Branch, program: Hashable, given: Given, *, wait: bool = False) -> bool:
+    def _goes_on(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool = False) -> bool:
         """Whether a call is one step on in time for a branch; where that lies on a device, only if it may `wait`."""
-        values = read_schedule(given.schedule) if given.schedule else ()
-        if isinstance(values, torch.Tensor) and wait:
-            if branch.pending:
-                self.read_pending(branch, program)
-            values = tuple(values.tolist())
-        if isinstance(values, torch.Tensor) or not values:
+        if branch.pending and not wait:
             return False
-        return branch.clock.preview(values, self._directions.get(program)) in (Move.NEXT, Move.UNSURE)
+        if branch.pending:
+            self.read_pending(branch)
+        sign = _sign(branch, given, Look(given.latents), named)
+        if sign.late and not wait:
+            return False
+        (sign,), _ = _on_host([sign])
+        return bool(sign.values) and branch.clock.preview(sign) in (Move.NEXT, Move.FIRST)
 
     def _renamed(self, branch: Branch, key: tuple[Hashable, ...]) -> Branch:
         self._branches[key] = self._branches.pop(branch.key)
@@ -263,24 +254,22 @@ class Store:
                 "one call of a branch at a time; give each thread its own session or branch, or let it wait."
             )
         branch = Branch(object(), form, StorageHold(()), spans, busy.config)
-        self.restart(branch, named)
-        branch.doubt, branch.doubt_until = BUSY, FOREVER
+        self._begin_anew(branch, named)
+        branch.unclear = BUSY
         return branch
 
     def _with_other_controls(
-        self, base: Hashable, key: tuple[Hashable, ...], program: Hashable, given: Given
+        self, base: Hashable, key: tuple[Hashable, ...], given: Given, named: NamedSession | None
     ) -> Branch | None:
         """The branch that goes on with other inputs that feed only spans: one step on in time, else it is another."""
         if not any(c.identity for c in given.controls):
             return None
         for branch in reversed([b for k, b in self._branches.items() if isinstance(k, tuple) and k[0] == base]):
-            if self._goes_on(branch, program, given):
+            if self._goes_on(branch, given, named):
                 return self._renamed(branch, key)
         return None
 
-    def _with_equal_inputs(
-        self, form: Hashable, heard: str | None, program: Hashable, given: Given, named: NamedSession
-    ) -> Branch | None:
+    def _with_equal_inputs(self, form: Hashable, heard: str | None, given: Given, named: NamedSession) -> Branch | None:
         """The branch of a named request whose inputs are made anew at every step, with the same content.
 
         It has to be one step on in time; of passes with equal inputs, it is the one whose turn it is.
@@ -291,42 +280,32 @@ class Store:
             if named.step is not None:
                 goes_on = named.step > branch.record.step
             else:
-                goes_on = not given.schedule or self._goes_on(branch, program, given, wait=True)
+                goes_on = not given.schedule or self._goes_on(branch, given, named, wait=True)
             aliases = branch.hold.aliases(given.fixed, identity_key(given.fixed)) if goes_on else None
             if aliases is not None:
                 branch.aliases = aliases
                 return branch
         return None
 
-    def _advance(
-        self, branch: Branch, program: Hashable, schedule: list[torch.Tensor], named: NamedSession | None
-    ) -> None:
-        if named is not None and named.step is not None:
-            self._go_to(branch, named.step, named)
-            return
-        said = self.listener.step if self.listener is not None and named is None and not branch.unheard else None
-        before, branch.said = branch.said, said
-        values = read_schedule(schedule) if schedule else ()
-        if isinstance(values, torch.Tensor):
-            move = Move.NEXT if branch.slots else Move.START
-            branch.pending.append(values)
-        elif schedule:
-            move = self._move(branch, program, values)
-        else:
-            move = Move.NEXT if branch.slots else Move.START
-            if named is None:
-                branch.doubt, branch.doubt_until = NO_SCHEDULE, FOREVER
+    def _advance(self, branch: Branch, given: Given, named: NamedSession | None) -> None:
+        """Counts the step, and finds out what the call shows of its place in the request as far as the host knows."""
+        look = Look(given.latents)
+        sign = _sign(branch, given, look, named)
+        if self.listener is not None and named is None and not branch.unheard:
+            sign = replace(sign, said=self.listener.step)
+        branch.look = look
         last = branch.config.num_inference_steps
-        if last is not None and branch.slots and branch.record.step + 1 >= last:
-            move = Move.BACK
-        twice = False
-        if said is not None and before is not None and branch.slots and move is not Move.BACK:
-            move = Move.BACK if said < before else move
-            twice = said == before or move is Move.REPEAT
-            move = Move.NEXT if move is Move.REPEAT else move
-        self._apply(branch, move, named)
-        if twice and branch.doubt is None:
-            branch.doubt, branch.doubt_until = STEP_REPEATED, branch.record.step
+        if not branch.slots:
+            self._begin_anew(branch, named)
+        else:
+            branch.record.step += 1
+            if last is not None and sign.step is None and branch.record.step >= last:
+                sign = replace(sign, begins=True)
+        if sign.step is not None:
+            branch.pending.clear()
+        branch.pending.append(sign)
+        if not any(s.late for s in branch.pending):
+            self.read_pending(branch)
 
     def _refresh(self, branch: Branch, named: NamedSession | None) -> None:
         """Counts the calls of a request, and starts all its branches afresh where the configuration says so."""
@@ -342,100 +321,56 @@ class Store:
             self.discard(other)
         step = branch.record.step
         if step > branch.record.began:
-            self.restart(branch, named)
+            self._begin_anew(branch, named)
             if named is not None and named.step is not None:
                 branch.record.step = branch.record.began = step
         assert branch.session is not None
         branch.session.calls, branch.session.refreshed = 1, True
 
-    def _go_to(self, branch: Branch, step: int, named: NamedSession | None) -> None:
-        """Goes on to a step whose number is given."""
-        branch.pending.clear()
-        branch.blind, branch.doubt = True, None
-        if not branch.slots or step < branch.record.step:
-            self.restart(branch, named)
-            branch.record.began = step
-        elif step == branch.record.step:
-            branch.doubt, branch.doubt_until = STEP_REPEATED, step
-        else:
-            self._complaints.went_on()
-        branch.record.step = step
-
-    def _move(self, branch: Branch, program: Hashable, values: tuple[float, ...]) -> Move:
-        sure = branch.clock.direction
-        move = branch.clock.move(values, self._directions.get(program))
-        if move in (Move.NEXT, Move.EITHER) and sure is not None and self._directions.setdefault(program, sure) != sure:
-            self._directions[program] = BOTH_WAYS
-        return move
-
-    def _apply(self, branch: Branch, move: Move, named: NamedSession | None) -> None:
-        if move in (Move.START, Move.BACK):
-            branch.blind, branch.doubt = True, branch.doubt if branch.doubt == NO_SCHEDULE else None
-            self.restart(branch, named)
-            return
-        if move is Move.REPEAT and named is None:
-            if branch.record.step == 0:
-                # Most likely the first call was a try: start again, but let one more step pass to be sure.
-                self.restart(branch, named)
-                branch.doubt, branch.doubt_until = REPEATED, 1
-                return
-            branch.doubt, branch.doubt_until = REPEATED, FOREVER
-        if move is Move.EITHER and named is None:
-            branch.doubt, branch.doubt_until = EITHER, FOREVER
-        branch.record.step += 1
-        self._complaints.went_on()
-        branch.blind = move is not Move.UNSURE or named is not None
-        if branch.doubt is not None and branch.record.step > branch.doubt_until:
-            branch.doubt = None
-
-    def restart(self, branch: Branch, named: NamedSession | None) -> None:
-        """Begins a request: empty slots and new statistics."""
-        if branch.slots:
-            self._complaints.ended(branch.record, branch.config)
-        if named is None or named.branch is None:
-            self._complaints.began()
-        branch.drop()
-        branch.record = BranchRecord(branch.key, "", [Slot() for _ in range(branch.spans)])
-        branch.session = self._enlist(branch.record, named)
-
-    def read_pending(self, branch: Branch, program: Hashable, diffs: torch.Tensor | None = None) -> list[float] | None:
-        """One copy to the host: the schedule values of the steps since the last reading, and diffs, shape [samples]."""
-        count, width = len(branch.pending), branch.pending[0].numel()
-        parts = [*branch.pending] + ([] if diffs is None else [diffs.to(branch.pending[0])])
-        numbers = torch.cat(parts).tolist()
+    def read_pending(self, branch: Branch, diffs: torch.Tensor | None = None) -> list[float] | None:
+        """One copy to the host: what the calls since the last reading show, and diffs, shape [samples]."""
+        signs, read = _on_host(branch.pending, diffs)
         branch.pending.clear()
         with self._lock:
-            self.resolve(branch, program, [numbers[i * width : (i + 1) * width] for i in range(count)])
-        return None if diffs is None else numbers[count * width :]
+            self._resolve(branch, signs)
+        return read
 
-    def resolve(self, branch: Branch, program: Hashable, rows: list[list[float]]) -> None:
-        """Takes schedule values that have come from the device, one row for each step since the last reading.
+    def _resolve(self, branch: Branch, signs: list[Sign]) -> None:
+        """Takes what the calls since the last reading show, one after another.
 
-        All of these steps but the last were computed. If a request began at one of them, the statistics of the steps
-        since then move to it; what they computed stays usable, what was cached before them does not.
+        All of these steps but the last were computed. If a request began at one of them, or at the one before, the
+        statistics of the steps since then move to it; what they computed stays usable, what was cached before them
+        does not.
         """
         began: int | None = None
-        doubt = branch.doubt
-        named = named_session()
-        for i, row in enumerate(rows):
-            move = self._move(branch, program, tuple(row))
-            if move is Move.BACK:
-                began, doubt = i, None
-            elif move in (Move.REPEAT, Move.EITHER) and named is None:
-                doubt = REPEATED if move is Move.REPEAT else EITHER
-                branch.doubt_until = FOREVER
-            branch.blind = move is not Move.UNSURE or named is not None
-        branch.doubt = doubt
-        since = 0 if began is None else len(rows) - 1 - began
-        if began is None or branch.record.step - since == branch.record.began:
-            return
-        kept = [slot.tensors if since else [] for slot in branch.slots]
+        for i, sign in enumerate(signs):
+            move = branch.clock.move(sign)
+            if move in (Move.START, Move.LATE):
+                began = i if move is Move.START else i - 1
+            else:
+                self._complaints.went_on()
+        record, given = branch.record, signs[-1].step
+        since = 0 if began is None else len(signs) - 1 - began
+        if began is not None and record.step - since > record.began:
+            self._begin_anew(branch, named_session(), since)
+        if given is not None:
+            branch.record.step = given
+            branch.record.began = branch.record.began if began is None else given
+
+    def _begin_anew(self, branch: Branch, named: NamedSession | None, since: int = 0) -> None:
+        """Begins a request `since` steps ago: with new statistics, and what these steps have computed."""
         old = branch.record
-        branch.record = BranchRecord(branch.key, "", [Slot(tensors) for tensors in kept], since, kept=old.kept)
-        old.kept = None
-        branch.blind = True
-        for slot, before in zip(branch.slots, old.slots, strict=True):
-            before.tensors = []
+        if branch.slots:
+            self._complaints.ended(old, branch.config)
+        if named is None or named.branch is None:
+            self._complaints.began()
+        slots = [Slot() for _ in range(branch.spans)]
+        kept = None
+        if since:
+            slots, kept, old.kept = [slot.handed_on() for slot in old.slots], old.kept, None
+        branch.drop()
+        branch.record = BranchRecord(branch.key, "", slots, since, kept=kept)
+        for slot, before in zip(slots, old.slots if since else (), strict=False):
             slot.separate(len(before.samples))
             pairs = zip((slot.counters, *slot.samples), (before.counters, *before.samples), strict=True)
             for (counters, ended), step in itertools.product(list(pairs), range(since)):
@@ -465,6 +400,28 @@ class Store:
         """Discards the branches whose conditioning is gone."""
         for branch in [b for b in self._branches.values() if b.hold.expired()]:
             self.discard(branch)
+
+
+def _sign(branch: Branch, given: Given, look: Look, named: NamedSession | None) -> Sign:
+    """What a call shows of its place in a branch; where the step is given, nothing but that is looked at."""
+    apart = named is not None and named.branch is not None
+    if named is not None and named.step is not None:
+        return Sign(step=named.step, said=named.step, named=True, apart=apart)
+    grams: torch.Tensor | tuple[float, ...] | None = None if apart else look.since(branch.look)
+    if isinstance(grams, torch.Tensor) and grams.is_cpu:
+        grams = tuple(grams.tolist())
+    values = read_schedule(given.schedule) if given.schedule else ()
+    return Sign(values, grams, () if branch.look is None else branch.look.sizes, None, named is not None, apart)
+
+
+def _on_host(signs: list[Sign], diffs: torch.Tensor | None = None) -> tuple[list[Sign], list[float] | None]:
+    """Signs, and diffs, as numbers: one copy from the device for all."""
+    late = [part for sign in signs for part in sign.late]
+    parts = late + ([] if diffs is None else [diffs])
+    numbers = torch.cat([p.to(parts[0].device, torch.float64) for p in parts]).tolist() if parts else []
+    count = len(numbers) - (0 if diffs is None else diffs.numel())
+    rest = iter(numbers[:count])
+    return [sign.read(rest) for sign in signs], None if diffs is None else numbers[count:]
 
 
 def _hold(given: Given, named: NamedSession | None) -> StorageHold:

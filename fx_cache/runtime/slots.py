@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fx_cache.config import CacheConfig
-from fx_cache.runtime.clock import Clock
+from fx_cache.runtime.clock import Clock, Sign
+from fx_cache.runtime.follow import Look
 from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.policy import Counters
 
@@ -51,6 +52,12 @@ class Slot:
         """Lets each of some samples go on by itself from where all together are; one: they go on together."""
         if samples != max(1, len(self.samples)):
             self.samples = [copy.deepcopy(self.counters) for _ in range(samples)] if samples > 1 else []
+
+    def handed_on(self) -> Slot:
+        """The state with no statistics; none of it is left here."""
+        taken = replace(self, lost=None, counters=Counters(), samples=[])
+        self.tensors, self.home, self.script, self.control = [], None, None, None
+        return taken
 
     @property
     def reused(self) -> bool:
@@ -154,9 +161,10 @@ class Branch:
 
     Attributes:
         record: its statistics within the present session.
-        blind: whether it may reuse without measuring: only while its place in the request is certain.
-        doubt: why it computes from now on; None while there is no doubt.
-        pending: schedule values that lie on a device and were not read yet, one tensor a step.
+        clock: where it is in its request, as far as what its calls show was read.
+        unclear: why nothing that its present call shows would tell where it belongs; None: it would.
+        look: the latents of its last call, and what was returned.
+        pending: what its calls show and was not read yet, since some of it lies on a device; one for each step.
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
         session: the present session, as statistics.
@@ -182,14 +190,18 @@ class Branch:
         self.clock = Clock()
         self.spans = spans
         self.record = BranchRecord(key, "", [])
-        self.blind = True
-        self.doubt: str | None = None
-        self.doubt_until = 0
-        self.pending: list[torch.Tensor] = []
+        self.unclear: str | None = None
+        self.look: Look | None = None
+        self.pending: list[Sign] = []
 
     @property
     def slots(self) -> list[Slot]:
         return self.record.slots
+
+    @property
+    def doubt(self) -> str | None:
+        """Why its present step computes; None: its place in the request is certain."""
+        return self.unclear or self.clock.doubt
 
     def drop(self, why: str | None = None) -> None:
         """Lets go of what is cached and kept."""

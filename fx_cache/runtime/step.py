@@ -132,6 +132,10 @@ class CachedForward:
         except BaseException:
             store.discard(branch)
             raise
+        if branch.look is not None:
+            branch.look.came_out(outputs)
+        if given.call is not None:
+            given.call.came_out(outputs)
         for gate, slot, tensors in zip(gates, branch.slots, new_state, strict=True):
             if not gate.verdict.reuse:
                 slot.tensors = [self._copied(t) for t in tensors]

@@ -1,0 +1,129 @@
+"""Tells whether what is denoised follows from the call before by a scheduler's step.
+
+Every scheduler makes the next latent out of the last one and of what the model returned for it. What is left of the
+next one when it is put together of these two as well as possible is little then: nothing for Euler's and DDIM's steps,
+a little where guidance or earlier steps come in, more where noise is added. Of a latent that begins elsewhere nearly
+all is left. Some elements, spread over the tensor, tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+ELEMENTS = 4096
+"""Elements of a tensor that are looked at, at most twice as many."""
+
+SINGULAR = 1e-10
+"""The part of its length that a direction must add to those before it."""
+
+
+class Look:
+    """What is remembered of one call: some elements of each latent, and of what came out for it."""
+
+    def __init__(self, latents: Sequence[torch.Tensor]) -> None:
+        """
+        Args:
+            latents: what is denoised; what holds no numbers to look at is left out.
+        """
+        shown = [t for t in latents if _can_be_looked_at(t)]
+        self._shapes = [t.shape for t in shown]
+        self._rows = [[_spread(t)] for t in shown]
+
+    @torch.no_grad()
+    def came_out(self, outputs: Sequence[object]) -> None:
+        """Takes what the model returned. To a latent belongs the output of its shape; of several, each to one.
+
+        Failing that one that differs in one dimension: it holds other channels too, or the tokens of other pictures.
+        """
+        free = [o for o in outputs if isinstance(o, torch.Tensor) and _can_be_looked_at(o)]
+        for shape, rows in zip(self._shapes, self._rows, strict=True):
+            own = next((o for o in free if o.shape == shape), None)
+            if own is not None:
+                free = [o for o in free if o is not own]
+            parts = [own] if own is not None else next((p for o in free if (p := parts_like(o, shape))), [])
+            rows[1:] = [_spread(part) for part in parts]
+
+    def since(self, before: Look | None) -> torch.Tensor | None:
+        """What `left_over` needs to know, shape [n]; None where these are no two calls of one kind.
+
+        Nothing is waited for.
+        """
+        if before is None or not self._rows or self._shapes != before._shapes:
+            return None
+        grams = []
+        with torch.no_grad():
+            for rows, (now, *_) in zip(before._rows, self._rows, strict=True):
+                stacked = torch.stack([*rows, now])
+                grams.append((stacked @ stacked.T).reshape(-1))
+            return grams[0] if len(grams) == 1 else torch.cat([g.to(grams[0].device) for g in grams])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many vectors `since` of the next call compares, for each latent."""
+        return tuple(len(rows) + 1 for rows in self._rows)
+
+
+def strayed(numbers: Sequence[float], sizes: Sequence[int]) -> float:
+    """The part of a latent that does not follow from the call before, 0.0 to 1.0; of several latents that of most.
+
+    Args:
+        numbers: what `Look.since` gives.
+        sizes: of the look before.
+    """
+    found, at = [0.0], 0
+    for size in sizes:
+        found.append(left_over([numbers[at + i * size : at + (i + 1) * size] for i in range(size)]))
+        at += size * size
+    return max(found)
+
+
+def left_over(gram: Sequence[Sequence[float]]) -> float:
+    """The length of the last of some vectors that no sum of multiples of the others makes up, as a part of its own.
+
+    Args:
+        gram: their inner products.
+    """
+    g = [list(row) for row in gram]
+    whole = g[-1][-1]
+    if not all(math.isfinite(v) for row in g for v in row):
+        return math.inf
+    if whole <= 0.0:
+        return 0.0
+    for i in range(len(g) - 1):
+        pivot = g[i][i]
+        if pivot <= SINGULAR * gram[i][i] or pivot <= 0.0:
+            continue
+        for j in range(i + 1, len(g)):
+            factor = g[i][j] / pivot
+            for k in range(j, len(g)):
+                g[j][k] -= factor * g[i][k]
+    return math.sqrt(max(0.0, g[-1][-1]) / whole)
+
+
+def parts_like(output: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor]:
+    """What of an output may belong to a latent of some shape; nothing if they differ in more than one dimension."""
+    if output.ndim != len(shape):
+        return []
+    different = [d for d, (a, b) in enumerate(zip(output.shape, shape, strict=True)) if a != b]
+    if len(different) != 1:
+        return [] if different else [output]
+    (dim,) = different
+    has, wanted = output.shape[dim], shape[dim]
+    if has > wanted:
+        return [output.narrow(dim, 0, wanted), output.narrow(dim, has - wanted, wanted)]
+    filled = output.new_zeros(shape)
+    filled.narrow(dim, 0, has).copy_(output)
+    return [filled]
+
+
+def _can_be_looked_at(value: torch.Tensor) -> bool:
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+    return plain and value.is_floating_point() and value.numel() > 0
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // ELEMENTS) | 1].double()
