@@ -46,7 +46,8 @@ def compile_cached(model: nn.Module, **options) -> nn.Module:
 
 def run_cached(model: nn.Module, steps: list[dict], **options) -> CachedRun:
     compiled = compile_cached(model, **options)
-    outputs = [compiled(**step)[0].clone() for step in steps]
+    with fx_cache.session("request", branch="only"):  # as peers take it: whatever is called is one step on
+        outputs = [compiled(**step)[0].clone() for step in steps]
     spans = last_branch(model)["spans"]
     return CachedRun(outputs, [s["hits"] for s in spans], [s["diffs"] for s in spans], compiled)
 

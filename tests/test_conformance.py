@@ -50,8 +50,9 @@ def request(
     """A request with noise and prompts of its own, whose timesteps fall from `start`."""
     prompts = {f"pass-{k}": torch.randn(1, 32, width) for k in range(passes)}
     calls = []
+    x = torch.randn(1, tokens, width)
     for i in range(steps):
-        x, t = torch.randn(1, tokens, width), torch.tensor([start - 0.1 * i])
+        x, t = x + 0.1 * torch.randn(1, tokens, width), torch.tensor([start - 0.1 * i])
         calls += [(branch, {"x": x, "prompt": prompt, "t": t}) for branch, prompt in prompts.items()]
     return Request(calls, name)
 

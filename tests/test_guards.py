@@ -107,7 +107,7 @@ def test_the_reason_is_told() -> None:
 
 
 def test_a_request_that_comes_back_where_another_began_computes() -> None:
-    """Two unnamed requests with one prompt, out of step: which of them a call belongs to is not known."""
+    """Two unnamed requests with one prompt, out of step: its latent shows that the call is not the other one's."""
     model = build("flux")
     prompt = conditioning("flux")
     one, other = (walk("flux", 8, seed=s, conditioning=prompt) for s in range(2))
@@ -116,8 +116,7 @@ def test_a_request_that_comes_back_where_another_began_computes() -> None:
         compiled(**step)
     with torch.no_grad():
         assert torch.equal(compiled(**one[5])[0], model(**one[5])[0])
-    reason = last_branch(model)["spans"][0]["misses"][2]
-    assert reason == "may belong to the request that was left before this one began"
+    assert last_branch(model)["spans"][0]["misses"] == {0: "warm-up"}
 
 
 def test_a_request_begun_afresh_goes_past_where_it_was_left() -> None:
@@ -157,7 +156,7 @@ def test_max_sessions() -> None:
 
 def test_max_bytes() -> None:
     model = build("dit")
-    compiled = compile_cached(model, **REUSING)
+    compiled = compile_cached(model, **{**REUSING, "max_warmup_steps": 1})
     walks = [walk("dit", 4, seed=s) for s in range(2)]
 
     def call(k: int, i: int) -> int:
@@ -213,7 +212,7 @@ def test_a_request_without_a_hit_is_told_of_once() -> None:
     compiled = compile_cached(build("dit"), residual_diff_threshold=1e-9)
     for step in walk("dit", 10):
         compiled(**step)
-    with pytest.warns(fx_cache.CacheWarning, match=r"10 steps: got no .* \(9 times: diff >= threshold, the least"):
+    with pytest.warns(fx_cache.CacheWarning, match=r"10 steps: got no .* \(8 times: diff >= threshold, the least"):
         fx_cache.reset(compiled)
     for step in walk("dit", 10):
         compiled(**step)
@@ -277,7 +276,7 @@ def test_what_is_denoised_is_learned_where_the_graph_does_not_show_it() -> None:
     for args in steps(0):
         compiled(*args)
     first = last_branch(model)["spans"][0]
-    assert first["hits"], "from the third step on it is known"
+    assert first["hits"], "by the third step it is known"
     expected = [compiled(*args).clone() for args in steps(1)]
     again = compile_cached(copy.deepcopy(model), **REUSING)
     with fx_cache.session("named", branch="only"):

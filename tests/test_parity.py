@@ -54,7 +54,8 @@ def check_against(model, steps, scope: str, settings: dict, compiled: dict, **or
         expected = run_cache_dit(model, steps, threshold=threshold, **settings, **oracle)
         fx_cache.reset(compiled[cut])
         fx_cache.configure(compiled[cut], **runtime, residual_diff_threshold=threshold)
-        outputs = [compiled[cut](**step)[0].clone() for step in steps]
+        with fx_cache.session("request", branch="only"):
+            outputs = [compiled[cut](**step)[0].clone() for step in steps]
         spans = last_branch(compiled[cut])["spans"]
         assert [span["hits"] for span in spans] == list(expected.hits.values())
         for reference, output in zip(expected.outputs, outputs, strict=True):

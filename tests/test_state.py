@@ -130,8 +130,9 @@ def test_a_probe_that_is_not_finite_is_a_miss() -> None:
     for key, value in steps[2].items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 4:
             steps[2][key] = value * float("nan")
-    for step in steps:
-        compiled(**step)
+    with fx_cache.session("request", branch="only"):
+        for step in steps:
+            compiled(**step)
     span = fx_cache.summary(model).to_dict()["sessions"][0]["branches"][0]["spans"][0]
     assert span["misses"][2] == "probe not finite"
     # The probe that is compared with next is not finite either.
@@ -257,7 +258,7 @@ def test_num_inference_steps_ends_a_request() -> None:
     for step in walk("dit", 8):
         compiled(**step)
     sessions = fx_cache.summary(model).to_dict()["sessions"]
-    assert [s["branches"][0]["spans"][0]["hits"] for s in sessions] == [[2, 3], [1, 2, 3]]
+    assert [s["branches"][0]["spans"][0]["hits"] for s in sessions] == [[2, 3], [2, 3]]
 
 
 def test_diffs_are_those_of_the_oracle_formula() -> None:
@@ -274,8 +275,9 @@ def test_diffs_are_those_of_the_oracle_formula() -> None:
     for step in steps:
         model(**step)
     handle.remove()
-    for step in steps:
-        compiled(**step)
+    with fx_cache.session("request", branch="only"):
+        for step in steps:
+            compiled(**step)
     diffs = fx_cache.summary(model).to_dict()["sessions"][0]["branches"][0]["spans"][0]["diffs"]
     for i in range(1, 4):
         reference = (probes[i - 1] - probes[i]).abs().mean() / probes[i - 1].abs().mean()
@@ -299,7 +301,8 @@ def test_branches_told_apart_by_a_python_number() -> None:
 
     torch.manual_seed(0)
     model = Indexed()
-    latents = [torch.randn(1, 5, 8) + 0.1 * i for i in range(8)]
+    noise = torch.randn(1, 5, 8)
+    latents = [noise + 0.02 * i for i in range(8)]
     options = {"residual_diff_threshold": 1.0, "max_warmup_steps": 2}
 
     def steps(index: int) -> list[tuple]:
@@ -328,7 +331,7 @@ def test_options_of_one_session() -> None:
     alone = {threshold: Alone("wan", residual_diff_threshold=threshold) for threshold in (0.6, 0.5)}
     steps = {threshold: walk("wan", 8, seed=k) for k, threshold in enumerate(alone)}
     expected = {threshold: a.run(steps[threshold]) for threshold, a in alone.items()}
-    compiled = compile_cached(alone[0.6].model, max_warmup_steps=1, residual_diff_threshold=0.0)
+    compiled = compile_cached(alone[0.6].model, max_warmup_steps=2, residual_diff_threshold=0.0)
     got: dict[float, list[torch.Tensor]] = {threshold: [] for threshold in alone}
     for i in range(8):
         for threshold in alone:
@@ -382,7 +385,7 @@ def test_an_ended_session_is_freed_and_starts_afresh() -> None:
     fx_cache.end("gone")
     fx_cache.end("never seen")
     spans = {s["name"]: s["branches"][0]["spans"][0] for s in fx_cache.summary(compiled).to_dict()["sessions"]}
-    assert spans["gone"]["bytes"] == 0 and spans["gone"]["hits"] == [1, 2]
+    assert spans["gone"]["bytes"] == 0 and spans["gone"]["hits"] == [2]
     assert spans["stays"]["bytes"] > 0
     with fx_cache.session("gone", branch="only"):
         assert torch.equal(compiled(**steps[3])[0], alone.model(**steps[3])[0])
@@ -397,8 +400,7 @@ def test_requests_may_go_either_way() -> None:
         alone = compile_cached(copy.deepcopy(model), **REUSING)
         expected = [alone(**step)[0].clone() for step in request]
         outputs = [compiled(**step)[0].clone() for step in request]
-        if number != 1:  # the first that goes the other way is known by its third step
-            assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True)), number
         assert last_branch(model)["spans"][0]["hits"]
 
 

@@ -56,9 +56,14 @@ class Look:
         grams = []
         with torch.no_grad():
             for rows, (now, *_) in zip(before._rows, self._rows, strict=True):
-                stacked = torch.stack([*rows, now])
+                stacked = torch.stack([row.double() for row in (*rows, now)])
                 grams.append((stacked @ stacked.T).reshape(-1))
             return grams[0] if len(grams) == 1 else torch.cat([g.to(grams[0].device) for g in grams])
+
+    @property
+    def bytes(self) -> int:
+        """What it keeps."""
+        return sum(row.nbytes for rows in self._rows for row in rows)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -126,4 +131,4 @@ def _can_be_looked_at(value: torch.Tensor) -> bool:
 
 def _spread(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // ELEMENTS) | 1].double()
+    return flat[:: max(1, flat.numel() // ELEMENTS) | 1].clone()

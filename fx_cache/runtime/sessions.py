@@ -289,7 +289,9 @@ class Store:
 
     def _advance(self, branch: Branch, given: Given, named: NamedSession | None) -> None:
         """Counts the step, and finds out what the call shows of its place in the request as far as the host knows."""
-        look = Look(given.latents)
+        # Where somebody says which pass or step a call is, its latents tell nothing more.
+        told = named is not None and (named.branch is not None or named.step is not None)
+        look = None if told else Look(given.latents)
         sign = _sign(branch, given, look, named)
         if self.listener is not None and named is None and not branch.unheard:
             sign = replace(sign, said=self.listener.step)
@@ -402,12 +404,12 @@ class Store:
             self.discard(branch)
 
 
-def _sign(branch: Branch, given: Given, look: Look, named: NamedSession | None) -> Sign:
+def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession | None) -> Sign:
     """What a call shows of its place in a branch; where the step is given, nothing but that is looked at."""
     apart = named is not None and named.branch is not None
     if named is not None and named.step is not None:
         return Sign(step=named.step, said=named.step, named=True, apart=apart)
-    grams: torch.Tensor | tuple[float, ...] | None = None if apart else look.since(branch.look)
+    grams: torch.Tensor | tuple[float, ...] | None = None if look is None else look.since(branch.look)
     if isinstance(grams, torch.Tensor) and grams.is_cpu:
         grams = tuple(grams.tolist())
     values = read_schedule(given.schedule) if given.schedule else ()

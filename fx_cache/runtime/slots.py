@@ -200,8 +200,8 @@ class Branch:
 
     @property
     def doubt(self) -> str | None:
-        """Why its present step computes; None: its place in the request is certain."""
-        return self.unclear or self.clock.doubt
+        """Why its present step computes; None: its place in the request is certain, or will be once that is read."""
+        return self.unclear or (None if self.pending else self.clock.doubt)
 
     def drop(self, why: str | None = None) -> None:
         """Lets go of what is cached and kept."""
