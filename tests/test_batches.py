@@ -24,6 +24,8 @@ def one_request() -> Iterator[None]:
     """Named, so that a first move is believed."""
     with fx_cache.session("request", branch="only"):
         yield
+
+
 STEPS = 8
 
 

@@ -14,7 +14,6 @@ import fx_cache
 from fx_cache.exporting.policy import Counts
 from fx_cache.exporting.policy import decide as decide_in_tensors
 from fx_cache.runtime import sessions
-from fx_cache.runtime.clock import Clock, Move
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.policy import Counters, decide, judge
 from tests.models import build, conditioning, walk
@@ -97,22 +96,6 @@ def test_behind_the_mask_the_other_options_decide() -> None:
 def test_a_nan_is_never_a_hit() -> None:
     for value in (float("nan"), float("inf")):
         assert judge(fx_cache.CacheConfig(residual_diff_threshold=0.5), value).reason == "probe not finite"
-
-
-def test_the_clock_knows_a_request_from_the_next() -> None:
-    clock = Clock()
-    moves = [clock.move((t, 3.5), None) for t in (9.0, 8.0, 7.0, 7.0, 6.0, 9.0, 8.0)]
-    expected = [Move.START, Move.UNSURE, Move.NEXT, Move.REPEAT, Move.NEXT, Move.BACK, Move.UNSURE]
-    assert moves == expected
-    # A guidance value that changes on the way is another request's.
-    assert clock.move((7.0, 4.0), None) is Move.BACK
-    rising = Clock()
-    assert [rising.move((t,), (1,)) for t in (0.1, 0.2, 0.3, 0.1)] == [*(Move.START, Move.UNSURE, Move.NEXT, Move.BACK)]
-    # One that goes against what others did is known by its third step.
-    falling = Clock()
-    assert [falling.move((t,), (1,)) for t in (0.9, 0.8, 0.7, 0.6)] == [
-        *(Move.START, Move.BACK, Move.UNSURE, Move.NEXT)
-    ]
 
 
 def host_reads(compiled, steps: list[dict], monkeypatch) -> list[int]:

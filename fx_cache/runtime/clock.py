@@ -143,7 +143,8 @@ class Clock:
                 self._moves, self._strayed, self._lasting, self._tried = 0, [], None, False
             if move is Move.EITHER:
                 self._lasting = EITHER
-            self._direction = directions(before, values)
+            if not self._still(values):
+                self._direction = directions(before, values)
             self._moves += 1
             self._strayed += [] if strays is None else [strays]
             if move in (Move.FIRST, Move.LATE):

@@ -1,0 +1,187 @@
+"""Whether a call goes on with a request: each row says what is called, and what must come of it.
+
+Oracle: the table. Host and device show the same signs, so that one table holds for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from fx_cache.runtime.clock import (
+    EITHER,
+    FIRST_MOVE,
+    REPEATED,
+    STEP_REPEATED,
+    Clock,
+    Move,
+    Sign,
+    directions,
+    read_schedule,
+)
+from fx_cache.runtime.follow import Look, left_over, strayed
+
+START, FIRST, NEXT, REPEAT, LATE = Move.START, Move.FIRST, Move.NEXT, Move.REPEAT, Move.LATE
+
+
+def at(*times: float, left: float | None = None, **told: object) -> Sign:
+    """A call at some times, of whose latent `left` is left over."""
+    values = tuple(v for t in times for v in (t, t))
+    if left is None:
+        return Sign(values, **told)
+    # Two vectors of length 1 at an angle whose sine is `left`.
+    cosine = (1.0 - left**2) ** 0.5
+    return Sign(values, (1.0, cosine, cosine, 1.0), (2,), **told)
+
+
+@dataclass(frozen=True)
+class Row:
+    calls: list[Sign]
+    moves: list[Move]
+    doubts: list[str | None] = field(default_factory=list)
+
+
+ROWS = {
+    "a request": Row([at(9), at(8), at(7)], [START, FIRST, NEXT], [None, FIRST_MOVE, None]),
+    "upwards": Row([at(1), at(2), at(3)], [START, FIRST, NEXT]),
+    "guidance rests": Row([at(9, 3.5), at(8, 3.5), at(7, 3.5)], [START, FIRST, NEXT]),
+    "guidance changes on the way": Row([at(9, 3.5), at(8, 3.5), at(7, 3.5), at(6, 4.0)], [START, FIRST, NEXT, START]),
+    "time goes back": Row([at(9), at(8), at(7), at(9), at(8)], [START, FIRST, NEXT, START, FIRST]),
+    "given up at its first call": Row(
+        [at(5), at(9), at(8), at(7)], [START, FIRST, LATE, NEXT], [None, FIRST_MOVE, FIRST_MOVE, None]
+    ),
+    "given up, and the latent shows it": Row([at(5), at(9, left=0.99), at(8, left=0.1)], [START, START, FIRST]),
+    "a second sampler below the first": Row(
+        [at(9), at(8, left=0.05), at(7, left=0.04), at(5, left=0.5), at(4, left=0.05)],
+        [START, FIRST, NEXT, START, FIRST],
+    ),
+    "a second sampler at the second call": Row(
+        [at(9), at(5, left=0.6), at(4, left=0.05), at(3, left=0.05)], [START, FIRST, LATE, NEXT]
+    ),
+    "a sampler that adds noise": Row(
+        [at(9), at(8, left=0.7), at(7, left=0.6), at(6, left=0.4)], [START, FIRST, NEXT, NEXT]
+    ),
+    "a latent that is no number": Row(
+        [at(9), at(8, left=0.1), Sign((7.0, 7.0), (float("nan"),) * 4, (2,))], [START, FIRST, START]
+    ),
+    "tried once": Row([at(9), at(9), at(8), at(7)], [START, START, FIRST, NEXT], [None, None, FIRST_MOVE, None]),
+    "twice at one time": Row(
+        [at(9), at(8), at(8), at(7), at(6)],
+        [START, FIRST, REPEAT, NEXT, NEXT],
+        [None, FIRST_MOVE, REPEATED, REPEATED, REPEATED],
+    ),
+    "windows, named": Row(
+        [at(9, named=True), at(9, named=True), at(8, named=True), at(8, named=True), at(7, named=True)],
+        [START, START, FIRST, REPEAT, NEXT],
+        [None, None, FIRST_MOVE, REPEATED, REPEATED],
+    ),
+    "named": Row([at(9, named=True), at(8, named=True)], [START, NEXT], [None, None]),
+    "named, another latent": Row([at(9, named=True), at(8, named=True, left=0.99)], [START, START]),
+    "a named pass": Row(
+        [at(9, named=True, apart=True), at(9, named=True, apart=True), at(8, named=True, apart=True)],
+        [START, NEXT, NEXT],
+        [None, None, None],
+    ),
+    "the step is said": Row([at(9, said=0), at(8, said=1)], [START, NEXT], [None, None]),
+    "the step is said twice": Row(
+        [at(9, said=0), at(8, said=1), at(8, said=1), at(7, said=2)],
+        [START, NEXT, REPEAT, NEXT],
+        [None, None, STEP_REPEATED, STEP_REPEATED],
+    ),
+    "the first step is said twice": Row(
+        [at(9, said=0), at(9, said=0), at(8, said=1)], [START, START, FIRST], [None, None, FIRST_MOVE]
+    ),
+    "the step goes back": Row([at(9, said=3), at(8, said=4), at(7, said=0)], [START, NEXT, START]),
+    "steps alone, of a pass": Row(
+        [
+            Sign(said=0, named=True, apart=True),
+            Sign(said=1, named=True, apart=True),
+            Sign(said=1, named=True, apart=True),
+        ],
+        [START, NEXT, REPEAT],
+        [None, None, STEP_REPEATED],
+    ),
+    "the first call of a request": Row([at(9), at(8), at(7, begins=True), at(6)], [START, FIRST, START, FIRST]),
+    "another number of inputs": Row([at(9), at(8), at(7, 3.5)], [START, FIRST, START]),
+    "frames end one after another": Row(
+        [Sign((0.5, 0.9)), Sign((0.4, 0.8)), Sign((0.0, 0.7)), Sign((0.0, 0.6))], [START, FIRST, NEXT, NEXT]
+    ),
+    "one frame begins while others go on": Row(
+        [Sign((0.5, 0.9)), Sign((0.4, 0.8)), Sign((0.3, 1.0))], [START, FIRST, START]
+    ),
+    "one that comes back in a leap": Row(
+        [at(9), at(8), at(7), at(6), at(5), at(9), at(8), at(4)],
+        [START, FIRST, NEXT, NEXT, NEXT, START, FIRST, Move.EITHER],
+        [*[None, FIRST_MOVE, None, None, None], *[None, FIRST_MOVE, EITHER]],
+    ),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", ROWS)
+def test_what_a_call_shows(name: str, late: bool) -> None:
+    row, clock = ROWS[name], Clock()
+    moves, doubts = [], []
+    for sign in row.calls:
+        if late:  # what lay on a device is read, and shows the same
+            values = torch.tensor(sign.values, dtype=torch.float64)
+            grams = None if sign.grams is None else torch.tensor(sign.grams, dtype=torch.float64)
+            there = Sign(values, grams, sign.sizes, sign.said, sign.named, sign.apart, sign.begins)
+            sign = there.read(iter([v for part in there.late for v in part.tolist()]))
+        moves.append(clock.move(sign))
+        doubts.append(clock.doubt)
+    assert moves == row.moves
+    assert doubts == (row.doubts or doubts)
+
+
+def test_directions_know_nothing_of_width() -> None:
+    assert read_schedule([torch.tensor([0.5])]) == read_schedule([torch.full((3,), 0.5)]) == (0.5, 0.5)
+    assert read_schedule([torch.tensor(7), torch.tensor([0.25, 0.75])]) == (7.0, 7.0, 0.25, 0.75)
+    assert directions((9.0, 9.0, 0.0, 1.0), (8.0, 8.0, 0.0, 0.5)) == (-1, -1)
+
+
+def steps_of(noise: float, seed: int = 0) -> list[float]:
+    """What is left over along a way that a sampler goes, with as much noise at each step."""
+    generator = torch.Generator().manual_seed(seed)
+    x, drawn, before = torch.randn(1, 4, 16, 16, generator=generator), [], None
+    for _ in range(6):
+        look = Look([x])
+        if before is not None:
+            numbers = look.since(before)
+            assert numbers is not None
+            drawn.append(strayed(numbers.tolist(), before.sizes))
+        output = torch.tanh(x.flip(-1)) + 0.3 * torch.randn(x.shape, generator=generator)
+        look.came_out([torch.zeros(3), output])
+        before = look
+        x = 0.97 * x - 0.2 * output + noise * torch.randn(x.shape, generator=generator)
+    return drawn
+
+
+def test_a_scheduler_step_leaves_nothing_over() -> None:
+    assert max(steps_of(0.0)) < 1e-6
+    assert min(steps_of(0.3)) > 0.2 and max(steps_of(0.3)) < 0.4
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 16), (1, 16, 24), (1, 16, 8), (2, 3)])
+def test_outputs_of_other_shapes(shape: tuple[int, ...]) -> None:
+    """With other pictures' tokens behind or before, with more or fewer channels, or nothing like it."""
+    x, output = torch.randn(1, 16, 16), torch.randn(shape)
+    before = Look([x])
+    before.came_out([output])
+    moved = x.clone()
+    if len(shape) == 3:
+        tokens, channels = min(16, shape[1]), min(16, shape[2])
+        moved[:, :tokens, :channels] += 0.5 * output[:, -tokens:, :channels]
+    numbers = Look([moved]).since(before)
+    assert numbers is not None and strayed(numbers.tolist(), before.sizes) < 1e-6
+
+
+def test_what_is_left_over_is_what_least_squares_leave() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for count in (1, 2, 3):
+        vectors = torch.randn(count + 1, 50, generator=generator, dtype=torch.float64)
+        basis, target = vectors[:-1].T, vectors[-1]
+        expected = (target - basis @ torch.linalg.lstsq(basis, target).solution).norm() / target.norm()
+        assert left_over((vectors @ vectors.T).tolist()) == pytest.approx(float(expected), rel=1e-9)
