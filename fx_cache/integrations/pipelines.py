@@ -21,6 +21,7 @@ from fx_cache.errors import OptionError
 from fx_cache.profiles import Profiles, options_for
 from fx_cache.runtime.named import session
 from fx_cache.runtime.registry import stores
+from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.summary import Summary, summarize
 
 _TIME = ("t", "sigma", "sigmas")
@@ -42,9 +43,11 @@ class Enabled:
     modules: dict[str, nn.Module]
     options: dict[str, dict[str, Any]]
     _before: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _ended: list[Store] = field(default_factory=list, repr=False)
 
     def disable(self) -> None:
         """Runs the denoisers as they ran before, compiled or not, and forgets what was cached. Once is enough."""
+        self._ended += [store for module in self.modules.values() for store in stores(module)]
         while self._before:
             self._before.pop()()
         for module in self.modules.values():
@@ -52,7 +55,8 @@ class Enabled:
 
     def summary(self, name: str | None = None) -> Summary:
         """What was cached (:func:`fx_cache.summary`), of all denoisers; in one session, or in all."""
-        found = summarize(store for module in self.modules.values() for store in stores(module))
+        present = [store for module in self.modules.values() for store in stores(module)]
+        found = summarize(self._ended or present)
         return Summary(tuple(s for s in found.sessions if name in (None, s["name"])))
 
     def session(self, name: str, branch: str | None = None, **said: Any) -> AbstractContextManager[None]:

@@ -65,6 +65,7 @@ class Forward:
 
     Attributes:
         root: the module or function that was compiled.
+        compilation: what ``torch.compile`` made of it.
         inputs: the leaves of what the user gave it.
         keys: who each of them was when the forward began; None where that cannot be said.
         calls: of its graphs, so far, where somebody asked for them (`trace`).
@@ -74,8 +75,9 @@ class Forward:
         run: whatever drives it; set by whoever drives.
     """
 
-    def __init__(self, root: Any, inputs: Sequence[Any]) -> None:
+    def __init__(self, root: Any, compilation: Any, inputs: Sequence[Any]) -> None:
         self.root = root
+        self.compilation = compilation
         self.inputs = list(inputs)
         # Now, since whoever gave them may write to them before they are asked for.
         self.keys = [identity_key([v]) if comparable(v) else None for v in inputs]
@@ -240,6 +242,11 @@ class Surroundings:
         return None if self.compiled_call is None else _forward_of(self.compiled_call)
 
     @property
+    def compilation(self) -> Any:
+        """What ``torch.compile`` made; None outside a compiled call."""
+        return None if self.compiled_call is None else self.compiled_call.f_locals.get("self")
+
+    @property
     def root(self) -> Any:
         """The module or function that was compiled; None outside a compiled call."""
         return None if self.compiled_call is None else _root_of(self.compiled_call.f_locals)
@@ -274,7 +281,7 @@ def _forward_of(frame: FrameType) -> Forward:
     local = frame.f_locals
     if _KEPT_AS not in local:
         given = (local.get("args"), local.get("kwargs"))
-        local[_KEPT_AS] = Forward(_root_of(local), _contents(given))
+        local[_KEPT_AS] = Forward(_root_of(local), local.get("self"), _contents(given))
     found = local[_KEPT_AS]
     assert isinstance(found, Forward)
     return found

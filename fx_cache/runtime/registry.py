@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -17,22 +18,24 @@ _by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _without_weight: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
-def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any) -> Store:
-    """The store of the model that holds the weight `anchor`, for one compile-time configuration.
+def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any, compilation: Any) -> Store:
+    """The store of the model that holds the weight `anchor`, for one compilation: it ends with that.
 
     Args:
         anchor: the weight; None: the model has none.
-        config: the configuration.
+        config: the configuration that it was compiled with.
         root: what was compiled.
+        compilation: what ``torch.compile`` made; None: that is not known, then one store serves a configuration.
     """
     if anchor is None:
         store = Store(config, listen(root))
         _without_weight.add(store)
         return store
-    stores = _by_weight.setdefault(anchor, {})
-    if config not in stores:
-        stores[config] = Store(config, listen(root))
-    found = stores[config]
+    by_compilation = _by_weight.setdefault(anchor, WeakKeyDictionary())
+    key = config if compilation is None else compilation
+    if key not in by_compilation:
+        by_compilation[key] = Store(config, listen(root))
+    found = by_compilation[key]
     assert isinstance(found, Store)
     return found
 
@@ -40,9 +43,9 @@ def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any) -> Sto
 def stores(model: torch.nn.Module | None = None) -> Iterator[Store]:
     """The stores of a model (compiled or not), or of all models."""
     if model is None:
-        for by_config in list(_by_weight.values()):
-            yield from by_config.values()
+        for by_compilation in list(_by_weight.values()):
+            yield from list(by_compilation.values())
         yield from _without_weight
         return
     for weight in [*model.parameters(), *model.buffers()]:
-        yield from _by_weight.get(weight, {}).values()
+        yield from list(_by_weight.get(weight, {}).values())

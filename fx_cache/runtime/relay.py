@@ -149,7 +149,7 @@ class Relay:
                 "look for graph breaks in the blocks (TORCH_LOGS=graph_breaks)",
             )
         if self.plans:
-            self.store = self.store or store_of(forward.weight, self.config, forward.root)
+            self.store = self.store or store_of(forward.weight, self.config, forward.root, forward.compilation)
             branch = context.run(self.open, forward)  # in the session that it ran in, whichever is open now
             for slot, (_, found) in zip(branch.slots, kept, strict=True):
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)

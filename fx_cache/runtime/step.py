@@ -86,7 +86,7 @@ class CachedForward:
         self._keeps = keeps
         self._copied = _clone if overwritten else _same
         self._graph = object()
-        self._last: tuple[weakref.ref[Any] | None, Store] | None = None
+        self._last: tuple[weakref.ref[Any] | None, weakref.ref[Any] | None, Store] | None = None
 
     def __call__(self, *args: Any) -> Any:
         # A graph that was a whole forward when it was compiled may serve as a part of another one.
@@ -145,10 +145,17 @@ class CachedForward:
 
     def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> Store:
         anchor = None if self._anchor is None else args[self._anchor]
-        if self._last is not None and (self._last[0] is None or self._last[0]() is anchor):
-            return self._last[1]
-        store = store_of(anchor, self._config, within.root)
-        self._last = (None if anchor is None else weakref.ref(anchor), store)
+        compilation = within.compilation
+        if self._last is not None:
+            weight, made, store = self._last
+            if (weight is None or weight() is anchor) and (made is None or made() is compilation):
+                return store
+        store = store_of(anchor, self._config, within.root, compilation)
+        self._last = (
+            None if anchor is None else weakref.ref(anchor),
+            None if compilation is None else weakref.ref(compilation),
+            store,
+        )
         return store
 
 
