@@ -587,3 +587,82 @@ def integer_time() -> tuple[Model, Inputs]:
         return (latent, round(1000 * t), text), kwargs
 
     return IntegerTime(), with_integer
+
+
+# What the inputs look like, in one graph and with each block in graphs of its own.
+
+
+class TokenTime(Plain):
+    """A time for each token: those of a reference picture, which stand behind the others, have no noise."""
+
+    def begin(self, latent: Tensor, t: Tensor, text: Tensor, reference: Tensor) -> State:
+        state = super().begin(torch.cat([latent, reference], 2), t[:, 0], text)
+        condition = self.time(t) + self.text(text).mean(1)[:, None]
+        return {**state, "condition": condition, "shape": latent.shape}
+
+    def finish(self, state: State) -> Tensor:
+        x = state["x"][0][:, : state["shape"][2] * state["shape"][3]]
+        return super().finish({**state, "x": (x,), "condition": state["condition"].mean(1)})
+
+
+class ListedLatents(Plain):
+    """The batch is a list of latents."""
+
+    def begin(self, latent: list[Tensor], t: Tensor, text: Tensor) -> State:
+        return super().begin(torch.cat(latent), t, text)
+
+    def finish(self, state: State) -> list[Tensor]:
+        return list(super().finish(state).chunk(2))
+
+
+class BrokenBlock(Block):
+    """A block with a graph break between attention and MLP."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.six(condition)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        torch._dynamo.graph_break()
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+def with_token_time(inputs: Inputs) -> Inputs:
+    reference = inputs(1.0)[0][0]
+
+    def call(t: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (latent, time, text), kwargs = inputs(t)
+        times = torch.cat([time.expand(64), torch.zeros(64)])[None]
+        return (latent, times, text, reference), kwargs
+
+    return call
+
+
+def with_listed_latents(inputs: Inputs) -> Inputs:
+    def call(t: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (latent, time, text), kwargs = inputs(t)
+        return ([latent, -latent.flip(-1)], time.expand(2), text), kwargs
+
+    return call
+
+
+@case
+def token_time() -> tuple[Model, Inputs]:
+    """A time for each of 128 tokens, half of which are a reference picture's."""
+    return TokenTime(), with_token_time(image_inputs())
+
+
+@case
+def token_time_in_pieces() -> tuple[Model, Inputs]:
+    """The same, with a graph break in each block."""
+    return TokenTime(8, BrokenBlock), with_token_time(image_inputs())
+
+
+@case
+def listed_latents() -> tuple[Model, Inputs]:
+    """Two latents in a list, one text for both."""
+    return ListedLatents(), with_listed_latents(image_inputs())
+
+
+@case
+def listed_latents_in_pieces() -> tuple[Model, Inputs]:
+    """The same, with a graph break in each block."""
+    return ListedLatents(8, BrokenBlock), with_listed_latents(image_inputs())
