@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ENGINE := .venv-engine
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 # Threads that wait must not spin: the machines that run this are small and shared.
@@ -29,14 +30,15 @@ check: $(VENV)/ready
 	$(BIN)/typos
 	$(BIN)/mypy
 
-# torch first, and by itself: whatever needs it later finds the pinned build and takes no other.
+# Nothing but what the constraints name, what builds included. torch before the rest: whatever needs it finds it there.
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	$(PIP) pip
+	$(PIP) setuptools wheel torch
+	$(PIP) --no-build-isolation -e '.[demo,dev]'
 	touch $@
 
-$(ENGINE)/ready: scripts/install_engine.sh constraints.txt pyproject.toml $(wildcard tests/engine/platform/*/*.py)
+$(ENGINE)/ready: scripts/install_engine.sh constraints.txt tests/engine/constraints.txt pyproject.toml $(wildcard tests/engine/platform/*/*.py)
 	PYTHON=$(PYTHON) scripts/install_engine.sh $(ENGINE)
 	touch $@
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import requires
 from pathlib import Path
 
 import diffusers.models.transformers as transformers
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch import nn
 
 import fx_cache
@@ -69,3 +72,28 @@ def test_imports_go_one_way(folder: str) -> None:
     for file in (ROOT / folder).glob("*.py"):
         imported = re.findall(r"from fx_cache\.(\w+)", file.read_text())
         assert not set(imported) & set(FORBIDDEN[folder]), file
+
+
+def needed(name: str, extras: frozenset[str], found: dict[str, set[str]]) -> None:
+    """Adds to `found` what a distribution needs, with the extras that it is needed with; all the way down."""
+    if extras <= found.get(name, set()) and name in found:
+        return
+    found.setdefault(name, set()).update(extras)
+    for line in requires(name) or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in (extras or {""})):
+            needed(canonicalize_name(requirement.name), frozenset(requirement.extras), found)
+
+
+def test_everything_that_is_installed_is_pinned() -> None:
+    """What ``make`` installs, with what builds it; of a torch for CUDA that names its own libraries, not those."""
+    found: dict[str, set[str]] = {}
+    needed("fx-cache", frozenset({"demo", "dev"}), found)
+    pinned = {
+        canonicalize_name(line.partition("==")[0])
+        for line in (ROOT.parent / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    assert len(found) > 60
+    beside = {"fx-cache"} | {name for name in found if name.startswith(("nvidia-", "cuda-", "triton"))}
+    assert not (found.keys() | {"pip", "setuptools", "wheel"}) - pinned - beside
