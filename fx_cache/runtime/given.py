@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fx_cache.patterns.inputs import InputRoles
-from fx_cache.runtime.identity import identity_key, signature
+from fx_cache.runtime.identity import OwnWrites, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT, Call, Learner, Moves
 
 
@@ -57,9 +58,15 @@ class Reader:
     is not known what is denoised, there is doubt.
     """
 
-    def __init__(self, roles: InputRoles) -> None:
+    def __init__(self, roles: InputRoles, written: Sequence[int] = ()) -> None:
+        """
+        Args:
+            roles: of the graph's inputs.
+            written: those that the graph writes to in place.
+        """
         self._roles = roles
-        self._positions = _Positions(roles)
+        self._own = _Own([i for i in written if i in roles.conditioning])
+        self._positions = _Positions(roles, self._own)
         self._learned: dict[Moves, _Positions] = {}
         self._told = {*roles.latents, *roles.conditioning, *roles.scalars, *roles.schedule}
 
@@ -80,22 +87,44 @@ class Reader:
             doubt = None if self._roles.certain else UNKNOWN_LATENT
             return replace(self._positions.read(args, doubt), call=call)
         if known.moves not in self._learned:
-            self._learned[known.moves] = _Positions(_with_moves(self._roles, known.moves))
+            self._learned[known.moves] = _Positions(_with_moves(self._roles, known.moves), self._own)
         return self._learned[known.moves].read(args)
+
+    def writing(self, args: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+        """While the graph runs: what it writes to itself makes nobody another one."""
+        return self._own.writing(args)
 
     def _call(self, args: Sequence[Any]) -> Call:
         return Call(
             [a if i in self._told else None for i, a in enumerate(args)],
-            [identity_key([a]) if i in self._told else None for i, a in enumerate(args)],
+            [identity_key([a], self._own.writes) if i in self._told else None for i, a in enumerate(args)],
             latents=self._roles.latents if self._roles.certain else (),
             schedule=self._roles.schedule,
         )
 
 
+class _Own:
+    """The inputs that a graph writes to itself."""
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._positions = positions
+        self.writes = OwnWrites() if positions else None
+
+    @contextlib.contextmanager
+    def writing(self, args: Sequence[Any]) -> Iterator[None]:
+        """While the graph runs."""
+        values = [args[i] for i in self._positions if not args[i].is_inference()]
+        origins = [self.writes.origin(v) for v in values] if self.writes is not None else []
+        yield
+        if self.writes is not None:
+            self.writes.wrote(values, origins)
+
+
 class _Positions:
     """Where a graph's inputs stand, by what they are read for."""
 
-    def __init__(self, roles: InputRoles) -> None:
+    def __init__(self, roles: InputRoles, own: _Own) -> None:
+        self._own = own
         alone = {i for of_span in roles.controls for i in of_span}
         self._fixed = [i for i in (*roles.conditioning, *roles.scalars) if i not in alone]
         self._controls = roles.controls
@@ -106,7 +135,7 @@ class _Positions:
     def read(self, args: Sequence[Any], doubt: str | None = None) -> Given:
         fixed = [args[i] for i in self._fixed]
         return Given(
-            identity_key(fixed),
+            identity_key(fixed, self._own.writes),
             tuple([Control.of([args[i] for i in of_span]) for of_span in self._controls]),
             signature([args[i] for i in self._form]),
             [torch.as_tensor(args[i]) for i in self._schedule],

@@ -22,13 +22,37 @@ _NO_REFERENCES = 2
 """The last version of marshal's format in which equal values are equal bytes."""
 
 
-def identity_key(inputs: Sequence[Any]) -> tuple[Hashable, ...]:
+class OwnWrites:
+    """What a model's own forward writes in place: an input that nobody else has written to is the one that it was."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, tuple[StorageWeakRef, int, int]] = {}
+
+    def origin(self, value: torch.Tensor) -> int:
+        """The version that an input had before the forwards in a row that alone have written to it since."""
+        held, origin, after = self._versions.get(value.untyped_storage()._cdata, (None, 0, -1))
+        known = held is not None and not held.expired() and after == value._version
+        return origin if known else value._version
+
+    def wrote(self, values: Sequence[torch.Tensor], origins: Sequence[int]) -> None:
+        """Takes inputs that a forward has written to, and what `origin` said of them before."""
+        self._versions = {k: held for k, held in self._versions.items() if not held[0].expired()}
+        for value, origin in zip(values, origins, strict=True):
+            storage = value.untyped_storage()
+            self._versions[storage._cdata] = StorageWeakRef(storage), origin, value._version
+
+
+def identity_key(inputs: Sequence[Any], own: OwnWrites | None = None) -> tuple[Hashable, ...]:
     """The identity of some inputs at one call: equal as long as they are the same objects with the same content.
 
     In-place changes show in the version counter (tensors made in inference mode have none: changes to them cannot be
     seen). A key is to be compared only with keys whose tensors are held by `StorageHold`.
+
+    Args:
+        inputs: the inputs.
+        own: writes that are no change.
     """
-    return tuple(map(_key, inputs))
+    return tuple([_key(value, own) for value in inputs])
 
 
 class StorageHold:
@@ -122,13 +146,13 @@ def _by_value(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) or (value.is_cpu and value.numel() <= SMALL)
 
 
-def _key(value: Any) -> Hashable:
+def _key(value: Any, own: OwnWrites | None = None) -> Hashable:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__, value
     if _by_value(value):
         # Bit by bit: NaN differs from itself, 0.0 does not from -0.0.
         return value.shape, value.dtype, marshal.dumps(value.tolist(), _NO_REFERENCES)
-    version = None if value.is_inference() else value._version
+    version = None if value.is_inference() else value._version if own is None else own.origin(value)
     where = value.untyped_storage()._cdata, value.storage_offset(), value.stride()
     return value.shape, value.dtype, value.device, where, version
 

@@ -100,10 +100,13 @@ class Call:
         self._looks = {i: Look([values[i]]) for i in (latents or large)}
         self._extents = {i: extent for i, v in enumerate(known) if (extent := _extent(v)) is not None}
         self._times = {i for i, v in enumerate(known) if i in self._schedule or _may_tell_time(v)}
-        self._fitting: frozenset[int] | None = None
+        self._fitting: frozenset[int] = frozenset()
 
     def came_out(self, outputs: Sequence[Any]) -> None:
-        """Takes what the model returned. What is denoised has the shape of an output, but for one dimension."""
+        """Takes what the model returned. What is denoised has the shape of an output, but for one dimension.
+
+        Where no input has, its values alone tell.
+        """
         tensors = [o for o in outputs if isinstance(o, torch.Tensor)]
         for look in self._looks.values():
             look.came_out(tensors)
@@ -117,8 +120,8 @@ class Call:
         if self._known:
             latents = self._known
         else:
-            fits = before._fitting
-            latents = frozenset(i for i in self._looks if i in different and (fits is None or i in fits))
+            fitting = before._fitting or self._looks.keys()
+            latents = frozenset(i for i in self._looks if i in different and i in fitting)
         others = different - latents
         if not latents or not others or not others <= self._times:
             return None

@@ -70,7 +70,7 @@ class CachedForward:
             overwritten: whether the next run overwrites the tensors that one hands out; then copies are remembered.
         """
         self._rewritten = rewritten
-        self._reader = Reader(roles)
+        self._reader = Reader(roles, facts.written)
         self._spans = spans
         self._separations = [Separation(fewer) for _ in range(spans)]
         self._program = (program, layout)
@@ -115,7 +115,8 @@ class CachedForward:
         lost = CHANGED if store.changed(self._program, self._weights(args), numbers) else None
         branch = store.begin(self._program, self._spans, given, lost)
         try:
-            return branch, self._compute_or_reuse(store, branch, given, args)
+            with self._reader.writing(args):
+                return branch, self._compute_or_reuse(store, branch, given, args)
         finally:
             store.release(branch)
 
