@@ -14,15 +14,15 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.compiling import compile_pieces, inner_compiler, uses_cuda_graphs, weights_stay
+from fx_cache.compiling import Compiler, compile_pieces, inner_compiler, uses_cuda_graphs, weights_stay
 from fx_cache.config import CacheConfig, split_options
-from fx_cache.errors import CacheWarning, Refusal
+from fx_cache.errors import CacheWarning, Failure, Refusal, StageError, stage
 from fx_cache.passes import PIPELINE
 from fx_cache.passes.dump import Dump
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
 from fx_cache.patterns.explanation import Explanation
 from fx_cache.patterns.graph import hinted_shape, is_tensor, is_weight, storage_key, value_of, written_storages
-from fx_cache.patterns.relays import read_facts
+from fx_cache.patterns.relays import GraphFacts, read_facts
 from fx_cache.patterns.samples import fewer_allowed
 from fx_cache.patterns.spans import Plan
 from fx_cache.regions import written_out
@@ -69,29 +69,98 @@ def dit_cache(
         config = replace(config, dump_dir=os.environ["FX_CACHE_DUMP_DIR"])
     mode = inner_options.pop("mode", mode)
     compiler = inner_compiler(config.compiler, mode, inner_options)
-    dump = Dump.open(config.dump_dir)
+    overwritten = uses_cuda_graphs(config.compiler, mode, inner_options)
+    reading = read_graph(gm, config)
     config = replace(config, dump_dir=None)
-    around = surroundings()
-    broken = break_of(gm)
-    marked, gm = gm, written_out(gm)
-    whole = broken is None and around.depth == 0
-    refusal = refuse_gradients(gm)
+    refusal, facts = reading.refusal, reading.facts
     if refusal is None:
+        try:
+            with stage("compile_pieces"):
+                return _cached_forward(reading, compiler, overwritten, config)
+        except StageError as error:
+            refusal = reading.failure(error)
+            facts = None if facts is None else replace(facts, span_work=0)
+    compiled = compiler(gm, list(example_inputs))
+    if reading.whole or isinstance(refusal, Failure):
+        warnings.warn(f"dit_cache runs this graph uncached. {refusal}", CacheWarning, stacklevel=2)
+    if reading.whole or facts is None:
+        return compiled
+    return ObservedForward(compiled, facts, config, _relays)
+
+
+@dataclass
+class Reading:
+    """What is found in a captured graph.
+
+    Attributes:
+        gm: the graph, with marked regions written out.
+        whole: whether it is a whole forward.
+        forward: the execution of the forward that it is a part of, if it is one.
+        rewritten: what the pipeline made of it; None where it was not asked.
+        refusal: why it is not cached; a `Failure` where an error of ours is the reason.
+        facts: what it is as a part of a forward; None where they could not be read.
+        dump: where it is written down, if anywhere.
+    """
+
+    gm: fx.GraphModule
+    whole: bool = True
+    forward: Forward | None = None
+    rewritten: Rewritten | None = None
+    refusal: Refusal | None = None
+    facts: GraphFacts | None = None
+    dump: Dump | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What is cached, or why nothing is."""
+        if self.rewritten is not None:
+            return self.rewritten.plan
+        assert self.refusal is not None
+        return Plan.refused(self.refusal)
+
+    def failure(self, error: StageError) -> Failure:
+        """The refusal that an error is; it is written down with the graphs."""
+        return _failure(error, self.dump)
+
+
+def read_graph(gm: fx.GraphModule, config: CacheConfig) -> Reading:
+    """Analyses and rewrites a captured graph; `gm` is left as it is. An error of ours becomes a refusal."""
+    reading = Reading(gm)
+    try:
+        with stage("read_graph"):
+            _read(reading, config)
+    except StageError as error:
+        reading.refusal = reading.failure(error)
+    return reading
+
+
+def _read(reading: Reading, config: CacheConfig) -> None:
+    around = surroundings()
+    broken = break_of(reading.gm)
+    reading.whole, reading.forward = broken is None and around.depth == 0, around.forward
+    with stage("dump_dir"):
+        reading.dump = Dump.open(config.dump_dir)
+    with stage("written_out"):
+        gm = reading.gm = written_out(reading.gm)
+    gradients = reading.refusal = refuse_gradients(gm)
+    share = 0.0
+    if gradients is None:
         # What a part of a forward is given is made anew at every step.
-        rewritten = rewrite(gm, config if whole else replace(config, hoist_invariants=False), dump)
-        refusal = rewritten.plan.refusal
-        if dump is not None:
-            dump.report(rewritten.gm, Explanation.of([rewritten.plan]), rewritten.records)
-    facts = read_facts(gm, broken, refuse_gradients(gm), 0.0 if refusal is not None else _share(rewritten.plan))
-    if refusal is not None:
-        if whole:
-            warnings.warn(f"dit_cache runs this graph uncached. {refusal}", CacheWarning, stacklevel=2)
-            return compiler(marked, list(example_inputs))
-        return ObservedForward(compiler(marked, list(example_inputs)), facts, config, _relays)
+        config = config if reading.whole else replace(config, hoist_invariants=False)
+        reading.rewritten = found = rewrite(gm, config, reading.dump)
+        reading.refusal = found.plan.refusal
+        share = 0.0 if reading.refusal is not None else sum(s.share or 0.0 for s in found.plan.spans)
+    with stage("read_facts"):
+        reading.facts = read_facts(gm, broken, gradients, share)
+
+
+def _cached_forward(reading: Reading, compiler: Compiler, overwritten: bool, config: CacheConfig) -> CachedForward:
+    """Compiles a rewritten graph's pieces, and puts its cache around them."""
+    rewritten, facts, gm, whole = reading.rewritten, reading.facts, reading.gm, reading.whole
+    assert rewritten is not None and facts is not None
     plan = rewritten.plan
     spans = plan.spans
     # Before it is asked what was assumed of sizes: compilers may assume more.
-    overwritten = uses_cuda_graphs(config.compiler, mode, inner_options)
     compiled = compile_pieces(rewritten.gm, weights_stay(compiler) if overwritten else compiler).forward
     return CachedForward(
         compiled,
@@ -103,7 +172,7 @@ def dit_cache(
         *_guarded(gm, plan),
         config,
         facts,
-        frozenset() if whole else _latents_given(gm, plan, around.forward),
+        frozenset() if whole else _latents_given(gm, plan, reading.forward),
         whole,
         _relays,
         all(fewer_allowed(s.samples) for s in spans),
@@ -132,16 +201,32 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def rewrite(gm: fx.GraphModule, config: CacheConfig, dump: Dump | None = None) -> Rewritten:
-    """Runs the pipeline over a copy of a captured graph, a `Draft`."""
+    """Runs the pipeline over a copy of a captured graph, a `Draft`. An error of ours becomes a plan that refuses."""
     gm = written_out(gm)
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     copied = Draft(gm, graph)
     context = RewriteContext(config)
-    with no_garbage_collection():
-        records = run_passes(copied, PIPELINE, context, None if dump is None else dump.graph)
-    assert context.plan is not None
+    records: list[PassRecord] = []
+    try:
+        with no_garbage_collection(), stage("rewrite"):
+            records = run_passes(copied, PIPELINE, context, None if dump is None else dump.graph)
+            assert context.plan is not None
+            if dump is not None:
+                dump.report(copied, Explanation.of([context.plan]), records)
+    except StageError as error:
+        failure = _failure(error, dump)
+        found = context.plan or Plan.refused(failure)
+        context.plan = Plan.refused(failure, found.roles, found.stacks)
+        copied = Draft(gm, gm.graph)
     return Rewritten(copied, context.plan, records)
+
+
+def _failure(error: StageError, dump: Dump | None) -> Failure:
+    failure = Failure.of(error, None if dump is None else dump.folder)
+    if dump is not None:
+        dump.failure(failure)
+    return failure
 
 
 def refuse_gradients(gm: fx.GraphModule) -> Refusal | None:
@@ -195,11 +280,6 @@ def _examples(gm: fx.GraphModule) -> list[Any]:
         except AssertionError:  # it is gone already
             found.append(None)
     return found
-
-
-def _share(plan: Plan) -> float:
-    """The part of a graph's FLOPs that a hit saves."""
-    return sum(s.share or 0.0 for s in plan.spans)
 
 
 def _guarded(gm: fx.GraphModule, plan: Plan) -> tuple[list[int], list[int]]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 
 class FxCacheError(Exception):
@@ -46,3 +52,56 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.subject}: got {self.got}; expected {self.expected}; {self.remedy}."
+
+
+@dataclass(frozen=True)
+class Failure(Refusal):
+    """A refusal because of an error of ours.
+
+    Attributes:
+        trace: the error with its traceback.
+    """
+
+    trace: str = ""
+
+    @classmethod
+    def of(cls, error: StageError, written_to: Path | None) -> Failure:
+        """What to say of an error; `written_to` is the folder of the dump."""
+        look = "set dump_dir (or FX_CACHE_DUMP_DIR)" if written_to is None else f"look into {written_to}"
+        return cls(
+            error.stage,
+            error.what,
+            "no error",
+            f"the result is the model's own; {look} for the graphs and the traceback, and report it with them",
+            "".join(traceback.format_exception(error.cause)),
+        )
+
+
+class StageError(FxCacheError):
+    """What one stage of the backend raised. It is caught in the backend, which then compiles the graph as it is."""
+
+    def __init__(self, stage: str, cause: Exception) -> None:
+        self.stage = stage
+        self.cause = cause
+        super().__init__(f"{stage}: {self.what}")
+
+    @property
+    def what(self) -> str:
+        """Kind, text and place of what was raised."""
+        text = (str(self.cause).strip().splitlines() or [""])[0]
+        at = traceback.extract_tb(self.cause.__traceback__)[-1]
+        return f"{type(self.cause).__name__}{': ' if text else ''}{text} ({Path(at.filename).name}:{at.lineno})"
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Lets what is raised within say where: as a `StageError`, the innermost name first.
+
+    By some of its errors Dynamo asks itself to capture anew: those go through.
+    """
+    try:
+        yield
+    except (StageError, RestartAnalysis, SkipFrame):
+        raise
+    except Exception as error:
+        raise StageError(name, error) from error

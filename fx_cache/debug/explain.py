@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_cache.backend import break_of, refuse_gradients, rewrite
+from fx_cache.backend import read_graph
 from fx_cache.capturing import captured
 from fx_cache.config import CacheConfig, split_options
-from fx_cache.errors import Refusal
+from fx_cache.errors import Failure, Refusal
 from fx_cache.patterns.explanation import Explanation
-from fx_cache.patterns.relays import read_facts
 from fx_cache.patterns.spans import Plan
-from fx_cache.runtime.forwards import surroundings
 from fx_cache.runtime.registry import stores
 from fx_cache.runtime.relay import ObservedForward, Relays
 
@@ -52,16 +50,15 @@ def explain_with(config: CacheConfig, model: torch.nn.Module, *args: Any, **kwar
 
     def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         del example_inputs
-        found = rewrite(gm, config)
-        refusal = refuse_gradients(gm) or found.plan.refusal
-        plan = replace(found.plan, spans=() if refusal else found.plan.spans, refusal=refusal)
+        found = read_graph(gm, config)
+        plan = found.plan if found.refusal is None else replace(found.plan, spans=(), refusal=found.refusal)
         plans.append(plan)
-        names.append(_names(found.gm, plan))
-        share = sum(s.share or 0.0 for s in plan.spans)
-        facts = read_facts(gm, break_of(gm), refuse_gradients(gm), share)
-        programs.append(facts.program)
-        whole.append(facts.broken is None and surroundings().depth == 0)
-        return ObservedForward(gm.forward, facts, config, relays)
+        names.append({} if found.rewritten is None else _names(found.rewritten.gm, plan))
+        programs.append("" if found.facts is None else found.facts.program)
+        whole.append(found.whole)
+        if found.facts is None:
+            return gm.forward
+        return ObservedForward(gm.forward, found.facts, config, relays)
 
     with torch.no_grad():
         fullgraph = bool(getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False))
@@ -71,7 +68,9 @@ def explain_with(config: CacheConfig, model: torch.nn.Module, *args: Any, **kwar
         return Explanation.of(plans, names[0] if names else None)
     refusal = _OTHER_STACK if relay.refusal is None else relay.refusal
     plans = [
-        plan if program in relay.enabled else replace(plan, spans=(), refusal=refusal)
+        plan
+        if program in relay.enabled or isinstance(plan.refusal, Failure)
+        else replace(plan, spans=(), refusal=refusal)
         for plan, program in zip(plans, programs, strict=True)
     ]
     inputs = next((n for n, plan in zip(names, plans, strict=True) if plan.spans), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from fx_cache.errors import Failure
 from fx_cache.ops import cond
 from fx_cache.passes.runner import PassRecord
 from fx_cache.patterns.explanation import Explanation
@@ -22,7 +24,8 @@ class Dump:
     """A folder for one captured graph.
 
     Holds ``00_captured.py``, ``NN_<pass>.py`` after each pass that changed something, ``pieces/<name>.py``,
-    ``explain.txt``, ``skeleton.txt`` (the rewritten graph without its weights) and ``report.json``.
+    ``explain.txt``, ``skeleton.txt`` (the rewritten graph without its weights) and ``report.json``; ``error.txt``
+    where an error of ours kept it from being cached.
     """
 
     folder: Path
@@ -56,6 +59,11 @@ class Dump:
         passes = [{"pass": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 6)} for r in records]
         report = {"passes": passes, "explanation": explanation.to_dict()}
         (self.folder / "report.json").write_text(json.dumps(report, indent=2))
+
+    def failure(self, failure: Failure) -> None:
+        """Writes what was raised, and where; the graphs written before show what it was raised over."""
+        with contextlib.suppress(OSError):  # it may be the very disk that is full
+            (self.folder / "error.txt").write_text(f"{failure}\n\n{failure.trace}")
 
 
 def readable(gm: fx.GraphModule) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from fx_cache.errors import stage
 from fx_cache.passes.outline import REGION
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.spans import plan_spans
@@ -13,7 +14,8 @@ def mark_regions(gm: fx.GraphModule, context: RewriteContext) -> int:
     Requires: `separate_sequences`.
     Ensures: `context.plan`; with a plan that does not refuse, ``meta[REGION]`` on every node but inputs and output.
     """
-    context.plan = plan = plan_spans(gm.graph, context.config)
+    with stage("plan_spans"):
+        context.plan = plan = plan_spans(gm.graph, context.config)
     if plan.refusal is not None:
         return 0
     inside = {n: 2 * k + 1 for k, span in enumerate(plan.spans) for n in span.nodes}

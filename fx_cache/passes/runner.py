@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fx_cache.config import CacheConfig
+from fx_cache.errors import stage
 from fx_cache.passes.outline import Templates
 from fx_cache.passes.spec import check_rewritten
 from fx_cache.patterns.spans import Plan
@@ -56,21 +57,26 @@ def run_passes(
 
     The code of `gm` is not made anew. A plan that refuses ends the run. With ``FX_CACHE_CHECK=1`` the spec of the
     rewritten graph is checked after each pass, as the tests do.
+
+    Raises:
+        StageError: a pass, or a check behind it; it says which.
     """
     check = os.environ.get("FX_CACHE_CHECK") == "1"
     records = []
     if observe is not None:
         observe("captured", gm)
     for rewrite in pipeline:
+        name = rewrite.__name__
         begin = time.perf_counter()
-        count = rewrite(gm, context)
-        if count:
-            gm.graph.lint()
-        records.append(PassRecord(rewrite.__name__, count, time.perf_counter() - begin))
-        if check:
-            check_rewritten(gm)
+        with stage(f"the pass {name}"):
+            count = rewrite(gm, context)
+            if count:
+                gm.graph.lint()
+            records.append(PassRecord(name, count, time.perf_counter() - begin))
+            if check:
+                check_rewritten(gm)
         if observe is not None and count:
-            observe(rewrite.__name__, gm)
+            observe(name, gm)
         if context.plan is not None and context.plan.refusal is not None:
             break
     return records

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fx_cache.errors import Failure, Refusal
 from fx_cache.patterns.chains import StackReport
 from fx_cache.patterns.graph import value_of
 from fx_cache.patterns.relays import RelayPlan
@@ -95,8 +96,9 @@ class Explanation:
         spans = [tuple((lo.value.name, lo.rule) for lo in span.live_outs) for p in plans for span in p.spans]
         spans += [tuple((_argument(s.name), "residual") for s in r.streams) for r in relays]
         refusals = [p.refusal for p in plans if p.refusal is not None]
-        # Of several graphs, the one with a stack tells most.
-        told = [p.refusal for p in plans if p.refusal is not None and p.stacks] or refusals
+        # Of several graphs, one that failed tells most, then the one with a stack.
+        told: list[Refusal] = [r for r in refusals if isinstance(r, Failure)]
+        told = told or [p.refusal for p in plans if p.refusal is not None and p.stacks] or refusals
         reason = None if spans or not told else str(told[0])
         if not plans:
             reason = "the model: got no captured graph; expected a forward that Dynamo captures; look for graph breaks."

@@ -17,7 +17,7 @@ from torch import fx
 from torch._guards import CompileContext
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import Refusal
+from fx_cache.errors import Failure, Refusal, StageError, stage
 from fx_cache.patterns.graph import draws_random, program_signature, storage_key, writes_too, written_storages
 from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
@@ -216,8 +216,17 @@ class _Stretch:
 def plan_relays(calls: Sequence[Call], config: CacheConfig) -> tuple[tuple[RelayPlan, ...], Refusal | None]:
     """The spans of a forward whose blocks lie in graphs of their own, in the order in which they run.
 
-    Every stack gets a span of its own. Returns no plan and the reason where nothing can be cached.
+    Every stack gets a span of its own. Returns no plan and the reason where nothing can be cached; an error of ours is
+    one.
     """
+    try:
+        with stage("plan_relays"):
+            return _planned(calls, config)
+    except StageError as error:
+        return (), Failure.of(error, None)
+
+
+def _planned(calls: Sequence[Call], config: CacheConfig) -> tuple[tuple[RelayPlan, ...], Refusal | None]:
     stretches = _outermost(_stretches(calls, config.Bn_compute_blocks == 0), calls)
     if not stretches:
         return (), _no_stack(calls)

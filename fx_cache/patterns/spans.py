@@ -111,13 +111,19 @@ class Plan:
     reasons: Mapping[str, Refusal]
     invariants: Invariants
 
+    @classmethod
+    def refused(cls, refusal: Refusal, roles: InputRoles | None = None, stacks: Sequence[StackReport] = ()) -> Plan:
+        """The plan of a graph of which nothing is cached."""
+        roles = InputRoles((), (), (), (), ()) if roles is None else roles
+        return cls(roles, tuple(stacks), (), refusal, {}, Invariants())
+
 
 def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
     """Reads a graph and says what to cache, or why nothing can be."""
     roles = classify_inputs(graph)
     reports = read_stacks(graph, roles)
     if not reports:
-        return Plan(roles, (), (), _no_stack(graph), {}, Invariants())
+        return Plan.refused(_no_stack(graph), roles)
     work = Work(graph)
     main, *others = chains(graph, reports, work)
     streams = [r.streams.streams[r.main].values[0] for r in main if r.main is not None]
