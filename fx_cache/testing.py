@@ -112,7 +112,7 @@ def assert_as_if_alone(
         order: for each call, the number of the request whose turn it is.
         alone: runs a request where nothing has run before.
         plain: the model without a cache, for requests that share a prompt and are not named: a step in doubt computes,
-            and gives what this gives; and a pass that was interrupted may begin anew on the way. None: there is no doubt.
+            and gives what this gives; a pass that was interrupted may begin anew on the way. None: there is no doubt.
 
     Returns:
         Number of spans that were reused; a run without any shows nothing.
