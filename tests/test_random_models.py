@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import os
 import statistics
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 
 import fx_cache
-from tests.random_models import Oracle, RandomModel, Spec, specs, steps_of
+from tests.random_models import KINDS, WRITES, RandomModel, Spec, kinds_of, specs, steps_of
+from tests.random_rule import Oracle
 from tests.running import last_branch, relative_error
 
 STEPS = 7
 SHARDS = 4
-MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "60"))
+MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "300"))
+
+DROPPED = "a write whose result is dropped feeds nothing"
+BY_VALUE = "streams in another form are stored by value"
+PENDING: dict[str, str] = {
+    **{f"write {write}": DROPPED for write in WRITES if write != "augmented"},
+    "join cat": BY_VALUE,
+    "join split": BY_VALUE,
+    "join cat, written": BY_VALUE,
+    "encoder": "the stack with most work is the one tried",
+    "rounds": "the embedding of a round belongs to no block",
+    "dict": "the parts of a block are taken for blocks",
+    "autocast": "a context at the beginning of a block is cut apart",
+    "checkpoint": "a higher-order operator is one node",
+}
+"""Kinds of models, of `KINDS`, that are not cached as they should be, and why; they are not drawn."""
 
 
 def check(spec: Spec) -> None:
     torch._dynamo.reset()
     fx_cache.reset()
     model, steps = RandomModel(spec).eval().requires_grad_(False), steps_of(spec, STEPS)
-    never = Oracle(model, 0.0)
+    never, plain = Oracle(model, 0.0), [model(**step)[0] for step in steps]
     for i, step in enumerate(steps):
-        assert torch.equal(never(i, **step), model(**step)[0])
+        assert torch.equal(never(i, **step), plain[i])
     diffs = [d for slot in never.slots for d in slot.diffs.values()]
     threshold = 1.001 * statistics.median(diffs)
     options = {
@@ -40,9 +57,23 @@ def check(spec: Spec) -> None:
     for i, step in enumerate(steps):
         expected, output = oracle(i, **step), compiled(**step)[0]
         assert relative_error(expected, output) < 1e-6, f"step {i}"
+        if not any(i in slot.hits for slot in oracle.slots):
+            assert torch.equal(plain[i], output), f"step {i}"
     spans = last_branch(compiled)["spans"]
     assert [s["hits"] for s in spans] == [slot.hits for slot in oracle.slots]
     assert [list(s["diffs"]) for s in spans] == [list(slot.diffs) for slot in oracle.slots]
+
+
+def one_of_a_kind(name: str) -> Any:
+    """What does not work has not to work: then its name goes from `PENDING`."""
+    reason = PENDING.get(name)
+    return name if reason is None else pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+@pytest.mark.parametrize("name", [one_of_a_kind(name) for name in KINDS])
+def test_one_of_each_kind(name: str) -> None:
+    assert name in kinds_of(KINDS[name])
+    check(KINDS[name])
 
 
 @pytest.mark.slow
@@ -59,6 +90,7 @@ def test_random_models(shard: int) -> None:
     )
     @given(specs())
     def every(spec: Spec) -> None:
+        assume(not kinds_of(spec) & PENDING.keys())
         check(spec)
 
     every()
