@@ -333,10 +333,16 @@ def callee(node: fx.Node) -> Any:
         module: Any = node.graph.owning_module
         for part in str(node.target).split("."):
             module = getattr(module, part, None)
-        return module.code if isinstance(module, fx.GraphModule) else id(module)
+        return _body(module) if isinstance(module, fx.GraphModule) else id(module)
     if isinstance(node.target, _NUMPY_WRAPPERS):  # made anew for every call
         return type(node.target), *vars(node.target).values()
     return node.target
+
+
+def _body(module: fx.GraphModule) -> tuple[Any, ...]:
+    """What a sub-graph computes, whatever its inputs are called."""
+    inputs = list(module.graph.find_nodes(op="placeholder"))
+    return structure([n for n in module.graph.nodes if n.op != "placeholder"], inputs)
 
 
 def hinted_shape(value: torch.Tensor) -> tuple[int, ...]:
