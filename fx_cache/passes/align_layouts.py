@@ -10,7 +10,8 @@ from torch.fx.node import map_arg
 
 from fx_cache.passes.outline import REGION, mark
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import is_tensor, storage_key, value_of, within_contexts, written_inputs, written_storages
+from fx_cache.patterns.contexts import within_contexts
+from fx_cache.patterns.graph import is_tensor, storage_key, value_of, written_inputs, written_storages
 from fx_cache.patterns.spans import SpanPlan
 
 

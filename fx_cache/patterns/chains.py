@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,20 +47,43 @@ class StackReport:
 
 
 def read_stacks(graph: fx.Graph, roles: InputRoles) -> list[StackReport]:
-    """Every stack: those that the module paths tell, and those that only the structure of the graph shows."""
+    """Every stack: those that the module paths tell, and those that only the structure of the graph shows.
+
+    Where both see one, its name is known; but what lies within one block of a stack is a part of it, whatever its name.
+    """
     order = positions(graph)
 
     def extent(stack: Stack) -> tuple[int, int]:
         return order[stack.nodes[0]], order[stack.nodes[-1]]
 
-    named = [s for s in find_stacks(graph) if _like(s)]
-    extents = [extent(s) for s in named]
-    reports = [r for s in named for r in _reports(graph, s, roles)]
+    def apart(stack: Stack, others: Iterable[Stack]) -> bool:
+        first, last = extent(stack)
+        return all(last < a or b < first for a, b in map(extent, others))
+
+    named: dict[Stack, list[StackReport]] = {}
+    doubtful: list[list[StackReport]] = []
+
+    def keep(stack: Stack) -> bool:
+        found = list(_reports(graph, stack, roles)) if _like(stack) else []
+        first, last = extent(stack)
+        if any(r.main is not None for r in found) and 2 * len(stack.nodes) >= last - first:
+            named[stack] = found
+            return True
+        doubtful.extend([found] if found else [])
+        return False
+
+    find_stacks(graph, keep)
     for repeat in find_repeats(graph):
-        first, last = extent(repeat)
-        if all(last < a or b < first for a, b in extents):
-            reports += [r for r in _reports(graph, repeat, roles) if r.main is not None]
-    return sorted(reports, key=lambda r: r.range)
+        inner = [s for s in named if not apart(s, [repeat])]
+        within = [(order[b.nodes[0]], order[b.nodes[-1]]) for b in repeat.blocks]
+        if all(any(a <= first and last <= b for a, b in within) for first, last in map(extent, inner)):
+            found = [r for r in _reports(graph, repeat, roles) if r.main is not None]
+            if found:
+                named = {s: r for s, r in named.items() if s not in inner} | {repeat: found}
+    for found in doubtful:
+        if apart(found[0].stack, named):
+            named[found[0].stack] = found
+    return sorted((r for found in named.values() for r in found), key=lambda r: r.range)
 
 
 def _like(stack: Stack) -> bool:

@@ -74,9 +74,11 @@ def is_scalar(node: fx.Node) -> bool:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """A graph input that belongs to the module: a parameter, a buffer or another tensor it holds."""
+    """A graph input that belongs to the module, a parameter, a buffer or another tensor it holds; or a view of one."""
     if node.op == "get_attr":
         return True
+    while (viewed := _viewed(node)) is not None:
+        node = viewed
     if node.op != "placeholder":
         return False
     if isinstance(value_of(node), torch.nn.Parameter):
@@ -90,6 +92,23 @@ def is_weight(node: fx.Node) -> bool:
     return guard_source is not None and (
         guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
     )
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """What a node looks at in another way, or takes parts of; None if it does anything else."""
+    if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1 or written_inputs(node):
+        return None
+    (source,) = node.all_input_nodes
+    storages, sources = (_storages(value_of(n)) for n in (node, source))
+    return source if storages and storages <= sources else None
+
+
+def _storages(value: Any) -> set[int]:
+    """The storages of a tensor, or of several."""
+    try:
+        return {v.untyped_storage()._cdata for v in tree_leaves(value) if isinstance(v, torch.Tensor)}
+    except (NotImplementedError, RuntimeError):
+        return set()
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -244,18 +263,6 @@ def _inplace_position(function: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def within_contexts(graph: fx.Graph) -> set[fx.Node]:
-    """Every node from one that enters a context, such as autocast, to the one that leaves it."""
-    nodes = list(graph.nodes)
-    order = positions(graph)
-    found: set[fx.Node] = set()
-    for node in nodes:
-        for entered in node.all_input_nodes:
-            if "exit" in str(node.target) and "enter" in str(entered.target):
-                found.update(nodes[order[entered] : order[node] + 1])
-    return found
-
-
 def storage_key(node: fx.Node) -> int | None:
     """Identifies the storage of a node's value: views and in-place results share it."""
     value = value_of(node)
@@ -333,10 +340,16 @@ def callee(node: fx.Node) -> Any:
         module: Any = node.graph.owning_module
         for part in str(node.target).split("."):
             module = getattr(module, part, None)
-        return module.code if isinstance(module, fx.GraphModule) else id(module)
+        return _body(module) if isinstance(module, fx.GraphModule) else id(module)
     if isinstance(node.target, _NUMPY_WRAPPERS):  # made anew for every call
         return type(node.target), *vars(node.target).values()
     return node.target
+
+
+def _body(module: fx.GraphModule) -> tuple[Any, ...]:
+    """What a sub-graph computes, whatever its inputs are called."""
+    inputs = list(module.graph.find_nodes(op="placeholder"))
+    return structure([n for n in module.graph.nodes if n.op != "placeholder"], inputs)
 
 
 def hinted_shape(value: torch.Tensor) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from fx_cache.patterns.chains import StackReport
+from fx_cache.patterns.contexts import within_contexts
 from fx_cache.patterns.graph import (
     ancestors,
     descendants,
@@ -23,7 +24,6 @@ from fx_cache.patterns.graph import (
     storage_key,
     touches,
     value_of,
-    within_contexts,
     written_storages,
 )
 from fx_cache.patterns.groups import groups_of

@@ -13,15 +13,17 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fx_cache.patterns.graph import callee, descendants, is_tensor, is_weight, storage_key, value_of
+from fx_cache.patterns.graph import callee, descendants, is_tensor, is_weight, operation, storage_key, value_of
 from fx_cache.patterns.inputs import classify_inputs
+
+_TAKES = {"getitem", "select", "slice", "narrow"}
 
 Form = tuple[Any, ...]
 """Shape and dtype of a tensor; the same for all sizes that are known at run time only."""
 
 
 class Operations:
-    """The operations of a graph that make a tensor.
+    """The operations of a graph that make a tensor, and do not just take it out of the weights.
 
     Attributes:
         nodes: they themselves, in the order in which they run.
@@ -32,9 +34,8 @@ class Operations:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.nodes = [
-            n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module") and is_tensor(n)
-        ]
+        calls = [n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+        self.nodes = [n for n in calls if is_tensor(n) and not is_weight(n)]
         self._form = cache(_form)
         self.reads = cache(self._reads)
         self.letters = _letters(self.nodes, self._form)
@@ -183,7 +184,7 @@ def _letters(ops: Sequence[fx.Node], form_of: Callable[[fx.Node], Form]) -> list
     for node in ops:
         weights = tuple(form_of(a) for a in node.all_input_nodes if is_weight(a))
         constants = (*_constants(node.args), *_constants(node.kwargs))
-        if node.op == "call_function" and constants and _counts_up(node):
+        if constants and _counts_up(node):
             constants = ()
         found.append(numbers.setdefault((node.op, callee(node), constants, form_of(node), weights), len(numbers)))
     return found
@@ -201,8 +202,8 @@ def _constants(value: Any) -> Iterator[str]:
 
 
 def _counts_up(node: fx.Node) -> bool:
-    """Whether the constants may be a block's number: an element taken out of a tensor that all blocks share."""
-    return getattr(node.target, "__name__", "") == "getitem"
+    """Whether the constants may be a block's number: taken out of a tensor that all blocks share, or made a tensor."""
+    return operation(node) in _TAKES or not node.all_input_nodes
 
 
 def _form(node: fx.Node) -> Form:

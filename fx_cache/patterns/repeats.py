@@ -21,6 +21,7 @@ from typing import Any
 from torch import fx
 
 from fx_cache.patterns.boundaries import GLUE, MIN_ATOM, Boundaries
+from fx_cache.patterns.contexts import Range, boundary, find_contexts
 from fx_cache.patterns.graph import is_tensor, is_tensor_sequence, is_weight
 from fx_cache.patterns.operations import Ancestry, Life, Operations, find_cuts, within_blocks
 from fx_cache.patterns.stacks import MIN_BLOCKS, Block, Stack
@@ -30,6 +31,9 @@ REFINEMENTS = 2
 
 REGULAR = 0.8
 """How alike blocks are on the average where some of them have more atoms than others."""
+
+IN_TURNS = 0.95
+"""The same for blocks that come in turns, each kind with itself."""
 
 ALIKE = 0.5
 """Part of the operations of two neighbouring blocks, of those of both, that are the same."""
@@ -53,6 +57,7 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
     stacks = rough if _lost_some(rough, stacks) else stacks
     order = {n: i for i, n in enumerate(graph.nodes)}
     nodes = list(graph.nodes)
+    contexts = find_contexts(graph)
     found: list[Stack] = []
     for places in stacks:
         passes = [*_passes(ops, places), len(places) - 1]
@@ -61,10 +66,11 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
         for i, (a, word) in enumerate(zip(places, words, strict=False)):
             # What follows in this block only, behind all that another one has, is glue.
             core = min((w for w in words if word[: len(w)] == w), key=len)
-            first, behind = _start(nodes, order[ops[a]]), _start(nodes, order[ops[a + len(core) - 1]] + 1)
+            ends = [order[ops[a]], order[ops[a + len(core) - 1]] + 1]
             if len(core) == len(word) and i + 1 < len(words):
-                behind = _start(nodes, order[ops[places[i + 1]]])
-            blocks.append(Block(i, tuple(nodes[first:behind])))
+                ends[1] = order[ops[places[i + 1]]]
+            first, behind = (_start(nodes, place, contexts) for place in ends)
+            blocks.append(Block.of(i, nodes[first:behind]))
         for begin, end in pairwise(passes):
             part = blocks[begin:end]
             if len(part) >= MIN_BLOCKS and all(b.nodes for b in part):
@@ -84,10 +90,10 @@ def _lost_some(rough: list[list[int]], fine: list[list[int]]) -> bool:
     """Whether the finer reading is the rough one with blocks missing."""
     before = [p for places in rough for p in places]
     after = [p for places in fine for p in places]
-    return len(before) > len(after) > 0 and all(any(abs(a - b) <= GLUE for b in before) for a in after)
+    return len(before) > len(after) and all(any(abs(a - b) <= GLUE for b in before) for a in after)
 
 
-def _start(nodes: list[fx.Node], place: int) -> int:
+def _start(nodes: list[fx.Node], place: int, contexts: list[Range]) -> int:
     """Where a block begins, or ends, whose first operation stands at `place`, or behind it.
 
     A tuple and its elements stay together, and a context that a block enters belongs to it.
@@ -96,9 +102,7 @@ def _start(nodes: list[fx.Node], place: int) -> int:
         source = nodes[place].args[0]
         if isinstance(source, fx.Node) and is_tensor_sequence(source) and source.op != "placeholder":
             place = nodes.index(source, max(0, place - len(source.users) - 1))
-    while place > 0 and "enter" in str(nodes[place - 1].target) and nodes[place - 1].op == "call_function":
-        place -= 1
-    return place
+    return boundary(place, nodes, contexts)
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class _Reading:
         self._ancestries: dict[tuple[int, int], Ancestry] = {}
         self._words: dict[tuple[int, int], list[int]] = {}
         self._by_birth = sorted(lives, key=lambda life: life.born)
+        self._whole_by_birth = sorted(operations.lives, key=lambda life: life.born)
         self.cuts = find_cuts(len(self.letters), lives)
         self.atoms = [tuple(self.letters[a.last : b.first]) for a, b in pairwise(self.cuts)]
 
@@ -217,22 +222,29 @@ class _Reading:
             if not self._leads_to(marks[0] - front - 1, marks[0] - front, (marks[0], marks[1])):
                 break
             front += 1
-        back, room = 0, step - 1 - front
+        # The first block may begin otherwise than the others; then what these have in common is no whole block.
+        for less in range(front, -1, -1):
+            bounds = self._bounds(marks, less, high)
+            streams = self._carried(bounds[-2], bounds[-1]) if len(bounds) > MIN_BLOCKS else None
+            if streams and (self.rough or self._narrow(bounds)):
+                # The marks of one stack, an attention and a feed-forward part, show the same blocks.
+                key = (tuple(bounds), low, high)
+                if key not in self._complete_of:
+                    self._complete_of[key] = self._merged(
+                        self._extended(self._divided(bounds, streams), streams, low, high)
+                    )
+                return list(self._complete_of[key])
+        return None
+
+    def _bounds(self, marks: list[int], front: int, high: int) -> list[int]:
+        """The cuts between blocks of which each begins `front` atoms before its mark."""
+        back, room = 0, min(b - a for a, b in pairwise(marks)) - 1 - front
         while back < room and marks[-1] + back + 1 < high and self._same(marks[-1] + back + 1, marks[-2] + back + 1):
             back += 1
         bounds = [self._begin(m, marks[1], front) for m in marks]
         if back == room:
             bounds.append(marks[-1] + back + 1)
-        if len(bounds) <= MIN_BLOCKS:
-            return None
-        streams = self._carried(bounds[-2], bounds[-1])
-        if not streams or not (self.rough or self._narrow(bounds)):
-            return None
-        # The marks of one stack, an attention and a feed-forward part, show the same blocks.
-        key = (tuple(bounds), low, high)
-        if key not in self._complete_of:
-            self._complete_of[key] = self._extended(self._divided(bounds, streams), streams, low, high)
-        return list(self._complete_of[key])
+        return bounds
 
     def _extended(self, bounds: list[int], streams: set[Any], low: int, high: int) -> list[int]:
         """The same with blocks before and behind that are just like these, and a first or last one of another kind."""
@@ -249,7 +261,7 @@ class _Reading:
         while True:
             before = [(b, bounds[0]) for b in range(max(low, bounds[0] - longest), bounds[0])]
             begin = self._like(words, before, bounds, high)
-            if begin is None or not self._carried(begin[1], bounds[0]) & self._carried(low, begin[1]) & streams:
+            if begin is None or not self._carried(begin[1], bounds[0]) & self._given(low, begin[1]) & streams:
                 break
             bounds.insert(0, begin[1])
             if not begin[0]:
@@ -290,6 +302,16 @@ class _Reading:
                 return [*(c for p in parts for c in (p[0], p[at])), bounds[-1]]
         return bounds
 
+    def _merged(self, bounds: list[int]) -> list[int]:
+        """The same with blocks made one that are parts of one: unlike each other, and in turns."""
+        words = [self._word(a, b) for a, b in pairwise(bounds)]
+        if _likeness(words, 1) >= REGULAR:
+            return bounds
+        for turn in range(2, len(words) // 2 + 1):
+            if len(words) % turn == 0 and _likeness(words, turn) >= IN_TURNS:
+                return bounds[::turn]
+        return bounds
+
     def _has_part(self, part: list[int], whole: list[list[int]]) -> bool:
         """Whether what stands between two of these cuts is a block like those."""
         return any(alike(self._word(a, b), w) >= REGULAR for a, b in pairwise(part) for w in whole)
@@ -298,9 +320,7 @@ class _Reading:
         """Whether no block looks like a part of the next one: one atom, and then two."""
         if min(b - a for a, b in pairwise(bounds)) > 1:
             return True
-        words = [self._word(a, b) for a, b in pairwise(bounds)]
-        likeness = [alike(a, b) for a, b in pairwise(words)]
-        return sum(likeness) >= REGULAR * len(likeness)
+        return _likeness([self._word(a, b) for a, b in pairwise(bounds)], 1) >= REGULAR
 
     def _narrow(self, bounds: list[int]) -> bool:
         """Whether less is alive between the blocks than within them; in the last one what all blocks read dies."""
@@ -375,9 +395,22 @@ class _Reading:
 
     def _carried(self, a: int, b: int) -> set[Any]:
         """The forms of the tensors made between two cuts and used behind the second."""
+        return self._made(self._by_birth, a, b)
+
+    def _given(self, a: int, b: int) -> set[Any]:
+        """The same, where what a stack begins with may be read by all its blocks."""
+        return self._made(self._whole_by_birth, a, b)
+
+    def _made(self, by_birth: list[Life], a: int, b: int) -> set[Any]:
         begin, end = self.cuts[a].last, self.cuts[b].first
-        first, last = (bisect.bisect_left(self._by_birth, place, key=lambda life: life.born) for place in (begin, end))
-        return {life.form for life in self._by_birth[first:last] if life.dies >= end}
+        first, last = (bisect.bisect_left(by_birth, place, key=lambda life: life.born) for place in (begin, end))
+        return {life.form for life in by_birth[first:last] if life.dies >= end}
+
+
+def _likeness(words: Sequence[list[int]], apart: int) -> float:
+    """How alike blocks are on the average that stand so many blocks apart."""
+    found = [alike(a, b) for a, b in zip(words, words[apart:], strict=False)]
+    return sum(found) / len(found)
 
 
 def _begins_anew(words: list[list[int]], at: int) -> bool:

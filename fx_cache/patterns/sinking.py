@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
+from fx_cache.patterns.contexts import within_contexts
 from fx_cache.patterns.graph import (
     draws_random,
     is_scalar,
     is_tensor,
     is_tensor_sequence,
     touches,
-    within_contexts,
     written_storages,
 )
 

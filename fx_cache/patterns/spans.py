@@ -12,6 +12,7 @@ from torch import fx
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Refusal
 from fx_cache.patterns.chains import Chain, StackReport, chains, read_stacks
+from fx_cache.patterns.contexts import find_contexts
 from fx_cache.patterns.graph import (
     descendants,
     draws_random,
@@ -211,7 +212,7 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
         return probe
     cuts = [order[b.nodes[0]] for r in group for b in r.stack.blocks]
     cuts += [order[b.nodes[-1]] + 1 for r in group for b in r.stack.blocks]
-    split = _split_context(nodes, (first, start, end, *cuts), where)
+    split = _split_context(graph, (first, start, end, *cuts), where)
     if split is not None:
         return split
     random = next((n for n in span if draws_random(n)), None)
@@ -313,20 +314,16 @@ def _back(
     return _back(graph, group, k - 1, len(before.stack.blocks), first, to_k, to_boundary)
 
 
-def _split_context(nodes: list[fx.Node], cuts: tuple[int, ...], where: str) -> Refusal | None:
+def _split_context(graph: fx.Graph, cuts: tuple[int, ...], where: str) -> Refusal | None:
     """A context manager entered on one side of a cut and left on the other."""
-    order = {n: i for i, n in enumerate(nodes)}
-    for node in nodes:
-        for entered in node.all_input_nodes:
-            if "exit" not in str(node.target) or "enter" not in str(entered.target):
-                continue
-            if any(order[entered] < cut <= order[node] for cut in cuts):
-                return Refusal(
-                    f"stack {where}",
-                    f"a context ({entered.name}) entered before and left after a cut",
-                    "contexts such as autocast entered and left within one block, or around the whole model call",
-                    "move the context around the call of the compiled model",
-                )
+    for first, last in find_contexts(graph):
+        if any(first < cut <= last for cut in cuts):
+            return Refusal(
+                f"stack {where}",
+                f"a context ({list(graph.nodes)[first].name}) entered before and left after a cut",
+                "contexts such as autocast entered and left within one block, or around the whole model call",
+                "move the context around the call of the compiled model",
+            )
     return None
 
 
