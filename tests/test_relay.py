@@ -156,6 +156,7 @@ def threshold_of(model: Model, steps: list[dict[str, Tensor]], fn: int = 1, bn: 
 def test_never_reusing_is_the_model_itself() -> None:
     model, steps = Model(), walk(1)
     compiled = compile_broken(model, residual_diff_threshold=0.0)
+    run_in(compiled)
     assert all(torch.equal(model(**step)[0], compiled(**step)[0]) for step in steps)
     (span,) = last_branch(compiled)["spans"]
     assert span["steps"] == STEPS and not span["hits"]

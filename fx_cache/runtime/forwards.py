@@ -175,14 +175,23 @@ class Forward:
 
     def latent_like(self, shapes: Sequence[Shape]) -> frozenset[int]:
         """The user's inputs that have some outputs' shapes, up to channels, where it is clear which has which."""
-        timed = self.timed
-        return fitting([None if i in timed else v for i, v in enumerate(self.inputs)], shapes).alone
+        return fitting(self._untimed, shapes).alone
 
     def came_back(self, result: Any) -> None:
         """Takes notice of what the model returns."""
         shapes = [tuple(t.shape) for t in _contents(result) if _stored(t) and t.is_floating_point()]
-        timed = self.timed
-        self.habits.came_back([None if i in timed else v for i, v in enumerate(self.inputs)], shapes)
+        self.habits.came_back(self._untimed, shapes)
+
+    def may_come_back(self) -> None:
+        """Takes what its last graph made for what the model returns, as long as nothing better is known."""
+        forms = self.calls[-1].outputs if self.calls else ()
+        self.habits.may_come_back(self._untimed, [form[0] for form in forms if form is not None])
+
+    @property
+    def _untimed(self) -> list[Any]:
+        """The inputs, with None for those that tell the time."""
+        timed = self.telling
+        return [None if i in timed else v for i, v in enumerate(self.inputs)]
 
     def end(self, result: Any) -> bool:
         """It is over; returns whether the result counts."""
@@ -234,11 +243,14 @@ class Forward:
     @property
     def timed(self) -> frozenset[int]:
         """The inputs that tell the time: a graph takes them so, they look so, or they move with what is denoised."""
-        return frozenset(i for i, v in enumerate(self.inputs) if self._timed(i, v))
+        return self.telling | self.habits.schedule
 
-    def _timed(self, i: int, value: Any) -> bool:
-        if i in self.habits.schedule:
-            return True
+    @property
+    def telling(self) -> frozenset[int]:
+        """The inputs that tell the time, but for those of which that is only learned."""
+        return frozenset(i for i, v in enumerate(self.inputs) if self._tells(v))
+
+    def _tells(self, value: Any) -> bool:
         if not _stored(value):
             return False
         looks = value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())

@@ -28,14 +28,10 @@ ENOUGH = 2
 
 
 class Habits:
-    """What is known of the inputs of a model, by their numbers.
-
-    Attributes:
-        moves: what changes from step to step, as far as that is known by nothing but its changing.
-    """
+    """What is known of the inputs of a model, by their numbers."""
 
     def __init__(self) -> None:
-        self.moves = Moves()
+        self._learned = Moves()
         self._learner = Learner()
         self._history: deque[_Seen] = deque(maxlen=HISTORY)
         self._fit: frozenset[int] | None = None
@@ -50,9 +46,9 @@ class Habits:
         Args:
             inputs: what the user gives it.
             keys: who they are.
-            timed: those of which it is known that they tell the time.
+            timed: those of which it is known that they tell the time, by more than that they change.
         """
-        self.moves = self._learner.see(inputs, keys) or Moves()
+        self._learned = self._learner.see(inputs, keys) or Moves()
         seen = _Seen(inputs, keys)
         for before in self._history:
             self._compare(seen, before, timed)
@@ -80,6 +76,11 @@ class Habits:
             self._alone = frozenset()
         self._alone = self._alone or (like.alone if not like.alone & self._resting else frozenset())
 
+    def may_come_back(self, inputs: Sequence[Any], shapes: Sequence[Shape]) -> None:
+        """The same of a forward of which nothing is known but what its last graph made."""
+        if self._fit is None:
+            self._alone = self._alone or fitting(inputs, shapes).alone
+
     def latents(self, shown: Collection[int] = ()) -> frozenset[int]:
         """The inputs that are denoised; none where that is not known.
 
@@ -89,12 +90,18 @@ class Habits:
         likely = frozenset(shown) - self._resting
         if self._fit is not None:
             likely &= self._fit
-        return likely or self._alone or (self.moves.latents - self._resting)
+        return likely or self._alone or self._moves.latents
 
     @property
     def schedule(self) -> frozenset[int]:
         """The inputs that are numbers, and change from step to step with what is denoised."""
-        return self._schedule or self.moves.schedule
+        return self._schedule if self._alone else self._moves.schedule
+
+    @property
+    def _moves(self) -> Moves:
+        """What changes from step to step, as far as nothing else is known: no other input that fits what comes back."""
+        found = self._learned
+        return Moves() if found.latents & self._resting or not found.latents <= (self._fit or found.latents) else found
 
 
 @dataclass(frozen=True)

@@ -339,11 +339,11 @@ class Leg:
         """Whether it has skipped calls, and is not over."""
         return self._hit and self._at > 0 and not self.over
 
-    def begins(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
-        """Takes notice of a call, and says whether the span begins with it."""
+    def begins(self, graph: Graph, family: Hashable, args: Sequence[Any], number: int) -> bool:
+        """Takes notice of a call, the one of that number of its family, and says whether the span begins with it."""
         if family != self._plan.family:
             return False
-        self._seen += 1
+        self._seen = number
         if self._block == 1:
             self._head = self._stream(graph, args, 0).clone()
         return self._block == self._plan.ranges[1][0] + 1

@@ -10,6 +10,7 @@ takes the same way.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context, copy_context
 from typing import Any, Protocol
@@ -118,7 +119,7 @@ class Relay:
     def begin(self, forward: Forward) -> Run:
         """What drives a forward that begins."""
         forward.habits = self._habits.setdefault(forward.layout, Habits())
-        forward.habits.see(forward.inputs, forward.keys, forward.timed)
+        forward.habits.see(forward.inputs, forward.keys, forward.telling)
         self._learn()
         if self.enabled or self.refusal is not None:
             return PlainRun(self)
@@ -166,6 +167,7 @@ class Relay:
         if forward is None or self._watched is None:
             return
         (_, run, context), self._watched = self._watched, None
+        forward.may_come_back()
         for program, (store, branch) in forward.branches.items():
             if program not in self.enabled:
                 store.forget(branch)
@@ -291,7 +293,7 @@ class RelayRun:
         self._legs = [Leg(plan, k) for k, plan in enumerate(relay.plans)]
         self._branch: Branch | None = None
         self._lost = None if relay.settled and forward.caught else NOT_SETTLED
-        self._before: set[Hashable] = set()
+        self._calls: Counter[Hashable] = Counter()
         self._settled = True
         self._reused = False
 
@@ -310,12 +312,13 @@ class RelayRun:
             except Misfit:  # nothing was computed for this call yet
                 self._give_up(WAYWARD)
                 outputs = graph.compute(*args)
+        self._calls[family] += 1
         forward.note(graph.facts, args, outputs)
         return outputs
 
     def _call(self, leg: Leg, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         relay = self._relay
-        if leg.begins(graph, family, args):
+        if leg.begins(graph, family, args, self._calls[family] + 1):
             if self._branch is None:
                 self._branch = relay.open(forward)
             assert relay.store is not None
@@ -327,10 +330,9 @@ class RelayRun:
                 graph,
                 family,
                 args,
-                self._before,
+                self._calls.keys(),
                 self._lost,
             )
-        self._before.add(family)
         outputs = leg.call(graph, family, args)
         if leg.over:
             self._reused = self._reused or leg.hit
