@@ -267,7 +267,7 @@ def _latents_given(gm: fx.GraphModule, plan: Plan, forward: Forward | None) -> f
     if 0 < len(tokens) <= len(plan.roles.latents):
         return tokens
     outputs = [value_of(n) for n in tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args[0])]
-    return forward.latent_like({hinted_shape(v) for v in outputs if isinstance(v, torch.Tensor)})
+    return forward.latent_like([hinted_shape(v) for v in outputs if isinstance(v, torch.Tensor)])
 
 
 def _examples(gm: fx.GraphModule) -> list[Any]:

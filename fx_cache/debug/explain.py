@@ -63,8 +63,8 @@ def explain_with(config: CacheConfig, model: torch.nn.Module, *args: Any, **kwar
     with torch.no_grad():
         fullgraph = bool(getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False))
         captured(model, look, fullgraph=fullgraph)(*args, **kwargs)
-    relay = relays.of(getattr(model, "_orig_mod", model), config)
-    if all(whole) or relay.read() is None:
+    relay = relays.last
+    if all(whole) or relay is None or relay.read() is None:
         return Explanation.of(plans, names[0] if names else None)
     refusal = _OTHER_STACK if relay.refusal is None else relay.refusal
     plans = [

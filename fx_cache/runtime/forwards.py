@@ -22,11 +22,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.patterns.inputs import InputRoles, differs_in_channels
+from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.runtime.given import Control, Given
+from fx_cache.runtime.habits import Habits, Shape, fitting
 from fx_cache.runtime.identity import SMALL, identity_key, signature
-from fx_cache.runtime.moves import UNKNOWN_LATENT, Moves
+from fx_cache.runtime.moves import UNKNOWN_LATENT
+from fx_cache.runtime.net import plain, spread
 
 _KEPT_AS = "__fx_cache_forward__"
 _MACHINERY = (
@@ -69,24 +71,31 @@ class Forward:
         inputs: the leaves of what the user gave it.
         keys: who each of them was when the forward began; None where that cannot be said.
         calls: of its graphs, so far, where somebody asked for them (`trace`).
-        moves: what changes from step to step, as earlier forwards show it; used where the graphs do not.
+        layout: how the inputs were given; between forwards of one layout they have the same numbers.
+        habits: what other forwards of this layout have shown of them.
         weight: the first weight of the model that one of its graphs was given.
         branches: (store, branch) of each of its graphs that caches by itself, by program.
         run: whatever drives it; set by whoever drives.
+        caught: whether it can be begun anew.
     """
 
-    def __init__(self, root: Any, compilation: Any, inputs: Sequence[Any]) -> None:
+    def __init__(
+        self, root: Any, compilation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], caught: bool = False
+    ) -> None:
+        inputs = _contents((args, kwargs))
         self.root = root
         self.compilation = compilation
+        self.layout = (len(args), tuple(kwargs), tuple(type(v).__name__ for v in inputs))
         self.inputs = list(inputs)
         # Now, since whoever gave them may write to them before they are asked for.
         self.keys = [identity_key([v]) if comparable(v) else None for v in inputs]
         self._times = {i: v.clone() for i, v in enumerate(inputs) if _stored(v) and v.numel() <= SMALL}
         self.calls: list[Call] = []
-        self.moves = Moves()
+        self.habits = Habits()
         self.weight: torch.Tensor | None = None
         self.branches: dict[str, tuple[Any, Any]] = {}
         self.run: Any = None
+        self.caught = caught
         self._owners: dict[int, str] = {}
         self._count = 0
         self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if _stored(t)}
@@ -168,33 +177,58 @@ class Forward:
             if isinstance(args[i], torch.Tensor):
                 self._schedule[args[i].untyped_storage()._cdata] = args[i]
 
-    def latent_like(self, shapes: Collection[tuple[int, ...]]) -> frozenset[int]:
-        """The user's input that has one of some outputs' shapes, up to channels; of two, neither."""
-        found: set[int] = set()
-        for shape in shapes:
-            fitting = [i for i, t in enumerate(self.inputs) if _stored(t) and _fits(t, shape) and not self._timed(i, t)]
-            found |= set(fitting) if len(fitting) == 1 else set()
-        return frozenset(found)
+    def latent_like(self, shapes: Sequence[Shape]) -> frozenset[int]:
+        """The user's inputs that have some outputs' shapes, up to channels, where it is clear which has which."""
+        return fitting(self._untimed, shapes).alone
 
-    def batch(self, latents: Collection[int]) -> int:
+    def came_back(self, result: Any) -> None:
+        """Takes notice of what the model returns."""
+        shapes = [tuple(t.shape) for t in _contents(result) if _stored(t) and t.is_floating_point()]
+        self.habits.came_back(self._untimed, shapes)
+
+    def may_come_back(self) -> None:
+        """Takes what its last graph made for what the model returns, as long as nothing better is known."""
+        forms = self.calls[-1].outputs if self.calls else ()
+        self.habits.may_come_back(self._untimed, [form[0] for form in forms if form is not None])
+
+    @property
+    def _untimed(self) -> list[Any]:
+        """The inputs, with None for those that tell the time."""
+        timed = self.telling
+        return [None if i in timed else v for i, v in enumerate(self.inputs)]
+
+    def end(self, result: Any) -> bool:
+        """It is over; returns whether the result counts."""
+        self.came_back(result)
+        return self.run is None or bool(self.run.end())
+
+    @property
+    def reusing(self) -> bool:
+        return self.run is not None and bool(self.run.reusing)
+
+    def again(self) -> None:
+        self.run = self.run.again()
+
+    def batch(self, shown: Collection[int] = ()) -> int:
         """Size of dim 0 of what is denoised; 0 where that is not known.
 
         Args:
-            latents: the inputs that are denoised as the graphs show it.
+            shown: the inputs that a graph shows to be denoised.
         """
-        sizes = {self.inputs[i].shape[0] for i in latents or self.moves.latents if self.inputs[i].ndim}
+        latents = self.habits.latents(shown)
+        sizes = {self.inputs[i].shape[0] for i in latents if self.inputs[i].ndim}
         return sizes.pop() if len(sizes) == 1 else 0
 
-    def given(self, latents: Collection[int], spans: int) -> Given:
+    def given(self, shown: Collection[int], spans: int) -> Given:
         """What the user gave this forward.
 
         Args:
-            latents: the inputs that are denoised as the graphs show it; none: they do not.
+            shown: the inputs that a graph shows to be denoised.
             spans: number of spans that ask.
         """
-        latents = latents or self.moves.latents
-        timed = [i for i, v in enumerate(self.inputs) if i not in latents and self._timed(i, v)]
-        schedule = [torch.as_tensor(self._times.get(i, self.inputs[i])) for i in timed]
+        latents = self.habits.latents(shown)
+        timed = self.timed - latents
+        schedule = [torch.as_tensor(self._times.get(i, self.inputs[i])) for i in sorted(timed)]
         others = [i for i in range(len(self.inputs)) if i not in latents and i not in timed]
         opaque = [type(self.inputs[i]).__name__ for i in others if self.keys[i] is None]
         fixed = [self.inputs[i] for i in others if self.keys[i] is not None]
@@ -208,12 +242,20 @@ class Forward:
             schedule,
             fixed,
             doubt,
+            tuple(self.inputs[i] for i in sorted(latents)),
         )
 
-    def _timed(self, i: int, value: Any) -> bool:
-        """Whether an input tells the time: a graph takes it so, it looks so, or it moves with what is denoised."""
-        if i in self.moves.schedule:
-            return True
+    @property
+    def timed(self) -> frozenset[int]:
+        """The inputs that tell the time: a graph takes them so, they look so, or they move with what is denoised."""
+        return self.telling | self.habits.schedule
+
+    @property
+    def telling(self) -> frozenset[int]:
+        """The inputs that tell the time, but for those of which that is only learned."""
+        return frozenset(i for i, v in enumerate(self.inputs) if self._tells(v))
+
+    def _tells(self, value: Any) -> bool:
         if not _stored(value):
             return False
         looks = value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
@@ -278,17 +320,23 @@ def family_of(frame: FrameType | None, facts: GraphFacts) -> Hashable:
 
 def _forward_of(frame: FrameType) -> Forward:
     """The forward of a compiled call's frame: made at the first look."""
-    local = frame.f_locals
-    if _KEPT_AS not in local:
-        given = (local.get("args"), local.get("kwargs"))
-        local[_KEPT_AS] = Forward(_root_of(local), local.get("self"), _contents(given))
-    found = local[_KEPT_AS]
-    assert isinstance(found, Forward)
+    found = _under_way(frame)
+    if found is None:
+        caught = spread(frame, _under_way)
+        local = frame.f_locals
+        found = Forward(_root_of(local), local.get("self"), local.get("args", ()), local.get("kwargs", {}), caught)
+        local[_KEPT_AS] = found
+    return found
+
+
+def _under_way(frame: FrameType) -> Forward | None:
+    found = frame.f_locals.get(_KEPT_AS)
+    assert found is None or isinstance(found, Forward)
     return found
 
 
 def _root_of(local: Mapping[str, Any]) -> Any:
-    called = local.get("fn")
+    called = plain(local.get("fn"))
     return getattr(called, "__self__", called)
 
 
@@ -321,8 +369,3 @@ def _view(value: torch.Tensor) -> tuple[Any, ...]:
 
 def _form(value: torch.Tensor) -> Form:
     return tuple(value.shape), str(value.dtype)
-
-
-def _fits(value: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    mine = tuple(value.shape)
-    return value.is_floating_point() and (mine == shape or differs_in_channels(mine, shape))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import weakref
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from fx_cache.errors import FxCacheError
 from fx_cache.ops import residual_diff, residual_sums
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, RelayStream
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.given import Control
+from fx_cache.runtime.identity import signature
+from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
 
@@ -23,6 +25,9 @@ RECENT = 16
 
 HELD = 0.25
 """The part of a tensor's tokens that are those of an output, at the same places, where it goes on from that."""
+
+
+OTHER_CALLS = "other code was called before the span, or where it begins"
 
 
 class Graph(Protocol):
@@ -37,54 +42,158 @@ class Graph(Protocol):
         """Runs it, and caches nothing."""
 
 
+class Misfit(Exception):
+    """A forward does not go as planned. Nothing was skipped in it: it computes on."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """Which call of a forward it was: of what code, with tensors of which shapes, and for which weights.
+
+    Attributes:
+        what: the code, what the graph computes, and the forms of all inputs but weights.
+        weight: the first weight that it was given.
+    """
+
+    what: Hashable
+    weight: weakref.ref[torch.Tensor] | None
+
+    @classmethod
+    def of(cls, graph: Graph, family: Hashable, args: Sequence[Any]) -> Called:
+        roles = graph.facts.roles
+        forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
+        weight = _weight(graph, args)
+        return cls((family, graph.facts.program, forms), None if weight is None else weakref.ref(weight))
+
+    def same(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
+        """Whether a call is this one."""
+        weight = None if self.weight is None else self.weight()
+        gone = self.weight is not None and weight is None
+        return not gone and weight is _weight(graph, args) and self.what == Called.of(graph, family, args).what
+
+
+def handed_through(graph: Graph, args: Sequence[Any], outputs: Sequence[Any]) -> list[str | None]:
+    """Which input, not written to, each output of a call is, by name."""
+    facts = graph.facts
+    given = {
+        id(a): facts.names[i] for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in facts.written
+    }
+    return [given.get(id(output)) for output in outputs]
+
+
+def _weight(graph: Graph, args: Sequence[Any]) -> torch.Tensor | None:
+    return next((args[i] for i in graph.facts.roles.weights if isinstance(args[i], torch.nn.Parameter)), None)
+
+
 @dataclass(frozen=True)
 class Entry:
-    """What one call in a span gives back: of each output the number of a stored tensor or of a stream, or itself."""
+    """What one call in a span gives back.
 
-    family: Hashable
+    Attributes:
+        called: which call it was.
+        outputs: of each output what it is: the name of an input that is handed through, the number of a stream and
+            the strides it has, the number of a stored tensor, or itself.
+    """
+
+    called: Called
     outputs: tuple[tuple[str, Any], ...]
 
 
 class Script:
-    """The calls of a span, as they were when it was computed, and the tensors that they made."""
+    """The calls of a span, as they were when it was computed, and the tensors that they made.
 
-    def __init__(self, streams: int) -> None:
+    Attributes:
+        before: the code that was called before the span.
+    """
+
+    def __init__(self, streams: int, before: Iterable[Hashable]) -> None:
+        self.before = frozenset(before)
         self.entries: list[Entry] = []
         self.residuals: list[torch.Tensor | None] = [None] * streams
         self.values: list[torch.Tensor] = []
 
     def add(
-        self, family: Hashable, outputs: Sequence[Any], ends: dict[int, int], starts: Sequence[torch.Tensor]
+        self,
+        called: Called,
+        through: Sequence[str | None],
+        outputs: Sequence[Any],
+        ends: dict[int, int],
+        starts: Sequence[torch.Tensor],
     ) -> None:
         """Keeps what a call made.
 
         Args:
-            family: the code that was called.
+            called: which call it was.
+            through: which of its inputs each output is, if any (`handed_through`).
             outputs: what it made.
             ends: for tensors among them that end a stream, its number.
             starts: what each stream began with.
         """
         kept: list[tuple[str, Any]] = []
         number = -1
-        for output in outputs:
+        for output, same in zip(outputs, through, strict=True):
             if not isinstance(output, torch.Tensor):
                 kept.append(("constant", output))
                 continue
             number += 1
             stream = ends.get(number)
-            if stream is not None:
-                kept.append(("stream", stream))
+            if same is not None and stream is None:
+                kept.append(("input", same))
+            elif stream is not None:
+                kept.append(("stream", (stream, output.stride())))
                 self.residuals[stream] = output - starts[stream]
             else:
                 kept.append(("value", len(self.values)))
-                self.values.append(output.clone())
-        self.entries.append(Entry(family, tuple(kept)))
+                self.values.append(_copied(output))
+        self.entries.append(Entry(called, tuple(kept)))
+
+    def goes_on(self, at: int, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
+        """Whether a call is that of number `at`."""
+        return at < len(self.entries) and self.entries[at].called.same(graph, family, args)
+
+    def outputs(self, at: int, graph: Graph, args: Sequence[Any], starts: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """What a call gives back, given what each stream begins with now."""
+        outputs: list[Any] = []
+        for kind, what in self.entries[at].outputs:
+            if kind == "input":
+                if what not in graph.facts.names:
+                    raise Astray
+                outputs.append(args[graph.facts.names.index(what)])
+            elif kind == "stream":
+                stream, strides = what
+                residual = self.residuals[stream]
+                assert residual is not None
+                outputs.append(_laid_out(starts[stream] + residual, strides))
+            else:
+                outputs.append(_copied(self.values[what]) if kind == "value" else what)
+        return tuple(outputs)
+
+    def ended(self, at: int) -> set[int]:
+        """The streams that a call ends."""
+        return {what[0] for kind, what in self.entries[at].outputs if kind == "stream"}
 
     def tensors(self, probe: torch.Tensor) -> list[torch.Tensor]:
         """Everything that is stored: the probe, the residuals, the values."""
         residuals = [r for r in self.residuals if r is not None]
         assert len(residuals) == len(self.residuals)
         return [probe, *residuals, *self.values]
+
+
+def _laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """The same numbers with other strides: on them it hangs which graph is called next."""
+    if value.stride() == tuple(strides):
+        return value
+    length = 1 + sum((n - 1) * s for n, s in zip(value.shape, strides, strict=True)) if value.numel() else 0
+    made = value.new_empty(length).as_strided(value.shape, strides)
+    if all(n == 1 or s for n, s in zip(value.shape, strides, strict=True)):
+        return made.copy_(value)
+    once = tuple(slice(None) if s else slice(0, 1) for s in strides)
+    made[once].copy_(value[once])
+    return made
+
+
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    return _laid_out(value.clone(), value.stride())
 
 
 def _ends(plan: RelayPlan, family: Hashable) -> dict[int, int]:
@@ -117,9 +226,13 @@ def _joined_to(made: torch.Tensor, value: torch.Tensor) -> tuple[int, int] | Non
 
 
 class WatchRun:
-    """The first forward: computes, and remembers everything that a span may turn out to need."""
+    """A forward that is watched: computes, and remembers everything that a span may turn out to need."""
+
+    reusing = False
 
     def __init__(self) -> None:
+        self._called: list[Called] = []
+        self._through: list[list[str | None]] = []
         self._outputs: list[tuple[Any, ...]] = []
         self._began: list[dict[str, torch.Tensor]] = []
 
@@ -130,13 +243,21 @@ class WatchRun:
             for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
             if isinstance(a, torch.Tensor) and i not in facts.roles.weights and self._is_new(forward, a)
         }
+        self._called.append(Called.of(graph, family, args))
         outputs = graph.step(forward, args)
+        self._through.append(handed_through(graph, args, outputs))
         joined = {name: found for name, a in began.items() if (found := self._holds(a)) is not None}
         forward.trace(family, facts, args, outputs, joined)
         forward.note(facts, args, outputs)
         self._began.append(began)
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
         return outputs
+
+    def end(self) -> bool:
+        return True
+
+    def again(self) -> WatchRun:
+        return self
 
     def _holds(self, value: torch.Tensor) -> Joined | None:
         """Which output a tensor holds tokens of, where code between the graphs cut it and joined it with others."""
@@ -168,7 +289,7 @@ class WatchRun:
 
         main = plan.streams[0].name
         starts = [value(fn, s.name) for s in plan.streams]
-        script = Script(len(plan.streams))
+        script = Script(len(plan.streams), (c.family for c in calls[: begins[fn]]))
         ended: set[int] = set()
         i = begins[fn]
         while len(ended) < len(plan.streams):
@@ -176,7 +297,7 @@ class WatchRun:
                 return None
             last = i >= begins[end - 1]
             ends = _ends(plan, calls[i].family) if last else {}
-            script.add(calls[i].family, self._outputs[i], ends, starts)
+            script.add(self._called[i], self._through[i], self._outputs[i], ends, starts)
             ended |= set(ends.values())
             i += 1
         return script.tensors(_probe(plan.streams[0], value(0, main), starts[0])), script
@@ -208,30 +329,68 @@ class Leg:
     def over(self) -> bool:
         return len(self._ended) == len(self._plan.streams)
 
-    def begins(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
-        """Takes notice of a call, and says whether the span begins with it."""
+    @property
+    def hit(self) -> bool:
+        """Whether it gives back what was made at another step."""
+        return self._hit
+
+    @property
+    def reusing(self) -> bool:
+        """Whether it has skipped calls, and is not over."""
+        return self._hit and self._at > 0 and not self.over
+
+    def begins(self, graph: Graph, family: Hashable, args: Sequence[Any], number: int) -> bool:
+        """Takes notice of a call, the one of that number of its family, and says whether the span begins with it."""
         if family != self._plan.family:
             return False
-        self._seen += 1
+        self._seen = number
         if self._block == 1:
             self._head = self._stream(graph, args, 0).clone()
         return self._block == self._plan.ranges[1][0] + 1
 
     def _stream(self, graph: Graph, args: Sequence[Any], k: int) -> torch.Tensor:
-        value = args[graph.facts.names.index(self._plan.streams[k].name)]
-        assert isinstance(value, torch.Tensor)
+        names, name = graph.facts.names, self._plan.streams[k].name
+        value = args[names.index(name)] if name in names else None
+        if not isinstance(value, torch.Tensor):
+            raise Misfit
         return value
 
     def decide(
-        self, store: Store, branch: Branch, program: Hashable, batch: int, graph: Graph, args: Sequence[Any]
+        self,
+        store: Store,
+        branch: Branch,
+        program: Hashable,
+        batch: int,
+        graph: Graph,
+        family: Hashable,
+        args: Sequence[Any],
+        before: Collection[Hashable],
+        lost: str | None,
     ) -> None:
-        """The one decision for all graphs of the span and all samples, `batch` of them (0: that is not known)."""
+        """The one decision for all graphs of the span and all samples.
+
+        Args:
+            store: where the branch is kept.
+            branch: what the forward belongs to.
+            program: what is cached.
+            batch: number of samples; 0: that is not known.
+            graph, family, args: the call with which the span begins.
+            before: the code that was called before that.
+            lost: why nothing that was cached before may be reused; None: it may.
+        """
         assert self._head is not None
         self._branch = branch
         # Copies: the graphs of the blocks, or code between them, may write to them.
         self._starts = [self._stream(graph, args, k).clone() for k in range(len(self._plan.streams))]
+        if self._head.shape != self._starts[0].shape:
+            raise Misfit
         self._probe = _probe(self._plan.streams[0], self._head, self._starts[0])
         slot = branch.slots[self._number]
+        script = slot.script
+        fits = script is not None and script.before == before and script.goes_on(0, graph, family, args)
+        if slot.tensors and (lost is not None or not fits or slot.tensors[0].shape != self._probe.shape):
+            slot.forget(lost or OTHER_CALLS)
+            slot.open = True
         self._gate = SpanGate(store, branch, program, self._number, Control.of([]), Separation(fewer=False))
         probe = self._probe
         samples = batch if batch and probe.shape[0] % batch == 0 else 1
@@ -244,22 +403,27 @@ class Leg:
             return diff
 
         self._hit = self._gate(measure, samples, ranks=(groups, probe.device) if groups else None) is True
-        self._script = slot.script if self._hit else Script(len(self._plan.streams))
+        self._script = slot.script if self._hit else Script(len(self._plan.streams), before)
 
     def call(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         """Runs a graph, or gives back what it made when the span was computed."""
         if self._script is None or self.over:
             return graph.compute(*args)
         assert self._branch is not None and self._gate is not None and self._probe is not None
-        ends = _ends(self._plan, family) if self._block == self._plan.ranges[1][1] else {}
         if self._hit:
-            outputs = self._again(family)
+            if not self._script.goes_on(self._at, graph, family, args):
+                raise Astray
+            outputs = self._script.outputs(self._at, graph, args, self._starts)
+            self._ended |= self._script.ended(self._at)
+            self._at += 1
         else:
+            called = Called.of(graph, family, args)
+            ends = _ends(self._plan, family) if self._block == self._plan.ranges[1][1] else {}
             outputs = graph.compute(*args)
             made = [o for o in outputs if isinstance(o, torch.Tensor)]
             ends = {i: k for i, k in ends.items() if i < len(made) and made[i].shape == self._starts[k].shape}
-            self._script.add(family, outputs, ends, self._starts)
-        self._ended |= set(ends.values())
+            self._script.add(called, handed_through(graph, args, outputs), outputs, ends, self._starts)
+            self._ended |= set(ends.values())
         if self.over:
             slot = self._branch.slots[self._number]
             if not self._hit:
@@ -268,23 +432,3 @@ class Leg:
             self._gate.record()
             slot.open = False
         return outputs
-
-    def _again(self, family: Hashable) -> tuple[Any, ...]:
-        assert self._script is not None
-        entry = self._script.entries[self._at] if self._at < len(self._script.entries) else None
-        if entry is None or entry.family != family:
-            raise FxCacheError(
-                f"stack {self._plan.name}: got a call of another graph in a step that reuses it; expected the calls of "
-                "the step that computed it, since code between the graphs sees the same values; what it does must "
-                "depend on nothing else: compile this model with residual_diff_threshold=0 or mend the graph breaks."
-            )
-        self._at += 1
-        outputs: list[Any] = []
-        for kind, what in entry.outputs:
-            if kind == "stream":
-                residual = self._script.residuals[what]
-                assert residual is not None
-                outputs.append(self._starts[what] + residual)
-            else:
-                outputs.append(self._script.values[what].clone() if kind == "value" else what)
-        return tuple(outputs)

@@ -40,6 +40,12 @@ class Counters:
             self.misses[step] = reason
             self.continuous = 0
 
+    def computed_after_all(self, step: int, reason: str) -> None:
+        """Notes that `step` is a miss, whatever was decided."""
+        if self.hits[-1:] == [step]:
+            self.hits.pop()
+        self.record(step, reason)
+
     def measured(self, step: int, diff: float) -> None:
         self.diffs[step] = diff
         if diff > 0.0:

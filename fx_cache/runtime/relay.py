@@ -10,45 +10,74 @@ takes the same way.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context, copy_context
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch._dynamo import config as dynamo_config
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import CacheWarning, Refusal
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE
 from fx_cache.runtime.forwards import Forward, family_of, surroundings
+from fx_cache.runtime.habits import Habits
 from fx_cache.runtime.identity import StorageHold
-from fx_cache.runtime.legs import Graph, Leg, WatchRun
-from fx_cache.runtime.moves import Call, Learner, Moves
+from fx_cache.runtime.legs import Graph, Leg, Misfit, WatchRun
 from fx_cache.runtime.policy import decide
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
 
-MAX_MISFITS = 4
-"""Forwards that may run otherwise than planned before the model is watched again."""
+MAX_MISFITS = 2
+"""Forwards in a row that may run otherwise than planned before the model is watched again."""
+
+MAX_WATCHES = 4
+"""Forwards that are watched without one that then runs as planned, before the model is left alone."""
+
+ENOUGH_WATCHES = 2
+"""Forwards that show nothing to cache, for there to be nothing."""
+
+MAX_STRAYS = 3
+"""Forwards that may have to be begun anew, beyond as many that reused something, before the model is left alone."""
+
+NOT_SETTLED = "whether forwards go as planned is not known yet"
+STRAYED = "the forward went another way than the step that it was to reuse"
+WAYWARD = "the forward went another way than planned"
 
 
 class Run(Protocol):
     """What drives the calls of one forward."""
 
+    @property
+    def reusing(self) -> bool:
+        """Whether calls were skipped in a span that has not ended."""
+
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any: ...
+
+    def end(self) -> bool:
+        """The forward is over; returns whether what came of it counts."""
+
+    def again(self) -> Run:
+        """What drives it if it is begun anew."""
 
 
 class Relays:
-    """The relays of all compiled models, by what was compiled and its configuration."""
+    """The relays of all compiled models: one for each compilation.
+
+    Attributes:
+        last: the one that was asked for last.
+    """
 
     def __init__(self) -> None:
-        self._found: WeakKeyDictionary[Any, dict[CacheConfig, Relay]] = WeakKeyDictionary()
+        self.last: Relay | None = None
+        self._found: WeakKeyDictionary[Any, Relay] = WeakKeyDictionary()
 
-    def of(self, root: Any, config: CacheConfig) -> Relay:
-        by_config = self._found.setdefault(root, {})
-        if config not in by_config:
-            by_config[config] = Relay(config)
-        return by_config[config]
+    def of(self, compilation: Any, config: CacheConfig) -> Relay:
+        self.last = self._found.setdefault(compilation, Relay(config))
+        return self.last
 
     def call(self, graph: Graph, config: CacheConfig, args: Sequence[Any]) -> Any:
         """Runs a graph that is a part of a forward, as the forward's other graphs ask for it."""
@@ -57,7 +86,7 @@ class Relays:
         if forward is None:
             return graph.compute(*args)
         if forward.run is None:
-            forward.run = self.of(forward.root, config).begin(forward)
+            forward.run = self.of(forward.compilation, config).begin(forward)
         forward.see_schedule(graph.facts.roles, args)
         return forward.run.call(forward, graph, family_of(around.innermost, graph.facts), args)
 
@@ -70,6 +99,7 @@ class Relay:
         enabled: programs of the graphs that hold a stack worth caching by themselves.
         refusal: why nothing is cached; None while that is not known.
         misfits: forwards since one ran as planned.
+        settled: whether the last of those that did ran no graph for the first time: the next one may reuse.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -78,23 +108,29 @@ class Relay:
         self.enabled: frozenset[str] = frozenset()
         self.refusal: Refusal | None = None
         self.misfits = 0
+        self.settled = False
         self.store: Store | None = None
         self._watched: tuple[Forward, WatchRun, Context] | None = None
         self._seen: frozenset[str] = frozenset()
         self._layers: frozenset[Hashable] = frozenset()
         self._least = 0.0
-        self._learner = Learner()
+        self._habits: dict[Hashable, Habits] = {}
+        self._ran: WeakSet[Graph] = WeakSet()
+        self._watches = 0
+        self._strays = 0
 
     def begin(self, forward: Forward) -> Run:
         """What drives a forward that begins."""
-        forward.moves = self._learner.see(Call(forward.inputs, forward.keys)) or Moves()
+        forward.habits = self._habits.setdefault(forward.layout, Habits())
+        forward.habits.see(forward.inputs, forward.keys, forward.telling)
         self._learn()
         if self.enabled or self.refusal is not None:
             return PlainRun(self)
         if self.plans and self.misfits < MAX_MISFITS:
             self.misfits += 1
-            return RelayRun(self)
-        self.misfits = 0
+            return RelayRun(self, forward)
+        self.misfits, self.settled = 0, False
+        self._watches += 1
         run = WatchRun()
         self._watched = forward, run, copy_context()
         return run
@@ -104,7 +140,6 @@ class Relay:
         if self._watched is None:
             return None
         forward = self._watched[0]
-        forward.moves = self._learner.moves or Moves()
         plans, refusal = plan_relays(forward.calls, self.config)
         total = sum(c.facts.work for c in forward.calls)
         own = {c.facts.program: w for c in forward.calls if (w := c.facts.span_work) >= MIN_SHARE * total > 0}
@@ -135,19 +170,29 @@ class Relay:
         if forward is None or self._watched is None:
             return
         (_, run, context), self._watched = self._watched, None
+        forward.may_come_back()
         for program, (store, branch) in forward.branches.items():
             if program not in self.enabled:
                 store.forget(branch)
+        if self.enabled:
+            return
         kept = [(plan, run.kept(forward, plan)) for plan in self.plans]
         endless = next((plan for plan, found in kept if found is None), None)
         if endless is not None:
-            self.plans = ()
             self.refusal = Refusal(
                 f"stack {endless.name}",
                 "a stream that is not to be found in what the graphs of the last block give back",
                 "streams that come out of the last block as they come out of the others",
                 "look for graph breaks in the blocks (TORCH_LOGS=graph_breaks)",
             )
+        elif self.plans and self._watches > MAX_WATCHES:
+            self.refusal = self._unsteady()
+        if self.refusal is not None:
+            self.plans = ()
+            if self._watches < ENOUGH_WATCHES:
+                self.refusal = None  # the first forward compiles, and may run otherwise than those behind it
+            else:
+                self._say()
         if self.plans:
             self.store = self.store or store_of(forward.weight, self.config, forward.root, forward.compilation)
             branch = context.run(self.open, forward)  # in the session that it ran in, whichever is open now
@@ -157,13 +202,49 @@ class Relay:
                 slot.tensors, slot.script = found
                 slot.control, slot.open = StorageHold(()), False
                 slot.counters.record(branch.record.step, verdict.reason or "nothing cached")
-        elif self.refusal is not None:
-            warnings.warn(f"dit_cache runs this model uncached. {self.refusal}", CacheWarning, stacklevel=2)
+
+    def _say(self) -> None:
+        warnings.warn(f"dit_cache runs this model uncached. {self.refusal}", CacheWarning, stacklevel=2)
+
+    def _unsteady(self) -> Refusal:
+        limit = dynamo_config.recompile_limit
+        return Refusal(
+            "the forward, captured in several graphs",
+            "calls of other graphs from forward to forward",
+            "the same ones",
+            f"raise torch._dynamo.config.recompile_limit (now {limit}), which many small graphs run into (offloading "
+            "by leaf makes them), or look for code in or between the blocks that goes another way at every step",
+        )
+
+    def ran(self, graph: Graph) -> bool:
+        """Takes notice of a graph that runs; whether it has run before."""
+        known = graph in self._ran
+        self._ran.add(graph)
+        return known
+
+    def went_as_planned(self, reused: bool, settled: bool) -> None:
+        """A forward is over.
+
+        Args:
+            reused: whether it reused anything.
+            settled: whether it reused something, or ran no graph for the first time.
+        """
+        self.misfits, self.settled = 0, settled
+        self._watches = 0 if settled else self._watches
+        self._strays = max(0, self._strays - reused)
+
+    def strayed(self) -> None:
+        """A forward that reused something has to be begun anew."""
+        self.settled = False
+        self._strays += 1
+        if self._strays >= MAX_STRAYS:
+            self.refusal = self._unsteady()
+            self._say()
 
     def open(self, forward: Forward) -> Branch:
         """The branch that a forward belongs to; counts the step."""
         assert self.store is not None
-        given = forward.given(self.latents, len(self.plans))
+        given = forward.given((), len(self.plans))
         branch = self.store.begin(self.program, len(self.plans), given)
         if any(slot.open for slot in branch.slots):  # its last forward was broken off
             self.store.discard(branch)
@@ -177,13 +258,24 @@ class Relay:
     def program(self) -> Hashable:
         return "relay", self.plans
 
-    @property
-    def latents(self) -> set[int]:
-        """The inputs that are denoised, as far as the plans show it."""
-        return {latent for p in self.plans if (latent := p.latent) is not None}
+
+class ComputingRun:
+    """A forward that caches nothing."""
+
+    reusing = False
+
+    def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
+        del forward, family
+        return graph.compute(*args)
+
+    def end(self) -> bool:
+        return True
+
+    def again(self) -> Run:
+        return self
 
 
-class PlainRun:
+class PlainRun(ComputingRun):
     """Graphs run by themselves: those that hold a stack worth caching cache it, the others compute."""
 
     def __init__(self, relay: Relay) -> None:
@@ -199,30 +291,87 @@ class PlainRun:
 class RelayRun:
     """A forward with spans over several graphs."""
 
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: Relay, forward: Forward) -> None:
         self._relay = relay
         self._legs = [Leg(plan, k) for k, plan in enumerate(relay.plans)]
         self._branch: Branch | None = None
+        self._lost = None if relay.settled and forward.caught else NOT_SETTLED
+        self._calls: Counter[Hashable] = Counter()
+        self._settled = True
+        self._reused = False
+
+    @property
+    def reusing(self) -> bool:
+        """Whether calls were skipped in a span that has not ended."""
+        return any(leg.reusing for leg in self._legs)
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
-        leg = self._legs[0] if self._legs else None
-        if leg is None:
-            return graph.compute(*args)
-        if leg.begins(graph, family, args):
-            if self._branch is None:
-                self._branch = self._relay.open(forward)
-            assert self._relay.store is not None
-            batch = forward.batch(self._relay.latents)
-            leg.decide(self._relay.store, self._branch, self._relay.program, batch, graph, args)
-        outputs = leg.call(graph, family, args)
-        if leg.over:
-            self._legs.pop(0)
-            if not self._legs:
-                self._relay.misfits = 0
-                assert self._relay.store is not None and self._branch is not None
-                self._relay.store.release(self._branch)
+        self._settled = self._relay.ran(graph) and self._settled
+        if not self._legs:
+            outputs = graph.compute(*args)
+        else:
+            try:
+                outputs = self._call(self._legs[0], forward, graph, family, args)
+            except Misfit:  # nothing was computed for this call yet
+                self._give_up(WAYWARD)
+                outputs = graph.compute(*args)
+        self._calls[family] += 1
         forward.note(graph.facts, args, outputs)
         return outputs
+
+    def _call(self, leg: Leg, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
+        relay = self._relay
+        if leg.begins(graph, family, args, self._calls[family] + 1):
+            if self._branch is None:
+                self._branch = relay.open(forward)
+            assert relay.store is not None
+            leg.decide(
+                relay.store,
+                self._branch,
+                relay.program,
+                forward.batch(),
+                graph,
+                family,
+                args,
+                self._calls.keys(),
+                self._lost,
+            )
+        outputs = leg.call(graph, family, args)
+        if leg.over:
+            self._reused = self._reused or leg.hit
+            self._legs.pop(0)
+            if not self._legs:
+                assert relay.store is not None and self._branch is not None
+                relay.store.release(self._branch)
+        return outputs
+
+    def end(self) -> bool:
+        if self.reusing:
+            return False
+        if self._legs:
+            self._give_up(WAYWARD)
+        elif self._branch is not None:
+            self._relay.went_as_planned(self._reused, self._settled or self._reused)
+        return True
+
+    def again(self) -> Run:
+        self._give_up(STRAYED)
+        self._relay.strayed()
+        return ComputingRun()
+
+    def _give_up(self, why: str) -> None:
+        """Computes from here on, and keeps nothing of spans that are not over."""
+        self._legs = []
+        if self._branch is None:
+            return
+        store, step = self._relay.store, self._branch.record.step
+        for slot in self._branch.slots:
+            if slot.open or why == STRAYED:
+                slot.forget(why)
+                slot.counters.computed_after_all(step, why)
+        assert store is not None
+        store.release(self._branch)
+        self._branch = None
 
 
 class ObservedForward:

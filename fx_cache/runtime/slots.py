@@ -69,6 +69,10 @@ class Slot:
         """What the tensors take up, wherever they lie."""
         return bytes_of(self.tensors)
 
+    def forget(self, why: str) -> None:
+        """Lets go of what is cached."""
+        self.tensors, self.home, self.script, self.lost, self.open = [], None, None, why, False
+
     def offload(self) -> None:
         """Moves the tensors to the host, but for those of a span over several graphs."""
         if self.tensors and self.home is None and self.script is None:
