@@ -125,6 +125,8 @@ class Explanation:
         if self.invariants:
             lines.append(f"computed once a request: {', '.join(self.invariants)}")
         lines += [f"{role}: {', '.join(names)}" for role, names in self.inputs.items() if names]
+        if self.inputs and self.reason is None and not self.inputs.get("schedule"):
+            lines.append("schedule: none seen; what moves with the latents is learned from the calls")
         lines.append("cached" if self.reason is None else f"not cached: {self.reason}")
         return "\n".join(lines)
 
