@@ -91,17 +91,16 @@ def measure(name: str, kind: str) -> Row:
         row.supported, row.error = False, _line(error)
         return row
     prompts = [conditioning(name, seed) for seed in range(PASSES)]
-    steps = walk(name, STEPS)
-    before = [{**step, **conditioning(name, PASSES)} for step in walk(name, STEPS, seed=7)]
+    steps, before = walk(name, STEPS), walk(name, STEPS, seed=PASSES)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             expected = [_outputs(model, step) for step in before]
             plain = [[_outputs(model, {**step, **prompt}) for step in steps] for prompt in prompts]
-            fx_cache.enable(model, OPTIONS, residual_diff_threshold=0.0)
+            handle = fx_cache.enable(model, OPTIONS, residual_diff_threshold=0.0)
             with fx_cache.session("before"):
                 exact = [_equal(_outputs(model, step), own) for step, own in zip(before, expected, strict=True)]
-            fx_cache.configure(model, residual_diff_threshold=2.0)
+            handle.configure(residual_diff_threshold=2.0)
             together = _request(model, "together", steps, prompts)
             alone = [_request(model, f"alone-{i}", steps, [prompt])[0] for i, prompt in enumerate(prompts)]
             row.exact = all(exact) and all(_equal(plain[p][0], together[p][0]) for p in range(PASSES))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,3 +182,35 @@ def test_once_is_enough() -> None:
         fx_cache.enable(model, OPTIONS)
     handle.disable()
     fx_cache.enable(model, OPTIONS)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_a_denoiser_that_has_run_is_copied_and_saved() -> None:
+    """Enabled or not, for a pipeline that says which pass a call is. Oracle: the model's own forward."""
+    model, steps = shallow("flux"), walk("flux", 3)
+
+    def outputs(of: nn.Module) -> list[torch.Tensor]:
+        found = []
+        for step in steps:
+            with of.cache_context("cond"):
+                found.append(of(**step)[0].clone())
+        return found
+
+    expected, own = outputs(model), set(vars(model))
+    handle = fx_cache.enable(model, OPTIONS, residual_diff_threshold=2.0)
+    outputs(model)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved(model)]
+    handle.disable()
+    assert set(vars(model)) == own and not model._diffusers_hook.hooks and not model._diffusers_hook._fn_refs
+    for copied in (*copies, saved(model)):
+        assert all(torch.equal(a, b) for a, b in zip(expected, outputs(copied), strict=True))
+    fx_cache.enable(copies[0], OPTIONS, residual_diff_threshold=2.0)
+    outputs(copies[0])
+    assert hits_of(copies[0])
+    assert [b["name"] for s in fx_cache.summary(copies[0]).to_dict()["sessions"] for b in s["branches"]] == ["branch-0"]

@@ -19,6 +19,7 @@ from fx_cache.config import CacheConfig, split_options
 from fx_cache.control import configure, reset
 from fx_cache.errors import OptionError
 from fx_cache.profiles import Profiles, options_for
+from fx_cache.runtime.contexts import leave
 from fx_cache.runtime.named import session
 from fx_cache.runtime.registry import stores
 from fx_cache.runtime.sessions import Store
@@ -52,6 +53,7 @@ class Enabled:
             self._before.pop()()
         for module in self.modules.values():
             reset(module)
+            leave(module)
 
     def summary(self, name: str | None = None) -> Summary:
         """What was cached (:func:`fx_cache.summary`), of all denoisers; in one session, or in all."""
@@ -181,9 +183,12 @@ def _denoises(module: nn.Module) -> bool:
 
 def _take_off(part: nn.Module, before: list[Callable[[], None]]) -> None:
     """Runs a module uncompiled, and notes how to undo that: what is compiled in blocks is no graph of a transformer."""
-    compiled = part._compiled_call_impl
-    before.append(lambda: setattr(part, "_compiled_call_impl", compiled))
-    part._compiled_call_impl = None
+    if part._compiled_call_impl is None:
+        before.append(lambda: part.__dict__.pop("_compiled_call_impl", None))
+    else:
+        compiled = part._compiled_call_impl
+        before.append(lambda: setattr(part, "_compiled_call_impl", compiled))
+        part._compiled_call_impl = None
     forward = part.__dict__.get("forward")
     plain = getattr(forward, "_torchdynamo_orig_callable", None)
     if plain is not None:

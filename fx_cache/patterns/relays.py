@@ -197,12 +197,6 @@ class RelayPlan:
     ranges: Ranges
     groups: tuple[str, ...]
 
-    @property
-    def latent(self) -> int | None:
-        """The user's input that is denoised, if the main stream shows it."""
-        tokens = self.streams[0].tokens
-        return next(iter(tokens)) if len(tokens) == 1 else None
-
 
 @dataclass(frozen=True)
 class _Stretch:
@@ -308,63 +302,68 @@ def _stretches(calls: Sequence[Call], at_end: bool) -> Iterator[_Stretch]:
         places.setdefault(call.family, []).append(i)
     for starts in places.values():
         run: list[int] = starts[:1]
-        carried: set[str] = set()
+        carried: _Links = {}
         for a, b in pairwise(starts):
-            names = _handed_on(calls, a, b)
-            if len(run) > 1 and not names & carried:
+            links = _handed_on(calls, a, b)
+            common = dict(links.items() & carried.items())
+            if len(run) > 1 and not common:
                 yield from _stretch(calls, run, carried, at_end)
-                run, carried = [a], set()
-            if not names:
-                run, carried = [b], set()
-                continue
-            carried = names & carried if carried else names
-            run.append(b)
+                run = [a]
+            run = [*run, b] if links else [b]
+            carried = common or links
         yield from _stretch(calls, run, carried, at_end)
 
 
-def _handed_on(calls: Sequence[Call], a: int, b: int) -> set[str]:
-    """Inputs of call b that were made since call a, and have the form that they had there."""
-    found = set()
+_Links = dict[str, tuple[Hashable, int]]
+"""Inputs, and the family that makes each, with which of the tensors that it gives back that is."""
+
+
+def _handed_on(calls: Sequence[Call], a: int, b: int) -> _Links:
+    """Inputs of call b that were made since call a, by code called once, and have the form that they had there."""
+    found = {}
     for name, traced in calls[b].inputs.items():
         before = calls[a].inputs.get(name)
         made = traced.made_by
         if before is not None and before.form == traced.form and made is not None and a <= made[0] < b:
-            found.add(name)
+            maker = _maker(calls, made)
+            if sum(c.family == maker[0] for c in calls[a:b]) == 1:
+                found[name] = maker
     return found
 
 
-def _stretch(calls: Sequence[Call], starts: Sequence[int], carried: set[str], at_end: bool) -> Iterator[_Stretch]:
-    if len(starts) < MIN_BLOCKS or not carried:
-        return
+def _stretch(calls: Sequence[Call], starts: Sequence[int], carried: _Links, at_end: bool) -> Iterator[_Stretch]:
+    """The stack of some blocks; without the last one, if that gives back nothing like what the others do."""
+    for blocks in (starts, starts[:-1]):
+        found = _whole_stretch(calls, blocks, carried, at_end) if len(blocks) >= MIN_BLOCKS else None
+        if found is not None:
+            yield found
+            return
+
+
+def _whole_stretch(calls: Sequence[Call], starts: Sequence[int], carried: _Links, at_end: bool) -> _Stretch | None:
     found: dict[str, tuple[RelayStream, int]] = {}
     given_back = False
-    for name in sorted(carried):
-        makers = {_maker(calls, calls[b].inputs[name].made_by) for b in starts[1:]}
-        if len(makers) != 1:
-            continue
-        family, output = makers.pop()
-        counts = [Counter(c.family for c in calls[a:b])[family] for a, b in pairwise(starts)]
+    for name, (family, output) in sorted(carried.items()):
         place = next((i for i in range(starts[-1], len(calls)) if calls[i].family == family), None)
+        if place is None:
+            continue
         traced = calls[starts[0]].inputs[name]
-        if all(n == 1 for n in counts) and place is not None:
-            regular = next(i for i in range(starts[0], starts[1]) if calls[i].family == family)
-            last = _same_output(calls[regular], calls[place], output)
-            given_back = given_back or last is not None
-            if not at_end:
-                last = output
-            if last is not None:
-                others = {calls[b].inputs[name].others for b in starts[1:]}
-                joined = others.pop() if len(others) == 1 else (0, 0)
-                found[name] = RelayStream(name, family, last, traced.form, traced.tokens, joined), place
-    # Calls whose last one gives back nothing like what the others do belong to two stacks.
-    if found and given_back:
-        end = max(place for _, place in found.values())
-        # The stream that goes on behind the blocks, and of which it is known what is denoised in it, before others.
-        streams = [s for s, _ in found.values()]
-        streams.sort(
-            key=lambda s: (not _read_behind(calls, s, starts[-1], end), len(s.tokens) != 1, -math.prod(s.form[0]))
-        )
-        yield _Stretch(tuple(starts), tuple(streams), end)
+        regular = next(i for i in range(starts[0], starts[1]) if calls[i].family == family)
+        last = _same_output(calls[regular], calls[place], output)
+        given_back = given_back or last is not None
+        if not at_end:
+            last = output
+        if last is not None:
+            others = {calls[b].inputs[name].others for b in starts[1:]}
+            joined = others.pop() if len(others) == 1 else (0, 0)
+            found[name] = RelayStream(name, family, last, traced.form, traced.tokens, joined), place
+    if not found or not given_back:
+        return None
+    end = max(place for _, place in found.values())
+    # The stream that goes on behind the blocks, and of which it is known what is denoised in it, before others.
+    streams = [s for s, _ in found.values()]
+    streams.sort(key=lambda s: (not _read_behind(calls, s, starts[-1], end), len(s.tokens) != 1, -math.prod(s.form[0])))
+    return _Stretch(tuple(starts), tuple(streams), end)
 
 
 def _same_output(regular: Call, last: Call, output: int) -> int | None:
