@@ -29,6 +29,7 @@ from fx_cache.regions import written_out
 from fx_cache.runtime.forwards import Forward, surroundings
 from fx_cache.runtime.relay import ObservedForward, Relays
 from fx_cache.runtime.step import CachedForward
+from fx_cache.versions import with_versions
 
 _relays = Relays()
 
@@ -73,7 +74,7 @@ def dit_cache(
     config = replace(config, dump_dir=None)
     around = surroundings()
     broken = break_of(gm)
-    marked, gm = gm, written_out(gm)
+    marked, gm = gm, with_versions(written_out(gm))
     whole = broken is None and around.depth == 0
     refusal = refuse_gradients(gm)
     if refusal is None:
@@ -133,7 +134,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 def rewrite(gm: fx.GraphModule, config: CacheConfig, dump: Dump | None = None) -> Rewritten:
     """Runs the pipeline over a copy of a captured graph, a `Draft`."""
-    gm = written_out(gm)
+    gm = with_versions(written_out(gm))
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     copied = Draft(gm, graph)
