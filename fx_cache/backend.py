@@ -29,6 +29,7 @@ from fx_cache.regions import written_out
 from fx_cache.runtime.forwards import Forward, surroundings
 from fx_cache.runtime.relay import ObservedForward, Relays
 from fx_cache.runtime.step import CachedForward
+from fx_cache.versions import with_versions
 
 _relays = Relays()
 
@@ -141,7 +142,9 @@ def _read(reading: Reading, config: CacheConfig) -> None:
     with stage("dump_dir"):
         reading.dump = Dump.open(config.dump_dir)
     with stage("written_out"):
-        gm = reading.gm = written_out(reading.gm)
+        gm = written_out(reading.gm)
+    with stage("with_versions"):
+        gm = reading.gm = with_versions(gm)
     gradients = reading.refusal = refuse_gradients(gm)
     share = 0.0
     if gradients is None:
@@ -202,7 +205,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 def rewrite(gm: fx.GraphModule, config: CacheConfig, dump: Dump | None = None) -> Rewritten:
     """Runs the pipeline over a copy of a captured graph, a `Draft`. An error of ours becomes a plan that refuses."""
-    gm = written_out(gm)
+    gm = with_versions(written_out(gm))
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     copied = Draft(gm, graph)

@@ -14,6 +14,12 @@ Handed = Callable[[list[Any]], Any]
 """A branch that takes its operands in a list, and empties it."""
 
 
+def version(tensor: Any, write: Any) -> Any:
+    """`tensor` as it is behind the operation `write`; stands in no graph that runs (see `fx_cache.versions`)."""
+    del write
+    return tensor
+
+
 class Mixed(Protocol):
     """A decision that is not the same for all samples of a batch."""
 

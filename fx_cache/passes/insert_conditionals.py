@@ -134,7 +134,6 @@ def _live_ins(context: RewriteContext, span: SpanPlan, live_outs: list[fx.Node])
     """For each live-out, the value whose stream it carries on, as the nodes stand now that blocks are outlined."""
     now = context.templates.now
     continued = {now(lo.value): now(lo.continues) for lo in span.live_outs if lo.continues is not None}
-    continued |= {now(clone): now(stream) for clone, stream in context.copies.items()}
     return [continued.get(out) for out in live_outs]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fx_cache.ops import version
 from fx_cache.patterns.graph import external_inputs, is_scalar, is_tensor, structure, symbols_of, value_of
 
 REGION = "fx_cache_region"
@@ -113,6 +114,9 @@ def build(
         return env[node]
 
     for node in nodes:
+        if node.target is version:  # the same tensor: within a piece the order of its operations tells the rest
+            env[node] = bring(node.args[0])  # type: ignore[arg-type]
+            continue
         env[node] = graph.node_copy(node, bring)
         env[node].meta = copy.copy(node.meta)
     graph.output(tuple(env[o] for o in outputs))

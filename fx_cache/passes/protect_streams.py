@@ -7,7 +7,7 @@ from torch import fx
 
 from fx_cache.passes.outline import REGION, fake, mark, region_nodes
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import storage_key, view_key, written_storages
+from fx_cache.patterns.graph import is_tensor, storage_key, value_of, view_key, viewed, written_storages
 
 
 def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -15,11 +15,11 @@ def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
 
     Before::
 
-        span { x.add_(attention(x)) }   tail { out = f(x) }
+        span { x_2 = x.add_(attention(x)) }   tail { out = f(x_2) }
 
     After::
 
-        span { x_1 = x.clone();  x_1.add_(attention(x_1)) }   tail { out = f(x_1) }
+        span { x_1 = x.clone();  x_2 = x_1.add_(attention(x_1)) }   tail { out = f(x_2) }
 
     Requires: `mark_regions`; a plan without writes to what others see.
     Ensures: a span leaves the values it starts from as they were: out - in is the residual, and a hit skips no effect.
@@ -31,18 +31,38 @@ def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
         inside = set(nodes)
         written = written_storages(nodes)
         before = [n for n in gm.graph.nodes if n.meta.get(REGION, -1) < 2 * k + 1 and n.op != "placeholder"]
-        clones: dict[tuple[Any, ...], fx.Node] = {}
-        # The youngest name of a tensor first: that is the stream's value at the cut.
-        for node in reversed([n for n in before if storage_key(n) in written]):
-            readers = [u for u in node.users if u in inside or u.meta.get(REGION, 1 << 30) > 2 * k + 1]
-            if not readers:
-                continue
-            key = view_key(node)
-            if key not in clones:
-                with gm.graph.inserting_before(nodes[0]):
-                    clones[key] = gm.graph.call_function(torch.clone, (node,))
-                mark(clones[key], 2 * k + 1, fake(torch.clone, node))
-                context.copies[clones[key]] = node
-            node.replace_all_uses_with(clones[key], delete_user_cb=lambda u, readers=readers: u in readers)
-            count += 1
+        names: dict[int | None, list[fx.Node]] = {}
+        for node in before:
+            if storage_key(node) in written and any(u in inside for u in node.users):
+                names.setdefault(storage_key(node), []).append(node)
+        for same in names.values():
+            # The youngest name of a tensor is the stream's value at the cut; of several views the whole is copied.
+            whole = same[-1] if len(set(map(view_key, same))) == 1 else _whole(same[-1])
+            with gm.graph.inserting_before(nodes[0]):
+                clone = gm.graph.call_function(torch.clone, (whole,))
+                copies: dict[Any, fx.Node] = {view_key(whole): mark(clone, 2 * k + 1, fake(torch.clone, whole))}
+                for node in same:
+                    own = _view(node, copies, 2 * k + 1)
+                    node.replace_all_uses_with(own, delete_user_cb=inside.__contains__)
+                    count += 1
     return count
+
+
+def _whole(node: fx.Node) -> fx.Node:
+    """The tensor that a node is a view of."""
+    source = viewed(node)
+    return node if source is None else _whole(source)
+
+
+def _view(node: fx.Node, copies: dict[Any, fx.Node], region: int) -> fx.Node:
+    """What a node is of a copy of the whole tensor, by the operations that look at it in another shape."""
+    key = view_key(node) if is_tensor(node) else node
+    if key not in copies:
+        source = viewed(node)
+        assert source is not None, f"{node} is no view of what was copied"
+        base = _view(source, copies, region)
+        if key not in copies:  # what writes to a tensor gives that back
+            made = node.graph.node_copy(node, lambda a: base if a is source else a)
+            made.meta = {}
+            copies[key] = mark(made, region, value_of(node))
+    return copies[key]

@@ -25,14 +25,12 @@ class RewriteContext:
         plan: what the analysis found; set by the planning pass.
         templates: the sub-modules made so far.
         probes: for each span, the node of its probe.
-        copies: for each copy of a stream that a span writes to, the stream.
         rests: nodes of blocks that are outlined apart from the rest of their block.
     """
 
     config: CacheConfig
     plan: Plan | None = None
     templates: Templates = field(default_factory=Templates)
-    copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
     probes: list[fx.Node] = field(default_factory=list)
     rests: set[fx.Node] = field(default_factory=set)
 

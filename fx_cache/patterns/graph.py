@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves
@@ -99,16 +100,8 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1 or written_inputs(node):
         return None
     (source,) = node.all_input_nodes
-    storages, sources = (_storages(value_of(n)) for n in (node, source))
+    storages, sources = (_storages(n) for n in (node, source))
     return source if storages and storages <= sources else None
-
-
-def _storages(value: Any) -> set[int]:
-    """The storages of a tensor, or of several."""
-    try:
-        return {v.untyped_storage()._cdata for v in tree_leaves(value) if isinstance(v, torch.Tensor)}
-    except (NotImplementedError, RuntimeError):
-        return set()
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -116,42 +109,29 @@ def positions(graph: fx.Graph) -> dict[fx.Node, int]:
     return {node: i for i, node in enumerate(graph.nodes)}
 
 
-def descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """Every node that depends on one of `roots`, and the roots, including through writes in place."""
-    reached = set(roots)
-    written = {storage_key(n) for n in reached} - {None}
-    for node in graph.nodes:
-        if node in reached:
-            continue
-        if any(a in reached for a in node.all_input_nodes) or (written and storage_key(node) in written):
-            reached.add(node)
-            written |= {storage_key(a) for a in written_inputs(node)} - {None}
-    return reached
-
-
 Reads = Callable[[fx.Node], Iterable[fx.Node]]
 
 
+def _inputs(node: fx.Node) -> Iterable[fx.Node]:
+    return node.all_input_nodes
+
+
 def writes_too(graph: fx.Graph) -> Reads:
-    """What a node depends on: its inputs, and what is written in place to its storage."""
-    writers: dict[int, list[fx.Node]] = {}
+    """What a node depends on: its inputs. What was written before is among them, as a version (`fx_cache.versions`)."""
+    del graph
+    return _inputs
+
+
+def descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """Every node that depends on one of `roots`, and the roots."""
+    reached = set(roots)
     for node in graph.nodes:
-        for target in written_inputs(node):
-            key = storage_key(target)
-            if key is not None:
-                writers.setdefault(key, []).append(node)
-
-    def reads(node: fx.Node) -> Iterable[fx.Node]:
-        if not writers or node.op == "placeholder":
-            return node.all_input_nodes
-        return [*node.all_input_nodes, *writers.get(storage_key(node) or -1, ())]
-
-    return reads
+        if any(a in reached for a in node.all_input_nodes):
+            reached.add(node)
+    return reached
 
 
-def ancestors(
-    node: fx.Node, stop: Collection[fx.Node] = (), reads: Reads = lambda n: n.all_input_nodes
-) -> set[fx.Node]:
+def ancestors(node: fx.Node, stop: Collection[fx.Node] = (), reads: Reads = _inputs) -> set[fx.Node]:
     """Every node that `node` depends on by `reads`, and itself; nodes in `stop` are included but not followed."""
     seen: set[fx.Node] = set()
     todo = [node]
@@ -169,24 +149,36 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs that a node writes to in place."""
     if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
         return []
-    first = [a for a in node.args[:1] if isinstance(a, fx.Node)]
-    out = [a for a in tree_leaves(node.kwargs["out"]) if isinstance(a, fx.Node)] if "out" in node.kwargs else []
+    first = _nodes(node.args[:1])
+    out = _nodes(node.kwargs.get("out"))
     if node.op == "call_method":
         name = str(node.target)
         return (first if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" else []) + out
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema.arguments
-        return [
-            a
-            for spec, a in zip(schema, node.args, strict=False)
-            if spec.alias_info is not None and spec.alias_info.is_write and isinstance(a, fx.Node)
-        ] + out
+    schema = _schema(node.target)
+    if schema is not None:
+        given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        return [n for name in written for n in _nodes(given.get(name))]
+    if node.target is triton_kernel_wrapper_mutation:
+        return _nodes(node.kwargs["kwargs"])  # which of them a kernel writes to is not asked
     if getattr(node.target, "__module__", None) == "_operator":  # `and_` ends as in-place functions do, and is none
         return first if node.target in _INPLACE_OPERATORS else []
     name = getattr(node.target, "__name__", "")
     if (name.endswith("_") and not name.endswith("__")) or _asks_inplace(node):
         return first + out
     return out
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    return [a for a in tree_leaves(value) if isinstance(a, fx.Node)]
+
+
+def _schema(target: Any) -> Any:
+    """The schema of a dispatcher's operator; None for any other function."""
+    target = getattr(target, "_opoverload", target)  # of one that was made by ``torch.library.custom_op``
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
 
 
 def written_storages(nodes: Iterable[fx.Node]) -> set[int]:
@@ -266,8 +258,10 @@ def _inplace_position(function: Any) -> int | None:
 def storage_key(node: fx.Node) -> int | None:
     """Identifies the storage of a node's value: views and in-place results share it."""
     value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return None
+    return _storage(value) if isinstance(value, torch.Tensor) else None
+
+
+def _storage(value: torch.Tensor) -> int | None:
     try:
         return int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
@@ -277,7 +271,20 @@ def storage_key(node: fx.Node) -> int | None:
 def view_key(node: fx.Node) -> tuple[Any, ...]:
     """Identifies a view of a storage: nodes with the same key are the same tensor, whatever is written to it."""
     value = value_of(node)
-    return storage_key(node), tuple(map(str, value.shape)), tuple(map(str, value.stride())), str(value.storage_offset())
+    layout = tuple(map(str, value.shape)), tuple(map(str, value.stride())), str(value.storage_offset())
+    return storage_key(node), value.dtype, *layout
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """The input whose storage a node's value shows, as a view of it or as what was written to; None: it has its own."""
+    shown = _storages(node)
+    return next((a for a in node.all_input_nodes if not shown.isdisjoint(_storages(a))), None)
+
+
+def _storages(node: fx.Node) -> set[int]:
+    """The storages of a tensor, or of the elements of a tuple."""
+    tensors = [v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor)]
+    return {key for v in tensors if (key := _storage(v)) is not None}
 
 
 def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:

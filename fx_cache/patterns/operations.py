@@ -13,7 +13,18 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fx_cache.patterns.graph import callee, descendants, is_tensor, is_weight, operation, storage_key, value_of
+from fx_cache.ops import version
+from fx_cache.patterns.graph import (
+    callee,
+    descendants,
+    is_tensor,
+    is_weight,
+    operation,
+    storage_key,
+    value_of,
+    viewed,
+    written_inputs,
+)
 from fx_cache.patterns.inputs import classify_inputs
 
 _TAKES = {"getitem", "select", "slice", "narrow"}
@@ -125,17 +136,21 @@ class Life:
 def _lives(graph: fx.Graph, ops: Sequence[fx.Node], form_of: Callable[[fx.Node], Form]) -> list[Life]:
     number = {n: i for i, n in enumerate(ops)}
     inputs = [n for n in graph.find_nodes(op="placeholder") if is_tensor(n) and not is_weight(n)]
-    holders: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
+    # A tensor that is written to is another one from then on.
+    holders: dict[Any, list[tuple[int, fx.Node]]] = defaultdict(list)
+    tensor_of: dict[fx.Node, Any] = {}
     for i, node in [*((-1, n) for n in inputs), *enumerate(ops)]:
-        key = storage_key(node)
-        if key is not None:
-            holders[key].append((i, node))
+        if storage_key(node) is None:
+            continue
+        source, write = _origin(node)
+        tensor_of[node] = write or (tensor_of.get(source, node) if source else node)
+        holders[tensor_of[node]].append((i, node))
     found = []
     handed_out: set[Any] = set()
     for held in sorted(holders.values(), key=lambda h: -h[0][0]):
         born, first = held[0]
         form = form_of(first)
-        uses = {number.get(u, i) for i, n in held for u in n.users if u.op != "output"}
+        uses = {number.get(u, i) for i, n in held for u in _readers(n) if u.op != "output"}
         # What a block hands out beside its stream (keys and values for a cache) is not carried through the others.
         if not uses and form not in handed_out:
             handed_out.add(form)
@@ -143,6 +158,27 @@ def _lives(graph: fx.Graph, ops: Sequence[fx.Node], form_of: Callable[[fx.Node],
         makers = frozenset(i for i, _ in held)
         found.append(Life(born, max(uses | makers), form, frozenset(uses), makers))
     return found
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a tensor; for a write that gives back nothing, the versions behind it."""
+    for user in node.users:
+        if is_tensor(user) or not written_inputs(user):
+            yield user
+        else:
+            yield from user.users
+
+
+def _origin(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The tensor that a node is a view of, and the write behind which it is what it is; None where there is none."""
+    if node.target is version:
+        return None, node.args[1]  # type: ignore[return-value]
+    if written_inputs(node):
+        return None, node
+    source = viewed(node)
+    while source is not None and not is_tensor(source):
+        source = viewed(source)
+    return source, None
 
 
 def within_blocks(lives: list[Life], stacks: list[list[int]]) -> list[Life]:

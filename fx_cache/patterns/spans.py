@@ -22,7 +22,6 @@ from fx_cache.patterns.graph import (
     same_shape,
     storage_key,
     value_of,
-    view_key,
     written_inputs,
 )
 from fx_cache.patterns.groups import groups_of
@@ -356,23 +355,29 @@ def _parted(nodes: list[fx.Node], cuts: tuple[int, ...], where: str) -> Refusal 
 
 
 def _outer_writes(nodes: list[fx.Node], start: int, end: int, where: str) -> Refusal | None:
-    """A span that writes in place to what somebody outside it sees, beyond a stream it takes over."""
-    outside: dict[int, list[fx.Node]] = {}
-    for node in nodes[:start]:
+    """A span that writes in place to what somebody outside it sees, beyond a stream it takes over.
+
+    And one that hands on two views of one tensor, to which somebody writes behind it: from a cache they come apart.
+    """
+    order = {n: i for i, n in enumerate(nodes)}
+    holders: dict[int, list[fx.Node]] = {}
+    for node in nodes:
         key = storage_key(node)
         if key is not None:
-            outside.setdefault(key, []).append(node)
-    order = {n: i for i, n in enumerate(nodes)}
-    for node in nodes[start:end]:
+            holders.setdefault(key, []).append(node)
+    for node in nodes[start:]:
         for target in written_inputs(node):
-            owners = outside.get(storage_key(target) or -1, [])
-            visible = [o for o in owners if o.op in ("placeholder", "get_attr")]
-            live = [o for o in owners if any(order[u] >= start for u in o.users)]
-            if visible or len({view_key(o) for o in live}) > 1:
+            held = holders.get(storage_key(target) or -1, [])
+            if order[node] < end:
+                seen = [o for o in held if o.op in ("placeholder", "get_attr")]
+            else:
+                crossing = [o for o in held if order[o] < end and any(order[u] >= end for u in o.users)]
+                inside = any(order[o] >= start for o in crossing)
+                seen = crossing if inside and len(crossing) > 1 else []
+            if seen:
                 return Refusal(
                     f"stack {where}",
-                    f"a write in place ({node.format_node()}) to {visible[0].name if visible else live[0].name}, "
-                    "which is made before the span and seen outside it",
+                    f"a write in place ({node.format_node()}) to {seen[0].name}, which is seen outside the span",
                     "blocks that write only to tensors of their own",
                     "replace the write in place by an operation that returns a new tensor",
                 )
