@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -360,3 +362,129 @@ def test_another_pass_at_another_size_caches_like_what_was_watched() -> None:
     sessions = fx_cache.summary(model).to_dict()["sessions"]
     hits = {s["name"]: [b["spans"][0]["hits"] for b in s["branches"]] for s in sessions}
     assert hits["small"] == [[*range(WARMUP, STEPS)]]
+
+
+class Halves(nn.Module):
+    """A block with a graph break between its halves, if wanted."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.breaks = breaks
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        x = x + torch.tanh(self.first(x) * time) + text.mean(dim=1, keepdim=True)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return x + torch.tanh(self.second(x))
+
+
+class Split(nn.Module):
+    """Takes the latents and the time as they come."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out, self.time = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4), nn.Linear(2 * WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Halves(breaks) for _ in range(BLOCKS))
+
+    def forward(self, latent: Any, timestep: Any, text: Tensor) -> Any:
+        x = torch.stack(latent) if isinstance(latent, list) else latent
+        if not isinstance(timestep, Tensor):
+            timestep = torch.full((len(x),), timestep, dtype=torch.float32)
+        angles = (timestep if timestep.ndim == 2 else timestep[:, None])[..., None] * torch.arange(WIDTH) / 50
+        time = self.time(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, text, time)
+        x = self.out(x)
+        return list(x) if isinstance(latent, list) else x
+
+
+def times(kind: str, i: int) -> Any:
+    """The timestep of a step, of a kind."""
+    if kind == "tokens":
+        return torch.full((1, 80), 1000.0 - 40 * i)
+    return 1000 - 40 * i if kind == "int" else torch.tensor([1000.0 - 40 * i])
+
+
+def split_walk(kind: str, seed: int, as_seen: str = "") -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    count = 2 if kind in ("list", "batch") else 1
+    latent, text = torch.randn(count, 80, 4, generator=generator), torch.randn(1, 6, WIDTH, generator=generator)
+    found = []
+    for i in range(STEPS):
+        given = [*latent.clone()] if (as_seen or kind) == "list" else latent
+        found.append({"latent": given, "timestep": times(as_seen or kind, i), "text": text})
+        latent = latent + 0.15 * torch.randn(latent.shape, generator=generator)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "as_seen"), [("tokens", "tokens"), ("list", "batch"), ("int", "float")])
+def test_time_and_latents_in_every_form(kind: str, as_seen: str) -> None:
+    """Oracle: the same blocks in one graph, given the latents as one tensor and the time as a float."""
+    outputs, hits = {}, {}
+    for breaks, form in ((True, kind), (False, as_seen)):
+        torch._dynamo.reset()
+        model = Split(breaks)
+        compiled = compile_broken(model, residual_diff_threshold=2.0)
+        for seed in (1, 2):
+            steps = split_walk(kind, seed, form)
+            outputs[breaks] = [torch.stack([*compiled(**step)]) for step in steps]
+        hits[breaks] = last_branch(model)["spans"][0]["hits"]
+    assert hits[True] == hits[False] == [*range(WARMUP, STEPS)]
+    assert max(relative_error(a, b) for a, b in zip(outputs[False], outputs[True], strict=True)) < 1e-5
+
+
+class Other(Halves):
+    """A block of another kind."""
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        x = x + torch.sin(self.first(x)) * text.mean(dim=1, keepdim=True)
+        torch._dynamo.graph_break()
+        return x + torch.tanh(self.second(x) * time)
+
+
+class Glued(Split):
+    """Blocks of two kinds, and glue behind one of them."""
+
+    def __init__(self, kinds: str, glue: int | None, captured: bool) -> None:
+        super().__init__(breaks=True)
+        self.blocks = nn.ModuleList(Halves(True) if kind == "h" else Other(True) for kind in kinds)
+        self.glue, self.captured = glue, captured
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        angles = timestep[:, None, None] * torch.arange(WIDTH) / 50
+        time = self.time(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        x = self.embed(latent)
+        for i, block in enumerate(self.blocks):
+            x = block(x, text, time)
+            if i == self.glue:
+                x = (_glue if self.captured else torch.compiler.disable(_glue))(x)
+        return self.out(x)
+
+
+def _glue(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return x * 1.5 + 0.25
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize(
+    ("kinds", "glue", "blocks"),
+    [("hhhhh", 1, 4), ("hhhhh", 3, 4), ("hhhho", None, 4), ("hhhoo", None, 3), ("ohhhh", 2, 3)],
+)
+def test_the_longest_uniform_stretch(kinds: str, glue: int | None, blocks: int, captured: bool) -> None:
+    """Glue behind some blocks, or blocks of another kind, end a stack. Oracle: on the same input it changes nothing."""
+    model, steps = Glued(kinds, glue, captured), split_walk("one", 6)
+    found = fx_cache.explain(compile_broken(model), **steps[0])
+    assert [s.blocks for s in found.stacks if s.span is not None] == [blocks]
+    compiled = compile_broken(model, residual_diff_threshold=100.0)
+    for step in split_walk("one", 5):
+        compiled(**step)
+    with fx_cache.session("again", branch="only"):
+        outputs = [compiled(**steps[0]) for _ in range(WARMUP + 1)]
+    assert last_branch(model)["spans"][0]["hits"] == [WARMUP]
+    expected = model(**steps[0])
+    assert all(torch.equal(out, expected) for out in outputs[:WARMUP])
+    assert relative_error(expected, outputs[WARMUP]) < 1e-5
