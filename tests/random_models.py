@@ -137,6 +137,7 @@ KINDS: dict[str, Spec] = {
     "join split": Spec(kinds=(("a",) * 3, ("b",) * 3), streams=2, join="split"),
     "join cat, written": Spec(kinds=(("b",) * 3, ("a",) * 3), streams=2, join="cat", write="augmented"),
     "over": Spec(kinds=(("a",) * 3, ("a",) * 3), over=True),
+    "over, written": Spec(kinds=(("b",) * 3, ("b",) * 3), context=True, over=True, write="augmented"),
     "side": Spec(side=True),
     "encoder": Spec(context=True, encoder=True),
     "rounds": Spec(holder="rounds"),
@@ -155,7 +156,7 @@ def kinds_of(spec: Spec) -> set[str]:
         found.add("write augmented, two streams")
     if spec.join:
         found |= {f"join {spec.join}"} | ({"join cat, written"} if spec.write else set())
-    found |= {spec.holder, spec.wrap}
+    found |= {spec.holder, spec.wrap} | ({"over, written"} if spec.over and spec.write else set())
     found |= {name for name in ("over", "side", "encoder") if getattr(spec, name)}
     return found & KINDS.keys()
 

@@ -26,6 +26,7 @@ PENDING: dict[str, str] = {
     "join cat": BY_VALUE,
     "join split": BY_VALUE,
     "join cat, written": BY_VALUE,
+    "over, written": "a later write is an ancestor: two spans",
     "encoder": "the stack with most work is the one tried",
     "rounds": "the embedding of a round belongs to no block",
     "dict": "the parts of a block are taken for blocks",
