@@ -136,10 +136,13 @@ KINDS: dict[str, Spec] = {
     "join cat": Spec(kinds=(("b",) * 3, ("a",) * 3), streams=2, join="cat"),
     "join split": Spec(kinds=(("a",) * 3, ("b",) * 3), streams=2, join="split"),
     "join cat, written": Spec(kinds=(("b",) * 3, ("a",) * 3), streams=2, join="cat", write="augmented"),
+    "join split, written": Spec(kinds=(("a",) * 3, ("b",) * 3), streams=2, join="split", write="augmented"),
     "over": Spec(kinds=(("a",) * 3, ("a",) * 3), over=True),
+    "over, written": Spec(kinds=(("b",) * 3, ("b",) * 3), context=True, over=True, write="augmented"),
     "side": Spec(side=True),
     "encoder": Spec(context=True, encoder=True),
     "rounds": Spec(holder="rounds"),
+    "attributes, written": Spec(kinds=(("a",) * 5,), context=True, glue=2, holder="attributes", write="augmented"),
     "nested": Spec(holder="nested"),
     "dict": Spec(holder="dict"),
     "autocast": Spec(wrap="autocast"),
@@ -154,8 +157,10 @@ def kinds_of(spec: Spec) -> set[str]:
     if spec.write and spec.streams > 1:
         found.add("write augmented, two streams")
     if spec.join:
-        found |= {f"join {spec.join}"} | ({"join cat, written"} if spec.write else set())
-    found |= {spec.holder, spec.wrap}
+        found |= {f"join {spec.join}"} | ({f"join {spec.join}, written"} if spec.write else set())
+    if spec.write and spec.holder == "attributes":
+        found.add("attributes, written")
+    found |= {spec.holder, spec.wrap} | ({"over, written"} if spec.over and spec.write else set())
     found |= {name for name in ("over", "side", "encoder") if getattr(spec, name)}
     return found & KINDS.keys()
 
@@ -258,7 +263,7 @@ class Parts(nn.Module):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(Block(kind, spec, spec.streams) for kind in "ba")
+        self.parts = nn.ModuleList(Block(kind, spec, spec.streams) for kind in ("b", "a"))
 
     def forward(
         self, streams: list[Tensor], time: Tensor, context: Tensor | None, skip: Tensor | None = None
@@ -376,7 +381,7 @@ class RandomModel(nn.Module):
             return self.cat(streams)
         sizes = TOKENS[: self.spec.streams]
         *others, first = streams[0].split([*sizes[1:], sizes[0]], dim=1)
-        return [x.contiguous() if self.spec.write else x for x in (first, *others)]
+        return [first, *others]
 
     def enter(self, n: int, streams: list[Tensor], at: dict[str, Any]) -> list[Tensor]:
         """What happens before the first block of list n."""
