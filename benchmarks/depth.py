@@ -80,7 +80,7 @@ def steps(blocks: int, count: int) -> dict[str, list[float]]:
     model, labels = model_of(blocks), torch.tensor([7])
     plain, cached = compile_of(model, "plain"), compile_of(model, "dit_cache")
     times: dict[str, list[float]] = {"plain": [], "computed": [], "reused": []}
-    with torch.no_grad(), fx_cache.session("benchmark"):
+    with torch.no_grad(), fx_cache.session("benchmark", "only"):
         for step in range(count + 3):
             kinds = [("plain", plain, None), ("computed", cached, 0.0), ("reused", cached, 1.0)]
             for k, (kind, run, threshold) in enumerate(kinds):

@@ -131,7 +131,7 @@ def check_blocks(model: Dit, *, kinds: int = 1, fn: int = 1) -> None:
         assert sum(s.blocks for s in found) == model.depth, found
         assert max(s.kinds for s in found) == kinds
         fx_cache.configure(compiled, residual_diff_threshold=1.0)
-        with fx_cache.session("rule"):
+        with fx_cache.session("rule", "only"):
             outputs = [compiled(*step)[0].clone() for step in steps]
         (span,) = last_branch(model)["spans"]
         assert span["hits"] == [1, 2, 3]

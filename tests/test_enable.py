@@ -118,11 +118,11 @@ def test_an_exported_module(name: str) -> None:
     assert {role: len(names) for role, names in found.items()} == {role: len(names) for role, names in known.items()}
     own, handle = fx_cache.enable(model, OPTIONS), fx_cache.enable(exported, OPTIONS)
     for module in (model, exported):
-        with fx_cache.session("never", config={"residual_diff_threshold": 0.0}):
+        with fx_cache.session("never", "only", config={"residual_diff_threshold": 0.0}):
             outputs = [module(**step)[0].clone() for step in steps]
         if module is exported:
             assert all(map(torch.equal, expected, outputs))
-        with fx_cache.session("reusing", config={"residual_diff_threshold": 2.0}):
+        with fx_cache.session("reusing", "only", config={"residual_diff_threshold": 2.0}):
             for step in steps:
                 module(**step)
     (branch,), (theirs,) = (h.summary("reusing").sessions[0]["branches"] for h in (handle, own))

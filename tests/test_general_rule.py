@@ -163,7 +163,7 @@ def test_never_reusing_and_reusing_on_equal_inputs(kind: type[Base], fn: int, bn
     for step in steps:
         assert torch.equal(compiled(*step)[0], model(*step)[0])
     fx_cache.configure(model, residual_diff_threshold=1.0)
-    with fx_cache.session("replay"):
+    with fx_cache.session("replay", "only"):
         outputs = [compiled(*steps[0])[0].clone() for _ in range(3)]
     assert last_branch(model)["spans"][0]["hits"] == [1, 2]
     assert all(relative_error(model(*steps[0])[0], output) < 1e-5 for output in outputs)
@@ -174,7 +174,7 @@ def test_what_does_not_depend_on_the_streams_is_never_stale() -> None:
     model = SideTableReadByTheTail()
     compiled = compile_cached(model, residual_diff_threshold=1.0)
     x, (t0, t1) = torch.randn(1, 5, WIDTH), (torch.tensor([2.0]), torch.tensor([1.0]))
-    with fx_cache.session("s"):
+    with fx_cache.session("s", "only"):
         compiled(x, t0)
         hit = compiled(x, t1)[0]
     shifts = [model.condition(t)[..., :WIDTH] for t in (t0, t1)]
