@@ -7,11 +7,11 @@ named session whose passes have no names, and each of its passes by itself: what
 that it gives the same bit for bit.
 
 Options:
-    --json FILE      where the rows go
+    --json FILE      where the rows go; those that it has already are not measured again
     --markdown FILE  where the table goes
     --only PATTERN   classes by shell pattern; may be given several times
-    --kind KIND      ``leaf`` or ``block-N``, N blocks a group; may be given several times; default leaf,
-                     block-1 and block-2
+    --kind KIND      leaf, leaf-N with a recompile limit of N, or block-N with N blocks a group; may be given several
+                     times; default leaf, leaf-64, block-1 and block-2
 """
 
 from __future__ import annotations
@@ -39,11 +39,24 @@ import fx_cache
 from tests.models import MODELS, build, conditioning, walk
 from tests.oracles import tensors
 
-KINDS = ("leaf", "block-1", "block-2")
+KINDS = ("leaf", "leaf-64", "block-1", "block-2")
 STEPS = 6
 PASSES = 2
 OPTIONS = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 2}
 CPU = torch.device("cpu")
+HEAD = """# Group offloading
+
+diffusers moves parts of a model while others run (`enable_group_offload`), by hooks that break its graph. So the blocks
+lie in graphs of their own, and a span lies over several ([sessions](sessions.md#a-forward-in-several-graphs)). Made by
+`python benchmarks/offload.py --markdown docs/offload.md` with small models of every class, two passes in a session:
+
+- *4 of 6*: steps of a pass that reused the blocks (two are warm-up); all others are the model's own, bit for bit;
+- *computes*: every step is the model's own, and a warning says why;
+- *not offered*: diffusers does not offload the class so.
+
+By leaf, Dynamo's recompile limit is soon reached in the hooks; what it leaves to Python from then on has no graphs to
+reuse. *leaf-64* is with `torch._dynamo.config.recompile_limit = 64`, *block-2* with two blocks a group.
+"""
 
 
 @dataclass
@@ -75,13 +88,18 @@ class Row:
 
 def offload(model: nn.Module, kind: str) -> None:
     """Puts diffusers' hooks on a model; on one processor they move nothing, and break its graph all the same."""
-    name, _, blocks = kind.partition("-")
-    settings = {"num_blocks_per_group": int(blocks)} if blocks else {}
+    name, _, number = kind.partition("-")
+    settings = {"num_blocks_per_group": int(number)} if name == "block" else {}
     model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type=f"{name}_level", **settings)
 
 
 def measure(name: str, kind: str) -> Row:
     """One class with one kind of offloading."""
+    with torch._dynamo.config.patch(recompile_limit=int(kind[5:]) if kind.startswith("leaf-") else 8):
+        return _measured(name, kind)
+
+
+def _measured(name: str, kind: str) -> Row:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     row, model = Row(name, kind), build(name)
@@ -148,7 +166,7 @@ def _line(text: object) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     """A table of all classes and kinds in markdown."""
-    kinds = list(dict.fromkeys(r.kind for r in rows))
+    kinds = [kind for kind in KINDS if any(r.kind == kind for r in rows)]
     lines = ["| class | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for name in dict.fromkeys(r.name for r in rows):
         cells = {r.kind: _cell(r) for r in rows if r.name == name}
@@ -182,12 +200,15 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": [],
     }
-    rows: list[Row] = []
+    rows = [Row(**r) for r in json.loads(args.json.read_text())["rows"]] if args.json and args.json.exists() else []
+    done = {(r.name, r.kind) for r in rows}
     with torch.no_grad():
         for name in MODELS:
             if not any(fnmatch.fnmatch(name, pattern) for pattern in args.only or ["*"]):
                 continue
             for kind in args.kind or KINDS:
+                if (name, kind) in done:
+                    continue
                 begin = time.perf_counter()
                 row = measure(name, kind)
                 row.seconds = round(time.perf_counter() - begin, 1)
@@ -196,7 +217,7 @@ def main() -> None:
                 if args.json:
                     args.json.write_text(json.dumps({**record, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text(_table(rows))
+        args.markdown.write_text(f"{HEAD}\n{_table(rows)}")
 
 
 if __name__ == "__main__":
