@@ -143,6 +143,7 @@ KINDS: dict[str, Spec] = {
     "encoder": Spec(context=True, encoder=True),
     "rounds": Spec(holder="rounds"),
     "attributes, written": Spec(kinds=(("a",) * 5,), context=True, glue=2, holder="attributes", write="augmented"),
+    "shared, written": Spec(holder="shared", write="augmented"),
     "nested": Spec(holder="nested"),
     "dict": Spec(holder="dict"),
     "autocast": Spec(wrap="autocast"),
@@ -158,8 +159,8 @@ def kinds_of(spec: Spec) -> set[str]:
         found.add("write augmented, two streams")
     if spec.join:
         found |= {f"join {spec.join}"} | ({f"join {spec.join}, written"} if spec.write else set())
-    if spec.write and spec.holder == "attributes":
-        found.add("attributes, written")
+    if spec.write:
+        found.add(f"{spec.holder}, written")
     found |= {spec.holder, spec.wrap} | ({"over, written"} if spec.over and spec.write else set())
     found |= {name for name in ("over", "side", "encoder") if getattr(spec, name)}
     return found & KINDS.keys()

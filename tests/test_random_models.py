@@ -19,6 +19,7 @@ SHARDS = 4
 MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "300"))
 
 DROPPED = "a write whose result is dropped feeds nothing"
+UNLISTED = "where writes are seen by structure alone, the stack is another or none"
 BY_VALUE = "streams in another form are stored by value"
 PENDING: dict[str, str] = {
     **{f"write {write}": DROPPED for write in WRITES if write != "augmented"},
@@ -28,7 +29,8 @@ PENDING: dict[str, str] = {
     "join split, written": BY_VALUE,
     "over, written": "a later write is an ancestor: two spans",
     "encoder": "the stack with most work is the one tried",
-    "attributes, written": "two writes and glue behind every second block: the structure shows no stack",
+    "attributes, written": UNLISTED,
+    "shared, written": UNLISTED,
     "rounds": "the embedding of a round belongs to no block",
     "dict": "the parts of a block are taken for blocks",
     "autocast": "a context at the beginning of a block is cut apart",
