@@ -47,7 +47,7 @@ class Oracle:
         spec = self.spec
         head, span, tail = group[: spec.fn], group[spec.fn : len(group) - spec.bn], group[len(group) - spec.bn :]
         before = streams[0].clone()
-        streams = self._run(head[:-1], group, streams, kept, at)
+        streams = self._run(head[:-1], True, streams, kept, at)
         n, i = head[-1]
         if i == 0 and head[-1] != group[0]:
             streams = self.model.enter(n, streams, at)
@@ -61,7 +61,9 @@ class Oracle:
         if step > 0 and slot.probe is not None:
             slot.diffs[step] = float((slot.probe - probe).abs().mean() / slot.probe.abs().mean())
             hit = slot.diffs[step] < self.threshold
-        first = self._form(span, streams)
+        # What stands before the first block of the tail is glue behind the span's last one.
+        ends = bool(tail) and tail[0][1] == 0
+        first = self._form(span + tail[:ends], streams)
         if hit:
             slot.hits.append(step)
             streams = [x + r for x, r in zip(first, slot.residuals, strict=False)]
@@ -70,20 +72,21 @@ class Oracle:
         else:
             start = len(kept)
             streams = self.model.glue(i, streams, at) if joint else streams
-            streams = self._run(span, group, streams, kept, at)
+            streams = self._run(span, False, streams, kept, at)
+            streams = self.model.enter(tail[0][0], streams, at) if ends else streams
             slot.probe = probe
             slot.residuals = [x - b for x, b in zip(streams, first, strict=False)]
             # What a later block reads of the stream's last value is that stream, which goes on by its residual.
             slot.kept = [None if value is streams[0] else value for value in kept[start:]]
-        return self._run(tail, group, streams, kept, at)
+        return self._run(tail, ends, streams, kept, at)
 
     def _run(
-        self, places: list[Place], group: list[Place], streams: list[Tensor], kept: list[Tensor], at: dict
+        self, places: list[Place], entered: bool, streams: list[Tensor], kept: list[Tensor], at: dict
     ) -> list[Tensor]:
-        """The model's own blocks; what they write in place is not seen outside."""
+        """The model's own blocks, of the first of which the list may be entered; their writes are not seen outside."""
         streams = [x.clone() for x in streams] if self.spec.write else streams
         for n, i in places:
-            if i == 0 and (n, i) != group[0]:
+            if i == 0 and not (entered and (n, i) == places[0]):
                 streams = self.model.enter(n, streams, at)
             streams = self.model.window(n, i, streams, kept, at)
         return streams

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
+from collections.abc import Collection, Iterable
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -74,26 +76,27 @@ def test_imports_go_one_way(folder: str) -> None:
         assert not set(imported) & set(FORBIDDEN[folder]), file
 
 
-def needed(name: str, extras: frozenset[str], found: dict[str, set[str]]) -> None:
-    """Adds to `found` what a distribution needs, with the extras that it is needed with; all the way down."""
-    if extras <= found.get(name, set()) and name in found:
-        return
-    found.setdefault(name, set()).update(extras)
-    for line in requires(name) or ():
+def add_needed(lines: Iterable[str], extras: Collection[str], found: dict[str, set[str]]) -> None:
+    """Adds to `found` what requirements name, with the extras that it is needed with; all the way down."""
+    for line in lines:
         requirement = Requirement(line)
-        if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in (extras or {""})):
-            needed(canonicalize_name(requirement.name), frozenset(requirement.extras), found)
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras or [""]):
+            continue
+        name = canonicalize_name(requirement.name)
+        if name not in found or not requirement.extras <= found[name]:
+            found.setdefault(name, set()).update(requirement.extras)
+            add_needed(requires(name) or (), found[name], found)
 
 
 def test_everything_that_is_installed_is_pinned() -> None:
     """What ``make`` installs, with what builds it; of a torch for CUDA that names its own libraries, not those."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
     found: dict[str, set[str]] = {}
-    needed("fx-cache", frozenset({"demo", "dev"}), found)
-    pinned = {
-        canonicalize_name(line.partition("==")[0])
-        for line in (ROOT.parent / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    }
+    for lines in (project["dependencies"], *(project["optional-dependencies"][e] for e in ("demo", "dev"))):
+        add_needed(lines, (), found)
+    text = (ROOT.parent / "constraints.txt").read_text()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in text.splitlines() if "==" in line}
+    beside = {name for name in found if name.startswith(("nvidia-", "cuda-toolkit", "triton"))}
     assert len(found) > 60
-    beside = {"fx-cache"} | {name for name in found if name.startswith(("nvidia-", "cuda-toolkit", "triton"))}
     assert not (found.keys() | {"pip", "setuptools", "wheel"}) - pinned - beside

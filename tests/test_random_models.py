@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 
 import fx_cache
-from tests.random_models import KINDS, WRITES, RandomModel, Spec, kinds_of, specs, steps_of
+from tests.random_models import KINDS, WRITES, RandomModel, Spec, kinds_of, spec_of, steps_of
 from tests.random_rule import Oracle
 from tests.running import last_branch, relative_error
 
@@ -20,6 +19,7 @@ SHARDS = 4
 MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "300"))
 
 DROPPED = "a write whose result is dropped feeds nothing"
+UNLISTED = "where writes are seen by structure alone, the stack is another or none"
 BY_VALUE = "streams in another form are stored by value"
 PENDING: dict[str, str] = {
     **{f"write {write}": DROPPED for write in WRITES if write != "augmented"},
@@ -29,7 +29,8 @@ PENDING: dict[str, str] = {
     "join split, written": BY_VALUE,
     "over, written": "a later write is an ancestor: two spans",
     "encoder": "the stack with most work is the one tried",
-    "attributes, written": "two writes and glue behind every second block: the structure shows no stack",
+    "attributes, written": UNLISTED,
+    "shared, written": UNLISTED,
     "rounds": "the embedding of a round belongs to no block",
     "dict": "the parts of a block are taken for blocks",
     "autocast": "a context at the beginning of a block is cut apart",
@@ -82,18 +83,11 @@ def test_one_of_each_kind(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_random_models(shard: int) -> None:
-    @seed(shard)
-    @settings(
-        max_examples=MODELS // SHARDS,
-        deadline=None,
-        database=None,
-        # Every example compiles a model: what fails is told as it was found, not searched for something smaller.
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(specs())
-    def every(spec: Spec) -> None:
-        assume(not kinds_of(spec) & PENDING.keys())
-        check(spec)
-
-    every()
+    wrong = []
+    for number in range(shard, MODELS, SHARDS):
+        spec = spec_of(number, PENDING)
+        try:
+            check(spec)
+        except Exception as error:
+            wrong.append(f"spec_of({number}, PENDING): {spec}: {type(error).__name__}: {str(error)[:300]}")
+    assert not wrong, "\n".join([f"{len(wrong)} models:", *wrong])
