@@ -244,8 +244,9 @@ def test_a_graph_break_is_named_where_nothing_can_be_cached(kind: type[Stack], t
     model = kind([Block(8) for _ in range(3)])
     compiled = torch.compile(model, backend="dit_cache", options={"compiler": "eager", "Fn_compute_blocks": 1})
     args = inputs()
-    assert torch.equal(compiled(*args)[0], model(*args)[0])
-    # That no stack lies over the graphs is known when the first forward is over.
+    # The first forward compiles, and may run otherwise; that no stack lies over the graphs is known behind the second.
+    for _ in range(2):
+        assert torch.equal(compiled(*args)[0], model(*args)[0])
     with pytest.warns(fx_cache.CacheWarning, match=told) as caught:
         assert torch.equal(compiled(*args)[0], model(*args)[0])
     assert len(caught) == 1 and "graph breaks between its blocks" in str(caught[0].message)
@@ -327,7 +328,7 @@ def test_blocks_that_change_their_stream_in_place() -> None:
         residual, out = (out - x1, out) if i == 0 else (residual, x1 + residual)
         expected.append(out * scaled + out)
     for (x, t), reference in zip(steps, expected, strict=True):
-        with fx_cache.session("request"):
+        with fx_cache.session("request", "only"):
             assert torch.allclose(compiled(x, t)[0], reference, atol=1e-6)
     span = fx_cache.summary(model).to_dict()["sessions"][-1]["branches"][0]["spans"][0]
     assert span["hits"] == [1, 2, 3, 4, 5]

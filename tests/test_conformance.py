@@ -97,7 +97,7 @@ def test_recycled_addresses() -> None:
 
 def test_recycled_addresses_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail: it does where a tensor is known by its address."""
-    monkeypatch.setattr(identity, "_key", lambda v: v.data_ptr() if v.numel() > 64 else None)
+    monkeypatch.setattr(identity, "_key", lambda v, _=None: v.data_ptr() if v.numel() > 64 else None)
     monkeypatch.setattr(identity.StorageHold, "expired", lambda _: False)
     compiled = captured(Small(), request(None))
     with pytest.raises(AssertionError, match="its first step reused what another one left"):

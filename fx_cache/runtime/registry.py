@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -15,11 +14,13 @@ from fx_cache.runtime.contexts import listen
 from fx_cache.runtime.sessions import Store
 
 _by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""By weight [(what made it, store), ...]."""
+
 _without_weight: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
 def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any, compilation: Any) -> Store:
-    """The store of the model that holds the weight `anchor`, for one compilation: it ends with that.
+    """The store of the model that holds the weight `anchor`, for one compilation.
 
     Args:
         anchor: the weight; None: the model has none.
@@ -31,21 +32,23 @@ def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any, compil
         store = Store(config, listen(root))
         _without_weight.add(store)
         return store
-    by_compilation = _by_weight.setdefault(anchor, WeakKeyDictionary())
     key = config if compilation is None else compilation
-    if key not in by_compilation:
-        by_compilation[key] = Store(config, listen(root))
-    found = by_compilation[key]
-    assert isinstance(found, Store)
+    known = _by_weight.setdefault(anchor, [])
+    found = next((store for made_by, store in known if made_by() is key), None)
+    if found is None:
+        found = Store(config, listen(root))
+        # Until another one comes, the statistics of one that is over can still be asked for.
+        known[:] = [(made_by, store) for made_by, store in known if made_by() is not None]
+        known.append((weakref.ref(key), found))
     return found
 
 
 def stores(model: torch.nn.Module | None = None) -> Iterator[Store]:
     """The stores of a model (compiled or not), or of all models."""
     if model is None:
-        for by_compilation in list(_by_weight.values()):
-            yield from list(by_compilation.values())
+        for known in list(_by_weight.values()):
+            yield from [store for _, store in known]
         yield from _without_weight
         return
     for weight in [*model.parameters(), *model.buffers()]:
-        yield from list(_by_weight.get(weight, {}).values())
+        yield from [store for _, store in _by_weight.get(weight, [])]
