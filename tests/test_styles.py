@@ -29,6 +29,7 @@ class Expected:
         blocks: number of blocks of each stack that is cached, in order of execution.
         skipped: the least share of a step's work that a hit saves, counted while it runs.
         spans: for each span the range of blocks that it skips; their residual is what is stored, and nothing else.
+        learned: how many calls at the beginning show what the schedule is; each may count as a request of its own.
         hoisted: the least share of a first step's work that later steps do not repeat.
         missing: what is wrong today.
         raises: whether the forward raises today.
@@ -37,6 +38,7 @@ class Expected:
     blocks: tuple[int, ...]
     skipped: float
     spans: tuple[tuple[int, int], ...] = field(default=())
+    learned: int = 0
     hoisted: float = 0.0
     missing: str = ""
     raises: bool = False
@@ -64,7 +66,7 @@ EXPECTED = {
     "side_network": Expected((8,), 0.75, missing="the network beside the blocks is the one tried"),
     "text_encoder": Expected((6,), 0.75, hoisted=0.6, missing=ENCODER, raises=True),
     "writes_condition": Expected((8,), 0.8, missing="a write of the same content begins a request"),
-    "integer_time": Expected((8,), 0.8, missing="a time that is an integer begins a request"),
+    "integer_time": Expected((8,), 0.8, learned=1, missing="a time that is an integer begins a request"),
     "token_time": Expected((8,), 0.8),
     "token_time_in_pieces": Expected((8,), 0.75, missing="a time with many elements begins a request"),
     "listed_latents": Expected((8,), 0.8),
@@ -161,9 +163,10 @@ def test_found_and_right(name: str) -> None:
 
     outputs, work = run(compiled, inputs)
     spans = last_branch(compiled)["spans"]
-    hits = spans[0]["hits"]
-    assert hits == list(range(WARMUP, STEPS))
-    assert all(span["hits"] == hits and span["steps"] == STEPS for span in spans)
+    begun = STEPS - spans[0]["steps"]
+    assert begun <= expected.learned
+    assert all(span["hits"] == list(range(WARMUP, STEPS - begun)) for span in spans)
+    hits = range(begun + WARMUP, STEPS)
     rule = Rule(name)
     for i, (t, output) in enumerate(zip(TIMES, outputs, strict=True)):
         for reference, value in zip(rule.step(t, i in hits), output, strict=True):
