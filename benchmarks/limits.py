@@ -94,8 +94,8 @@ def without_span(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     run_passes(gm, PIPELINE[: PIPELINE.index(mark_regions) + 1], context)
     assert context.plan is not None
     for live_out in (lo for span in context.plan.spans for lo in span.live_outs):
-        assert live_out.continues is not None
-        live_out.value.replace_all_uses_with(live_out.continues)
+        assert live_out.continues is not None and live_out.continues.form is None
+        live_out.value.replace_all_uses_with(live_out.continues.parts[0])
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return inner_compiler("inductor", None, {})(gm, list(example_inputs))

@@ -229,7 +229,7 @@ def check(model: nn.Module, oracle: Model, **options: Any) -> None:
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))
 
 
-@pytest.mark.parametrize("doubles", [0])
+@pytest.mark.parametrize("doubles", [0, 3])
 @pytest.mark.parametrize("write", FORMS)
 def test_blocks_that_write_are_cached_as_those_that_do_not(write: Any, doubles: int) -> None:
     singles = 4 if doubles else 6

@@ -143,5 +143,8 @@ def _shares(value: torch.Tensor, others: Any) -> bool:
 def _with(span: SpanPlan, old: fx.Node, new: fx.Node) -> SpanPlan:
     """A plan with one node in the place of another."""
     before, after = (new if n is old else n for n in span.probe)
-    outs = tuple(replace(lo, continues=new) if lo.continues is old else lo for lo in span.live_outs)
+    outs = tuple(
+        lo if lo.continues is None else replace(lo, continues=lo.continues.with_parts(lambda n: new if n is old else n))
+        for lo in span.live_outs
+    )
     return replace(span, probe=(before, after), live_outs=outs)

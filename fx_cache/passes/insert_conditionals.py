@@ -21,6 +21,7 @@ from fx_cache.passes.outline import (
 )
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.graph import value_of, values_for
+from fx_cache.patterns.joins import Carried
 from fx_cache.patterns.samples import one_row_each, taken_by_sample
 from fx_cache.patterns.spans import SpanPlan
 
@@ -71,7 +72,8 @@ def _insert(
     live_outs = live_outputs(nodes)
     live_ins = _live_ins(context, span, live_outs)
     inputs = inputs_of(gm, nodes)
-    inputs += [u for u in live_ins if u is not None and u not in inputs]
+    parts = dict.fromkeys(p for u in live_ins if u is not None for p in u.parts)
+    inputs += [p for p in parts if p not in inputs]
 
     def new_input(name: str, value: Any) -> fx.Node:
         nonlocal last_input
@@ -81,7 +83,7 @@ def _insert(
 
     gate = new_input(f"slot_{k}_gate", None)
     cached_values = [
-        fake(torch.clone, o) if u is None else fake(operator.sub, o, u)
+        fake(torch.clone, o) if u is None else fake(operator.sub, o, u.value())
         for o, u in zip(live_outs, live_ins, strict=True)
     ]
     slot = new_input(f"slot_{k}", None)
@@ -130,10 +132,10 @@ def _insert(
     return last_input, tuple(state)
 
 
-def _live_ins(context: RewriteContext, span: SpanPlan, live_outs: list[fx.Node]) -> list[fx.Node | None]:
-    """For each live-out, the value whose stream it carries on, as the nodes stand now that blocks are outlined."""
+def _live_ins(context: RewriteContext, span: SpanPlan, live_outs: list[fx.Node]) -> list[Carried | None]:
+    """For each live-out, what it carries on, of the nodes as they stand now that blocks are outlined."""
     now = context.templates.now
-    continued = {now(lo.value): now(lo.continues) for lo in span.live_outs if lo.continues is not None}
+    continued = {now(lo.value): lo.continues.with_parts(now) for lo in span.live_outs if lo.continues is not None}
     return [continued.get(out) for out in live_outs]
 
 
@@ -141,7 +143,7 @@ def _store(
     compute: fx.GraphModule,
     operands: tuple[fx.Node, ...],
     live_outs: list[fx.Node],
-    live_ins: list[fx.Node | None],
+    live_ins: list[Carried | None],
     probe: fx.Node,
     cached_values: list[Any],
 ) -> None:
@@ -156,15 +158,14 @@ def _store(
             if source is None:
                 stored = graph.create_node("call_function", torch.clone, (result,), name=f"value_{out.name}")
             else:
-                stored = graph.create_node(
-                    "call_function", operator.sub, (result, env[source]), name=f"residual_{out.name}"
-                )
+                before = source.put_into(graph, env)
+                stored = graph.create_node("call_function", operator.sub, (result, before), name=f"residual_{out.name}")
             cached.append(mark(stored, None, value))
     output.args = ((*results, env[probe], *cached),)
 
 
 def _reuse(
-    operands: tuple[fx.Node, ...], live_outs: list[fx.Node], live_ins: list[fx.Node | None], stored: dict[str, Any]
+    operands: tuple[fx.Node, ...], live_outs: list[fx.Node], live_ins: list[Carried | None], stored: dict[str, Any]
 ) -> fx.GraphModule:
     graph = fx.Graph()
     env = {n: mark(graph.placeholder(n.name), None, value_of(n)) for n in operands}
@@ -175,7 +176,7 @@ def _reuse(
             # A copy: the tail, or the caller who gets it as an output, may write to it.
             result = graph.call_function(torch.clone, (slot,))
         else:
-            result = graph.call_function(operator.add, (env[source], slot))
+            result = graph.call_function(operator.add, (source.put_into(graph, env), slot))
         results.append(mark(result, None, value_of(out)))
     graph.output((*results, *slots))
     return fx.GraphModule({}, graph)

@@ -21,7 +21,7 @@ def insert_probes(gm: fx.GraphModule, context: RewriteContext) -> int:
 
         x0 = embed(...);  x1 = block(x0);  probe_0 = x1 - x0;  span(x1)
 
-    Where the head writes to ``x0`` in place, a copy taken before it is used.
+    Where the head writes to ``x0`` in place, a copy taken before it is used; where it joins ``x1`` to others, the part.
 
     Requires: `mark_regions`.
     Ensures: one node ``probe_k`` at the end of region 2k.
@@ -36,6 +36,9 @@ def insert_probes(gm: fx.GraphModule, context: RewriteContext) -> int:
             before = mark(copied, 2 * k, fake(torch.clone, before))
         first = next(n for n in gm.graph.nodes if n.meta.get(REGION) == 2 * k + 1)
         with gm.graph.inserting_before(first):
+            if span.part is not None:
+                whole, after = after, gm.graph.call_function(operator.getitem, (after, span.part))
+                mark(after, 2 * k, fake(lambda value, part=span.part: value[part], whole))
             probe = gm.graph.create_node("call_function", operator.sub, (after, before), name=f"probe_{k}")
         context.probes.append(mark(probe, 2 * k, fake(operator.sub, after, before)))
     return len(context.plan.spans)

@@ -11,6 +11,8 @@ from fx_cache.patterns.spans import plan_spans
 def mark_regions(gm: fx.GraphModule, context: RewriteContext) -> int:
     """Plans the spans and marks every node with its region: 2k before span k, 2k + 1 inside it.
 
+    What takes the parts of a joined stream that are read behind a span moves to its end: it hands on only these.
+
     Requires: `separate_sequences`.
     Ensures: `context.plan`; with a plan that does not refuse, ``meta[REGION]`` on every node but inputs and output.
     """
@@ -18,7 +20,12 @@ def mark_regions(gm: fx.GraphModule, context: RewriteContext) -> int:
         context.plan = plan = plan_spans(gm.graph, context.config)
     if plan.refusal is not None:
         return 0
-    inside = {n: 2 * k + 1 for k, span in enumerate(plan.spans) for n in span.nodes}
+    for span in plan.spans:
+        last = span.nodes[-1]
+        for node in span.taken:
+            last.append(node)
+            last = node
+    inside = {n: 2 * k + 1 for k, span in enumerate(plan.spans) for n in (*span.nodes, *span.taken)}
     region = 0
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output"):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from fx_cache.passes.outline import REGION, region_nodes
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.chains import StackReport
-from fx_cache.patterns.graph import touches, written_storages
+from fx_cache.patterns.graph import storage_key, touches, written_storages
 
 
 def sink_into_spans(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -35,13 +37,12 @@ def sink_into_spans(gm: fx.GraphModule, context: RewriteContext) -> int:
         context.rests.update(span.sinks)
         for report in context.plan.stacks if span.sinks else ():
             if report.stack.name in span.stacks:
-                _split_alike(gm, context, report)
+                _split_alike(context, report)
     return count
 
 
-def _split_alike(gm: fx.GraphModule, context: RewriteContext, report: StackReport) -> None:
+def _split_alike(context: RewriteContext, report: StackReport) -> None:
     """Moves, in blocks of the kind of one that was split, the same part behind the others."""
-    written = written_storages(gm.graph.nodes)
     blocks, kinds = report.stack.blocks, report.streams.kinds
     moved: dict[int, list[int]] = {}
     for block, kind in zip(blocks, kinds, strict=True):
@@ -50,7 +51,7 @@ def _split_alike(gm: fx.GraphModule, context: RewriteContext, report: StackRepor
             moved[kind] = places
     for block, kind in zip(blocks, kinds, strict=True):
         rest = [block.nodes[i] for i in moved.get(kind, ())]
-        if context.rests.intersection(rest) or any(touches(n, written) for n in rest):
+        if context.rests.intersection(rest) or not _may_follow(rest, block.nodes):
             continue
         last = block.nodes[-1]
         for node in rest:
@@ -58,3 +59,18 @@ def _split_alike(gm: fx.GraphModule, context: RewriteContext, report: StackRepor
                 last.append(node)
             last = node
         context.rests.update(rest)
+
+
+def _may_follow(moving: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> bool:
+    """Whether some nodes of a block may run behind all others of it, for what either write to in place."""
+    touched: set[int | None] = set()
+    written: set[int] = set()
+    for node in reversed(nodes):
+        own = written_storages([node])
+        if node in moving:
+            if touches(node, written) or own & touched:
+                return False
+        else:
+            touched.update(map(storage_key, (node, *node.all_input_nodes)))
+            written |= own
+    return True

@@ -12,6 +12,7 @@ from fx_cache.patterns.graph import (
     is_scalar,
     is_tensor,
     is_tensor_sequence,
+    storage_key,
     touches,
     written_storages,
 )
@@ -22,8 +23,8 @@ def find_sinks(
 ) -> tuple[fx.Node, ...]:
     """What of the nodes before a span is used by nothing but the span, in graph order.
 
-    Left where they are: what reads or is a tensor that is written to in place, what draws random numbers, and what
-    stands within a context.
+    Left where they are: what reads a tensor that is written to before the span, what writes to a tensor that the caller
+    sees, what draws random numbers, and what stands within a context.
 
     Args:
         graph: a captured forward.
@@ -31,17 +32,22 @@ def find_sinks(
         span: its nodes.
         needed: what a hit needs whoever uses it.
     """
-    written = written_storages(graph.nodes)
+    seen = {storage_key(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+    later: set[int] = set()  # storages that are written to by what stays behind a node
     contexts = within_contexts(graph)
     sunk: dict[fx.Node, None] = {}
     for node in reversed(before):
-        if node.op not in ("call_function", "call_method") or node in needed or node in contexts or draws_random(node):
+        writes = written_storages([node])
+        free = node.op in ("call_function", "call_method") and node not in contexts and not draws_random(node)
+        if not free or node in needed or not node.users or is_scalar(node) or touches(node, later) or writes & seen:
+            later |= writes
             continue
-        if not node.users or is_scalar(node) or touches(node, written):
-            continue
-        if all(u in span or u in sunk for u in node.users) and (is_tensor(node) or is_tensor_sequence(node)):
+        known = is_tensor(node) or is_tensor_sequence(node) or bool(writes)
+        if all(u in span or u in sunk for u in node.users) and known:
             sunk[node] = None
-        elif is_tensor_sequence(node):
+            continue
+        later |= writes
+        if is_tensor_sequence(node):
             # A tuple is not carried over a cut: its elements stay with it.
             for user in node.users:
                 sunk.pop(user, None)

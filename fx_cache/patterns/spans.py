@@ -19,7 +19,6 @@ from fx_cache.patterns.graph import (
     is_scalar,
     is_tensor,
     positions,
-    same_shape,
     storage_key,
     value_of,
     written_inputs,
@@ -27,9 +26,9 @@ from fx_cache.patterns.graph import (
 from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls, with_latents_from
 from fx_cache.patterns.invariants import Invariants, find_invariants
+from fx_cache.patterns.joins import Carried, carried_from, parts_taken, place_in
 from fx_cache.patterns.samples import count_samples
 from fx_cache.patterns.sinking import find_sinks
-from fx_cache.patterns.streams import continues
 from fx_cache.patterns.work import Work
 
 MIN_SHARE = 0.05
@@ -51,11 +50,11 @@ class LiveOut:
 
     Attributes:
         value: the node.
-        continues: the live-in whose stream it carries on: then the residual (out - in) is stored; None: the value is.
+        continues: what of the live-ins it carries on: then the residual (out - in) is stored; None: the value is.
     """
 
     value: fx.Node
-    continues: fx.Node | None
+    continues: Carried | None
 
     @property
     def rule(self) -> Literal["residual", "value"]:
@@ -70,8 +69,10 @@ class SpanPlan:
         stacks: names of the stacks it lies in.
         head: nodes of the blocks that every step runs before it, from the first block's first node on.
         nodes: the nodes that a hit skips.
+        taken: nodes behind them that take the parts of a joined stream that are read there: the span hands on these.
         sinks: nodes before them that only they use: a hit skips these too.
         probe: (value before the head's blocks, value after them) of the main stream.
+        part: where in the second of them the stream lies, if it was joined to others in the head: an index.
         live_outs: what is used behind the span.
         blocks: for each stack, (head, span, tail) block ranges as (start, stop).
         share: the part of the graph's FLOPs that a hit saves; None where none were counted.
@@ -82,8 +83,10 @@ class SpanPlan:
     stacks: tuple[str, ...]
     head: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
+    taken: tuple[fx.Node, ...]
     sinks: tuple[fx.Node, ...]
     probe: tuple[fx.Node, fx.Node]
+    part: tuple[slice, ...] | None
     live_outs: tuple[LiveOut, ...]
     blocks: dict[str, Ranges]
     share: float | None
@@ -160,7 +163,7 @@ def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[Span
     for span in spans:
         before = nodes[begin : order[span.nodes[0]]]
         begin = order[span.nodes[-1]] + 1
-        needed = {*span.probe, *(lo.continues for lo in span.live_outs if lo.continues is not None)}
+        needed = {*span.probe, *(p for lo in span.live_outs if lo.continues is not None for p in lo.continues.parts)}
         sinks = find_sinks(graph, before, set(span.nodes), needed)
         saved = work.share(sinks)
         found.append(replace(span, sinks=sinks, share=(span.share or 0.0) + saved) if saved > least else span)
@@ -221,11 +224,15 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     if parted is not None:
         return parted
     varying = descendants(graph, [v for s in group[0].streams.streams if (v := s.values[0]) is not None])
-    live_outs = tuple(
-        LiveOut(n, _continued(graph, group, start_at, end_at, n))
-        for n in span
-        if is_tensor(n) and n in varying and any(order[u] >= end for u in n.users)
-    )
+    live = [n for n in span if is_tensor(n) and n in varying and any(order[u] >= end for u in n.users)]
+    live_outs, taken = [], []
+    for node in live:
+        continued = carried_from(graph, group, end_at, node, start_at)
+        parts = parts_taken(nodes, node, end) if continued is not None and continued.form is not None else []
+        taken += parts
+        handed = [n for n in parts if is_tensor(n)]
+        live_outs += [LiveOut(n, carried_from(graph, group, end_at, n, start_at)) for n in handed]
+        live_outs += [] if handed else [LiveOut(node, continued)]
     if not live_outs:
         return Refusal(f"stack {where}", "no value that is used behind the blocks", "a stream that goes on", "nothing")
     written = _outer_writes(nodes, start, end, where)
@@ -240,9 +247,10 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
             "choose a smaller Fn_compute_blocks or Bn_compute_blocks, or run this model uncached",
         )
     blocks = _ranges(group, fn, total - bn)
-    samples = count_samples(graph, probe[1])
+    samples = count_samples(graph, probe[0][1])
     names = tuple(r.stack.name for r in group)
-    return SpanPlan(names, head, span, (), probe, live_outs, blocks, share, samples, groups_of((*head, *span)))
+    groups = groups_of((*head, *span))
+    return SpanPlan(names, head, span, tuple(taken), (), *probe, tuple(live_outs), blocks, share, samples, groups)
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:
@@ -267,50 +275,25 @@ def _ranges(group: Sequence[StackReport], start: int, end: int) -> dict[str, Ran
     return ranges
 
 
-def _probe(graph: fx.Graph, group: Sequence[StackReport], at: tuple[int, int]) -> tuple[fx.Node, fx.Node] | Refusal:
-    main = group[at[0]].main
-    value = None if main is None else group[at[0]].streams.streams[main].values[at[1]]
-    before = None if value is None else _back(graph, group, at[0], at[1], value, 0, 0)
-    if value is None or before is None:
+def _probe(
+    graph: fx.Graph, group: Sequence[StackReport], at: tuple[int, int]
+) -> tuple[tuple[fx.Node, fx.Node], tuple[slice, ...] | None] | Refusal:
+    """The main stream's values before and after the head's blocks, and where in the latter it lies if it was joined."""
+    main, first = _main(group[at[0]], at[1]), _main(group[0], 0)
+    before = None if main is None else carried_from(graph, group, at, main, (0, 0))
+    part = None if before is None or first is None else place_in(before, first)
+    if main is None or before is None or first is None or (before.form is not None and part is None):
         return Refusal(
             f"stack {group[0].stack.name}",
             "no tensor of one shape carried through its first blocks",
             "a stream that keeps its shape from block to block",
             "choose another Fn_compute_blocks, or leave this model uncached",
         )
-    return before, value
+    return (before.parts[0] if part is None else first, main), part
 
 
-def _continued(
-    graph: fx.Graph, group: Sequence[StackReport], start: tuple[int, int], end: tuple[int, int], value: fx.Node
-) -> fx.Node | None:
-    return _back(graph, group, end[0], end[1], value, start[0], start[1])
-
-
-def _back(
-    graph: fx.Graph, group: Sequence[StackReport], k: int, boundary: int, value: fx.Node, to_k: int, to_boundary: int
-) -> fx.Node | None:
-    """Follows the stream of `value` from one boundary back to an earlier one, over the joints of adjacent stacks."""
-    streams = group[k].streams
-    stream = next((s for s in streams.streams if s.values[boundary] is value), None)
-    if stream is None:
-        return None
-    if k == to_k:
-        back = stream.values[to_boundary]
-        return back if back is not None and same_shape(back, value) else None
-    first = stream.values[0]
-    if first is None:
-        return None
-    before = group[k - 1].streams
-    ends = [v for s in before.streams if (v := s.values[-1]) is not None]
-    if first not in ends:
-        order = positions(graph)
-        glue = list(graph.nodes)[before.starts[-1] : streams.starts[0]]
-        joined = continues(first, ends, glue, order)
-        if joined is None:
-            return None
-        first = joined
-    return _back(graph, group, k - 1, len(before.stack.blocks), first, to_k, to_boundary)
+def _main(report: StackReport, boundary: int) -> fx.Node | None:
+    return None if report.main is None else report.streams.streams[report.main].values[boundary]
 
 
 def _split_context(graph: fx.Graph, cuts: tuple[int, ...], where: str) -> Refusal | None:

@@ -1,0 +1,275 @@
+"""Streams that go on joined, divided or in another shape: the result does not depend on how the code is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fx_cache
+from tests.running import compile_cached, last_branch, relative_error
+from tests.test_writes import TEXT, TOKENS, WIDTH, Model, Single, by_rule, steps, with_method
+
+
+class Joined(Model):
+    """Double blocks, then single ones on both streams joined."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 3, 4)
+
+    def forward(self, latent: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        image, text, time = self.begin(latent, t, prompt)
+        for double in self.doubles:
+            image, text = double(image, text, time)
+        image = self.run_singles(image, text, time)
+        return self.finish(image, time)
+
+    def run_singles(self, image: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        x = self.join(image, text)
+        for single in self.singles:
+            x = single(x, time)
+        return self.part(x)
+
+    def join(self, image: Tensor, text: Tensor) -> Tensor:
+        return torch.cat([text, image], 1)
+
+    def part(self, x: Tensor) -> Tensor:
+        return x[:, TEXT:]
+
+
+class Carried(Joined):
+    """Both streams carried through the single blocks, which join and divide them themselves."""
+
+    class Block(nn.Module):
+        def __init__(self, single: Single) -> None:
+            super().__init__()
+            self.single = single
+
+        def forward(self, image: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.single(torch.cat([text, image], 1), time)
+            return x[:, TEXT:], x[:, :TEXT]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.singles = nn.ModuleList(map(self.Block, self.singles))
+
+    def run_singles(self, image: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        for single in self.singles:
+            image, text = single(image, text, time)
+        return image
+
+
+class InABuffer(Joined):
+    def join(self, image: Tensor, text: Tensor) -> Tensor:
+        x = torch.empty(1, TEXT + TOKENS, WIDTH)
+        x[:, :TEXT] = text
+        x[:, TEXT:].copy_(image)
+        return x
+
+
+class SplitBehind(Joined):
+    def part(self, x: Tensor) -> Tensor:
+        return x.split([TEXT, TOKENS], 1)[1]
+
+
+class ChunkBehind(Joined):
+    def part(self, x: Tensor) -> Tensor:
+        return x[:, -TOKENS:, ...]
+
+
+class WholeBehind(Joined):
+    """The text is read behind the blocks, too; it adds nothing there."""
+
+    def part(self, x: Tensor) -> Tensor:
+        return x[:, TEXT:] + 0.0 * x.mean(1, keepdim=True)
+
+
+class BothBehind(Joined):
+    def part(self, x: Tensor) -> Tensor:
+        text, image = x.split([TEXT, TOKENS], 1)
+        return image + 0.0 * text.sum()
+
+
+class ByHeads(Joined):
+    """The joined stream has other dimensions: tokens first."""
+
+    def run_singles(self, image: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        x = torch.cat([text.transpose(0, 1), image.transpose(0, 1)], 0).contiguous()
+        for single in self.singles:
+            x = single(x.transpose(0, 1), time).transpose(0, 1)
+        return x.transpose(0, 1)[:, TEXT:]
+
+
+class Written(Joined):
+    """In place from the first block to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in (*self.doubles, *self.singles):
+            block.write = with_method
+
+
+FORMS = [Joined, Carried, InABuffer, SplitBehind, ChunkBehind, WholeBehind, BothBehind, ByHeads, Written]
+
+
+def run(model: nn.Module, calls: list[tuple[Tensor, ...]], **options: Any) -> tuple[list[Tensor], list[list[int]]]:
+    compiled = compile_cached(model, residual_diff_threshold=10.0, **options)
+    with fx_cache.session("reused"):
+        outputs = [compiled(*call).clone() for call in calls]
+    return outputs, [s["hits"] for s in last_branch(compiled)["spans"]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_joined_stream_goes_on_by_its_parts_residuals(form: type[Joined]) -> None:
+    calls = steps(4)
+    expected, hits = by_rule(Model(None, 3, 4), calls)
+    outputs, found = run(form(), calls)
+    assert found == [hits]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_changes_where_nothing_is_reused(form: type[Joined]) -> None:
+    calls = steps(3)
+    expected = [form()(*call) for call in calls]
+    compiled = compile_cached(form(), residual_diff_threshold=0.0)
+    assert all(torch.equal(compiled(*call), output) for call, output in zip(calls, expected, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"Fn_compute_blocks": n} for n in (3, 4, 6)] + [{"Bn_compute_blocks": 2}])
+def test_the_same_decisions_however_it_is_written(options: dict[str, int]) -> None:
+    """What is compared is the image, also within the blocks that have it joined to the text."""
+    calls = steps(6)
+    results = []
+    for form in (Carried, Joined, Written):
+        compiled = compile_cached(form(), residual_diff_threshold=0.1, **options)
+        outputs = [compiled(*call).clone() for call in calls]
+        (span,) = last_branch(compiled)["spans"]
+        results.append((outputs, span["hits"], span["diffs"]))
+    (expected, hits, diffs), *others = results
+    assert hits
+    for outputs, found, measured in others:
+        assert found == hits
+        assert list(measured) == list(diffs)
+        assert all(abs(measured[i] - diffs[i]) < 1e-5 for i in diffs)
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))
+
+
+class Divided(Model):
+    """The other way round: single blocks on a joined stream, then double ones on its parts."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 3, 4)
+
+    def forward(self, latent: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        image, text, time = self.begin(latent, t, prompt)
+        x = torch.cat([text, image], 1)
+        for single in self.singles:
+            x = single(x, time)
+        text, image = x[:, :TEXT], x[:, TEXT:]
+        for double in self.doubles:
+            image, text = double(image, text, time)
+        return self.finish(image, time)
+
+
+def test_a_stream_that_is_divided_goes_on_by_residuals() -> None:
+    model, calls, expected, added = Divided(), steps(4), [], torch.zeros(())
+    for i, (latent, t, prompt) in enumerate(calls):
+        image, text, time = model.begin(latent, t, prompt)
+        first = model.singles[0](torch.cat([text, image], 1), time)
+        if i == 0:
+            x = first
+            for single in model.singles[1:]:
+                x = single(x, time)
+            text, image = x[:, :TEXT], x[:, TEXT:]
+            for double in model.doubles:
+                image, text = double(image, text, time)
+            added = image - first[:, TEXT:]
+        expected.append(model.finish(first[:, TEXT:] + added, time))
+    outputs, hits = run(model, calls)
+    assert hits == [[1, 2, 3]]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))
+
+
+class Between(Joined):
+    """Between the stacks each stream goes through a norm of its own, and registers join that no block has changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.registers = nn.Parameter(torch.randn(1, 2, WIDTH))
+
+    def join(self, image: Tensor, text: Tensor) -> Tensor:
+        return torch.cat([self.norms[0](text), self.registers, self.norms[1](image)], 1)
+
+    def part(self, x: Tensor) -> Tensor:
+        return x[:, TEXT + 2 :]
+
+
+class NormBetween(Joined):
+    """Both streams go through one norm once they are joined."""
+
+    def join(self, image: Tensor, text: Tensor) -> Tensor:
+        return F.layer_norm(super().join(image, text), (WIDTH,))
+
+
+@pytest.mark.parametrize("form", [Between, NormBetween])
+def test_what_is_put_between_the_streams(form: type[Joined]) -> None:
+    model, calls, expected, added = form(), steps(4), [], torch.zeros(())
+    for i, (latent, t, prompt) in enumerate(calls):
+        image, text, time = model.begin(latent, t, prompt)
+        image, text = model.doubles[0](image, text, time)
+        start = image
+        if i == 0:
+            for double in model.doubles[1:]:
+                image, text = double(image, text, time)
+            added = model.run_singles(image, text, time) - start
+        expected.append(model.finish(start + added, time))
+    outputs, hits = run(model, calls)
+    assert hits == [[1, 2, 3]]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))
+
+
+def test_a_hit_computes_nothing_for_the_part_that_nobody_reads() -> None:
+    """The head's text is for later blocks alone, in both forms of the model: a hit skips as much of either."""
+    shares = []
+    for form in (Carried, Joined, Written):
+        compiled = compile_cached(form())
+        shares.append(fx_cache.explain(compiled, *steps(1)[0]).shares[0])
+    assert shares[0] == pytest.approx(shares[1]) == pytest.approx(shares[2])
+
+
+def test_at_sizes_that_are_symbols() -> None:
+    """Captured once for all lengths of the prompt and all sizes of the image."""
+
+    class Symbolic(Joined):
+        def part(self, x: Tensor) -> Tensor:
+            return x[:, x.shape[1] - self.tokens :]
+
+        def forward(self, latent: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+            self.tokens = latent.shape[1]
+            return super().forward(latent, t, prompt)
+
+    model = Symbolic()
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
+    compiled = torch.compile(model, backend="dit_cache", dynamic=True, options=options)
+    for tokens, text in ((TOKENS, TEXT), (8, 7)):
+        calls = [(x[:, :tokens], t, F.pad(p, (0, 0, 0, text - TEXT))) for x, t, p in steps(3)]
+        with fx_cache.session(f"of {tokens}"):
+            outputs = [compiled(*call).clone() for call in calls]
+        (span,) = last_branch(compiled)["spans"]
+        assert span["hits"] == [1, 2]
+        added = None
+        for (latent, t, prompt), output in zip(calls, outputs, strict=True):
+            image, words, time = model.begin(latent, t, prompt)
+            image, words = model.doubles[0](image, words, time)
+            start = image
+            if added is None:
+                for double in model.doubles[1:]:
+                    image, words = double(image, words, time)
+                model.tokens = tokens
+                added = model.run_singles(image, words, time) - start
+            assert relative_error(model.finish(start + added, time), output) < 1e-5
