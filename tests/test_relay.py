@@ -488,3 +488,31 @@ def test_the_longest_uniform_stretch(kinds: str, glue: int | None, blocks: int, 
     expected = model(**steps[0])
     assert all(torch.equal(out, expected) for out in outputs[:WARMUP])
     assert relative_error(expected, outputs[WARMUP]) < 1e-5
+
+
+class Edited(Split):
+    """Takes a picture of the latents' shape beside them, and joins both in one stream."""
+
+    def forward(self, picture: Tensor, latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x = torch.compiler.disable(torch.cat)([latent, picture], dim=1)
+        return super().forward(x, timestep, text)[:, : latent.shape[1]]
+
+
+def test_two_inputs_of_the_shape_of_what_is_returned() -> None:
+    """What rests while the other moves with the time is not denoised. Oracle: each pass alone in a fresh copy."""
+    steps, pictures = split_walk("one", 3), [torch.randn(1, 80, 4) for _ in range(2)]
+
+    def request(pictures: list[Tensor]) -> list[list[Tensor]]:
+        torch._dynamo.reset()
+        compiled = compile_broken(Edited(breaks=True), residual_diff_threshold=2.0)
+        for step in split_walk("one", 4):
+            compiled(pictures[0], **step)
+        with fx_cache.session("request"):
+            return [[compiled(picture, **step) for picture in pictures] for step in steps]
+
+    together = request(pictures)
+    for i, picture in enumerate(pictures):
+        for step, both, (own,) in zip(steps, together, request([picture]), strict=True):
+            computed = Edited(breaks=True)(picture, **step)
+            assert torch.equal(both[i], own) or torch.equal(both[i], computed)
+    assert not torch.equal(together[-1][1], Edited(breaks=True)(pictures[1], **steps[-1]))

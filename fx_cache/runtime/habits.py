@@ -70,11 +70,12 @@ class Habits:
 
     def came_back(self, inputs: Sequence[Any], shapes: Sequence[Shape]) -> None:
         """Takes notice of what a forward made of its inputs: the shapes of all tensors."""
-        like = fitting(inputs, shapes)
-        self._fit = like.any if self._fit is None else self._fit & like.any
+        fit = fitting(inputs, shapes).any
+        self._fit = fit if self._fit is None else self._fit & fit
         if not self._alone <= self._fit - self._resting:
             self._alone = frozenset()
-        self._alone = self._alone or (like.alone if not like.alone & self._resting else frozenset())
+        moving = [None if i in self._resting else v for i, v in enumerate(inputs)]
+        self._alone = self._alone or fitting(moving, shapes).alone
 
     def may_come_back(self, inputs: Sequence[Any], shapes: Sequence[Shape]) -> None:
         """The same of a forward of which nothing is known but what its last graph made."""
