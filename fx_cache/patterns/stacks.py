@@ -66,7 +66,17 @@ def find_stacks(graph: fx.Graph, keep: Callable[[Stack], bool] = lambda stack: T
     nodes = list(graph.nodes)
     contexts = find_contexts(graph)
     stacks: list[Stack] = []
-    for name, children in sorted(_candidates(graph, order), key=lambda c: (c[1][0][1], -c[1][-1][2])):
+    candidates = dict(_candidates(graph, order))
+
+    def of_lists(name: str) -> bool:
+        """Whether all that a list holds are lists of blocks that are the same: these are the blocks."""
+        inner = [candidates.get(f"{name}.{index}", []) for index, _, _ in candidates[name]]
+        words = [{tuple(n.target for n in nodes[a : b + 1] if is_tensor(n)) for _, a, b in found} for found in inner]
+        return all(len(found) == 1 for found in words)
+
+    for name, children in sorted(candidates.items(), key=lambda c: (c[1][0][1], -c[1][-1][2])):
+        if of_lists(name):
+            continue
         extents = whole([(first, last) for _, first, last in children], contexts)
         begin, end = extents[0][0], extents[-1][1]
         if any(order[s.nodes[0]] <= begin and end <= order[s.nodes[-1]] for s in stacks):
