@@ -15,7 +15,7 @@ def mark_regions(gm: fx.GraphModule, context: RewriteContext) -> int:
     Ensures: `context.plan`; with a plan that does not refuse, ``meta[REGION]`` on every node but inputs and output.
     """
     with stage("plan_spans"):
-        context.plan = plan = plan_spans(gm.graph, context.config)
+        context.plan = plan = plan_spans(gm.graph, context.config, context.without)
     if plan.refusal is not None:
         return 0
     inside = {n: 2 * k + 1 for k, span in enumerate(plan.spans) for n in span.nodes}
