@@ -204,12 +204,24 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def rewrite(gm: fx.GraphModule, config: CacheConfig, dump: Dump | None = None) -> Rewritten:
-    """Runs the pipeline over a copy of a captured graph, a `Draft`. An error of ours becomes a plan that refuses."""
+    """Runs the pipeline over a copy of a captured graph, a `Draft`. An error of ours becomes a plan that refuses.
+
+    Where a pass refuses a span, the other stacks are tried without it.
+    """
     gm = with_versions(written_out(gm))
+    without: dict[str, Refusal] = {}
+    while True:
+        made = _rewritten(gm, RewriteContext(config, without), dump)
+        refused = {n: r for n, r in made.plan.reasons.items() if r is made.plan.refusal and n not in without}
+        if not made.plan.spans or not refused:
+            return made
+        without |= refused
+
+
+def _rewritten(gm: fx.GraphModule, context: RewriteContext, dump: Dump | None) -> Rewritten:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     copied = Draft(gm, graph)
-    context = RewriteContext(config)
     records: list[PassRecord] = []
     try:
         with no_garbage_collection(), stage("rewrite"):

@@ -44,7 +44,8 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
                 "values from the blocks that nobody writes to in place",
                 "replace the write in place by an operation that returns a new tensor",
             )
-            context.plan = replace(context.plan, refusal=refusal)
+            reasons = {**context.plan.reasons, **dict.fromkeys(span.stacks, refusal)}
+            context.plan = replace(context.plan, refusal=refusal, reasons=reasons)
             return count
         anchor = nodes[0].prev
         for node in nodes:

@@ -17,7 +17,7 @@ def mark_regions(gm: fx.GraphModule, context: RewriteContext) -> int:
     Ensures: `context.plan`; with a plan that does not refuse, ``meta[REGION]`` on every node but inputs and output.
     """
     with stage("plan_spans"):
-        context.plan = plan = plan_spans(gm.graph, context.config)
+        context.plan = plan = plan_spans(gm.graph, context.config, context.without)
     if plan.refusal is not None:
         return 0
     for span in plan.spans:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import stage
+from fx_cache.errors import Refusal, stage
 from fx_cache.passes.outline import Templates
 from fx_cache.passes.spec import check_rewritten
 from fx_cache.patterns.spans import Plan
@@ -22,6 +22,7 @@ class RewriteContext:
 
     Attributes:
         config: the user's configuration.
+        without: stacks that a pass has refused before, by name, and why: they are left alone.
         plan: what the analysis found; set by the planning pass.
         templates: the sub-modules made so far.
         probes: for each span, the node of its probe.
@@ -29,6 +30,7 @@ class RewriteContext:
     """
 
     config: CacheConfig
+    without: Mapping[str, Refusal] = field(default_factory=dict)
     plan: Plan | None = None
     templates: Templates = field(default_factory=Templates)
     probes: list[fx.Node] = field(default_factory=list)

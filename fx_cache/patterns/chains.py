@@ -159,9 +159,10 @@ def _numel(node: fx.Node) -> int:
 
 
 def chains(graph: fx.Graph, reports: Sequence[StackReport], work: Work) -> list[Chain]:
-    """Adjacent stacks, each continuing the streams of the one before it; the chain with most work first.
+    """Adjacent stacks, each continuing the streams of those before it; the chain with most work first.
 
-    A stack whose blocks run between the blocks of another one belongs to the windows of that, and to no chain.
+    A chain may run between two stacks of another one, if nothing behind them reads what it makes. A stack whose blocks
+    run between the blocks of another one belongs to the windows of that, and to no chain.
     """
     nodes = list(graph.nodes)
     outer: list[StackReport] = []
@@ -171,25 +172,41 @@ def chains(graph: fx.Graph, reports: Sequence[StackReport], work: Work) -> list[
             outer.append(report)
     found: list[Chain] = []
     for report in sorted(outer, key=lambda r: r.range):
-        if found and _adjacent(graph, found[-1][-1], report):
-            found[-1].append(report)
+        for i in reversed(range(len(found))):
+            between = found[i + 1 :]
+            if all(_ends_within(graph, c, report) for c in between) and _adjacent(graph, found[i], report, between):
+                found[i].append(report)
+                break
         else:
             found.append([report])
     return sorted(found, key=lambda c: -work.share(nodes[c[0].range[0] : c[-1].range[1]]))
 
 
-def _adjacent(graph: fx.Graph, before: StackReport, after: StackReport) -> bool:
-    """Whether `after` starts from what `before` ends with: no other token stream enters between them."""
+def _ends_within(graph: fx.Graph, chain: Chain, report: StackReport) -> bool:
+    """Whether what a chain makes is used up before the end of a stack behind it: what skips that one skips it too."""
     order = positions(graph)
-    end = before.streams.starts[-1]
+    last = report.streams.starts[-1]
+    made = [n for n in graph.nodes if chain[0].range[0] <= order[n] < chain[-1].range[1]]
+    return all(order[u] < last for n in made if is_tensor(n) for u in n.users)
+
+
+def _adjacent(graph: fx.Graph, before: Chain, after: StackReport, between: Sequence[Chain]) -> bool:
+    """Whether `after` starts from what the stacks `before` it end with: no other token stream enters between them.
+
+    What chains `between` them make may be added.
+    """
+    order = positions(graph)
+    end = before[-1].streams.starts[-1]
     if after.streams.starts[0] < end:
         return False
-    made = {s.values[-1] for s in before.streams.streams} - {None}
-    inside = {n for n in graph.nodes if before.streams.starts[0] <= order[n] < end}
+    made = {s.values[-1] for r in before for s in r.streams.streams} - {None}
+    within = [r.range for c in (before, *between) for r in c]
+    inside = {n for n in graph.nodes if any(a <= order[n] < b for a, b in within)}
     firsts = [s.values[0] for s in after.streams.streams if s.full]
     if not made or not firsts:
         return False
     reads = writes_too(graph)
+    own = descendants(graph, [v for s in before[0].streams.streams if (v := s.values[0]) is not None])
     for first in firsts:
         assert first is not None
         reached = {
@@ -197,8 +214,9 @@ def _adjacent(graph: fx.Graph, before: StackReport, after: StackReport) -> bool:
             for n in ancestors(first, stop=inside, reads=reads)
             if order[n] < end and is_tensor(n) and not is_weight(n)
         }
-        # A tensor of the stream's own shape is added to it, as ControlNets do; others are joined with it.
-        others = [n for n in reached - made if value_of(n).ndim >= 3 and not same_shape(n, first)]
+        # A tensor of the stream's own shape is added to it, as ControlNets do; others are joined with it, but for what
+        # the stacks have made themselves.
+        others = [n for n in reached - made if value_of(n).ndim >= 3 and not same_shape(n, first) and n not in own]
         if not reached & made or others:
             return False
     return True

@@ -165,7 +165,7 @@ def _stack(report: StackReport, plan: Plan, graph: int) -> StackExplanation:
     head, span, tail = next((s.blocks[name] for s in plan.spans if name in s.blocks), (None, None, None))
     reason = None
     if span is None:
-        refusal = plan.reasons.get(name) or plan.refusal
+        refusal = plan.reasons.get(name, plan.refusal)
         reason = "another stack is the one worth caching" if refusal is None else str(refusal)
     return StackExplanation(
         name, len(report.stack.blocks), len(set(streams.kinds)), text, tuple(described), head, span, tail, graph, reason

@@ -121,6 +121,11 @@ def find_invariants(
     return Invariants(tuple(sorted(kept, key=order.__getitem__)), tuple(nodes), total)
 
 
+def step_share(graph: fx.Graph, roles: InputRoles, work: Work) -> float:
+    """The part of a graph's work that a step other than a request's first one does at most."""
+    return 1.0 - work.share(_same_at_every_step(graph, roles))
+
+
 def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, None]:
     inputs = list(graph.find_nodes(op="placeholder"))
     alone = {i for of_span in roles.controls for i in of_span}

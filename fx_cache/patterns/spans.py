@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,7 +11,8 @@ from torch import fx
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Refusal
-from fx_cache.patterns.chains import Chain, StackReport, chains, read_stacks
+from fx_cache.patterns.candidates import Candidates, find_candidates
+from fx_cache.patterns.chains import Chain, StackReport, read_stacks
 from fx_cache.patterns.contexts import find_contexts
 from fx_cache.patterns.graph import (
     descendants,
@@ -24,18 +25,21 @@ from fx_cache.patterns.graph import (
     written_inputs,
 )
 from fx_cache.patterns.groups import groups_of
-from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls, with_latents_from
-from fx_cache.patterns.invariants import Invariants, find_invariants
+from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls
+from fx_cache.patterns.invariants import Invariants, find_invariants, step_share
 from fx_cache.patterns.joins import Carried, carried_from, parts_taken, place_in
 from fx_cache.patterns.samples import count_samples
 from fx_cache.patterns.sinking import find_sinks
 from fx_cache.patterns.work import Work
 
 MIN_SHARE = 0.05
-"""The part of a forward's FLOPs that a span must hold to be worth a check at every step."""
+"""The part of a step's FLOPs that a span must hold to be worth a check at every step."""
+
+MIN_OTHER_GAIN = 0.25
+"""The part of what a hit still computes that another span must save to be worth a decision of its own."""
 
 MIN_OTHER_WORK = 0.75
-"""The work that a chain of stacks must hold to get spans of its own, as a part of what the main chain holds."""
+"""The work that a stack over several graphs must hold to get a span, as a part of what the one with most work holds."""
 
 MIN_SUNK = 0.02
 """The part of a cached step's work that must be saved by moving it into a span: one more kind of block is compiled."""
@@ -121,37 +125,101 @@ class Plan:
         return cls(roles, tuple(stacks), (), refusal, {}, Invariants())
 
 
-def plan_spans(graph: fx.Graph, config: CacheConfig) -> Plan:
-    """Reads a graph and says what to cache, or why nothing can be."""
+def plan_spans(graph: fx.Graph, config: CacheConfig, without: Mapping[str, Refusal] | None = None) -> Plan:
+    """Reads a graph and says what to cache, or why nothing can be.
+
+    Args:
+        graph: a captured forward.
+        config: how it is cached.
+        without: stacks that are left alone, by name, and why.
+    """
     roles = classify_inputs(graph)
     reports = read_stacks(graph, roles)
     if not reports:
         return Plan.refused(_no_stack(graph), roles)
     work = Work(graph)
-    main, *others = chains(graph, reports, work)
-    streams = [r.streams.streams[r.main].values[0] for r in main if r.main is not None]
-    roles = with_latents_from(roles, graph, [s for s in streams[:1] if s is not None])
-    groups = _groups(main, config)
-    planned = [_plan_group(graph, group, config, work) for group in groups]
-    if any(planned):
-        # Another decision costs another look at the device: only stacks that do about as much work are worth it.
-        least = MIN_OTHER_WORK * _work(main, work)
-        more = [group for chain in others if _work(chain, work) >= least for group in _groups(chain, config)]
-        groups += more
-        planned += [_plan_group(graph, group, config, work) for group in more]
-    spans = [p for p in planned if isinstance(p, SpanPlan)]
-    refused = [(group, p) for group, p in zip(groups, planned, strict=True) if isinstance(p, Refusal)]
-    reasons = {r.stack.name: p for group, p in refused for r in group}
+    candidates = find_candidates(graph, roles, reports, work, without or {})
+    roles = candidates.roles
+    hoists = config.hoist_invariants and bool(roles.latents)
+    step = step_share(graph, roles, work) if hoists else 1.0
+    spans, reasons = _choose(graph, candidates, config, work, step)
+    if not spans:
+        return Plan(roles, tuple(reports), (), next(iter(reasons.values())), reasons, Invariants())
     order = positions(graph)
     spans.sort(key=lambda s: order[s.nodes[0]])
     roles = with_controls(roles, graph, [s.nodes for s in spans], [s.probe[1] for s in spans])
     spans = _with_sinks(graph, spans, work)
-    refusal = None if spans else next(iter(reasons.values()))
-    hoists = config.hoist_invariants and spans and roles.latents
     cached = 1.0 - sum(s.share or 0.0 for s in spans)
     skipped = {n for s in spans for n in (*s.nodes, *s.sinks)}
     invariants = find_invariants(graph, roles, reports, work, skipped, cached) if hoists else Invariants()
-    return Plan(roles, tuple(reports), tuple(spans), refusal, reasons, invariants)
+    return Plan(roles, tuple(reports), tuple(spans), None, reasons, invariants)
+
+
+def _choose(
+    graph: fx.Graph, candidates: Candidates, config: CacheConfig, work: Work, step: float
+) -> tuple[list[SpanPlan], dict[str, Refusal]]:
+    """The spans worth a decision each, and for stacks in none of them, by name, why.
+
+    Args:
+        graph: a captured forward.
+        candidates: its stacks.
+        config: how it is cached.
+        work: its work.
+        step: the part of it that is not done once a request.
+    """
+    spans: list[SpanPlan] = []
+    reasons: dict[str, Refusal] = {}
+    order = positions(graph)
+    for chain in candidates.chains:
+        first = not spans
+        for group in _groups(chain, config):
+            if any(r.stack.name in s.stacks for r in group for s in spans):
+                continue
+            # In the scope "stack" each stack of the main chain has a decision of its own, as asked for.
+            asked = first and (not spans or config.scope == "stack")
+            plan = _plan_group(graph, group, config, work)
+            if isinstance(plan, SpanPlan):
+                plan = _worth_a_decision(plan, spans if not asked else (), candidates, order, step)
+            if isinstance(plan, SpanPlan):
+                spans.append(plan)
+            else:
+                reasons |= {r.stack.name: plan for r in group if r.stack.name not in reasons}
+    cached = {name for s in spans for name in s.stacks}
+    return spans, {n: r for n, r in (reasons | dict(candidates.reasons)).items() if n not in cached}
+
+
+def _groups(chain: Chain, config: CacheConfig) -> Iterator[Chain]:
+    """Stacks that may share a span: all of a chain, and should that be refused ever fewer of them."""
+    longest = len(chain) if config.scope == "model" else 1
+    for count in range(longest, 0, -1):
+        for i in range(len(chain) - count + 1):
+            yield chain[i : i + count]
+
+
+def _worth_a_decision(
+    plan: SpanPlan, others: Sequence[SpanPlan], candidates: Candidates, order: Mapping[fx.Node, int], step: float
+) -> SpanPlan | Refusal:
+    """A span as planned if its probe shows what is denoised, and if it saves enough beside the others."""
+    where = f"stack {' + '.join(plan.stacks)}"
+    begin, end = order[plan.head[0]], order[plan.nodes[-1]]
+    left = step - sum(s.share or 0.0 for s in others)
+    if candidates.influence is not None and not candidates.influence.of(plan.probe[1]):
+        got, expected = (
+            "first blocks that do not depend on what is denoised",
+            "a head that shows how far that has moved",
+        )
+        return Refusal(where, got, expected, "choose a larger Fn_compute_blocks")
+    if any(begin <= order[s.nodes[-1]] and order[s.head[0]] <= end for s in others):
+        got, expected = "blocks that run among those of another stack", "one stack after another"
+        return Refusal(where, got, expected, "nothing is to be done")
+    if plan.share is not None and plan.share < (MIN_OTHER_GAIN * left if others else MIN_SHARE * step):
+        return Refusal(
+            where,
+            f"{plan.share:.1%} of the forward's FLOPs in the blocks that a hit would skip, of {left:.1%} without them",
+            f"at least {MIN_OTHER_GAIN if others else MIN_SHARE:.0%} of that",
+            "choose a smaller Fn_compute_blocks or Bn_compute_blocks, or leave it computed",
+        )
+    return plan
 
 
 def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[SpanPlan]:
@@ -168,15 +236,6 @@ def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[Span
         saved = work.share(sinks)
         found.append(replace(span, sinks=sinks, share=(span.share or 0.0) + saved) if saved > least else span)
     return found
-
-
-def _groups(chain: Chain, config: CacheConfig) -> list[Chain]:
-    """The stacks that share a span."""
-    return [chain] if config.scope == "model" else [[r] for r in chain]
-
-
-def _work(chain: Chain, work: Work) -> float:
-    return work.share(n for r in chain for n in r.stack.nodes)
 
 
 def _no_stack(graph: fx.Graph) -> Refusal:
@@ -239,13 +298,6 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     if written is not None:
         return written
     share = work.share(span) if work.total else None
-    if share is not None and share < MIN_SHARE:
-        return Refusal(
-            f"stack {where}",
-            f"{share:.1%} of the forward's FLOPs in the blocks that a hit would skip",
-            f"at least {MIN_SHARE:.0%}",
-            "choose a smaller Fn_compute_blocks or Bn_compute_blocks, or run this model uncached",
-        )
     blocks = _ranges(group, fn, total - bn)
     samples = count_samples(graph, probe[0][1])
     names = tuple(r.stack.name for r in group)
