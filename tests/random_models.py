@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -166,15 +166,9 @@ def kinds_of(spec: Spec) -> set[str]:
     return found & KINDS.keys()
 
 
-def spec_of(number: int, pending: Collection[str] = ()) -> Spec:
-    """A rather small model, the same for the same number; none of some kinds."""
+def spec_of(number: int) -> Spec:
+    """A rather small model, the same for the same number."""
     draw = Random(number)
-    while kinds_of(spec := _drawn(draw)) & set(pending):
-        pass
-    return spec
-
-
-def _drawn(draw: Random) -> Spec:
     streams = draw.choice([1, 1, 2, 2, 3])
     holder = draw.choice(["list"] * 5 + ["attributes", "shared", "rounds", "nested", "dict"])
     palette = draw.choice(["a", "b", "ab", "abc"])

@@ -14,7 +14,7 @@ from torch import fx, nn
 import fx_cache
 from fx_cache import backend, compiling
 from fx_cache.passes import PIPELINE, runner
-from fx_cache.patterns import relays, spans
+from fx_cache.patterns import candidates, relays, spans
 from tests.running import compile_cached
 
 WIDTH = 8
@@ -111,7 +111,7 @@ def test_a_pass(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         (sys.modules["fx_cache.passes.mark_regions"], "plan_spans", "plan_spans"),
         (spans, "classify_inputs", "plan_spans"),
         (spans, "read_stacks", "plan_spans"),
-        (spans, "chains", "plan_spans"),
+        (candidates, "chains", "plan_spans"),
         (spans, "find_invariants", "plan_spans"),
         (spans, "Work", "plan_spans"),
         (runner, "check_rewritten", "the pass name_inputs"),

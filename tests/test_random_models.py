@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,6 @@ from tests.running import last_branch, relative_error
 STEPS = 7
 SHARDS = 4
 MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "300"))
-
-PENDING: dict[str, str] = {
-    "encoder": "the stack with most work is the one tried",
-}
-"""Kinds of models, of `KINDS`, that are not cached as they should be, and why; they are not drawn."""
 
 
 def check(spec: Spec) -> None:
@@ -55,13 +49,7 @@ def check(spec: Spec) -> None:
     assert [list(s["diffs"]) for s in spans] == [list(slot.diffs) for slot in oracle.slots]
 
 
-def one_of_a_kind(name: str) -> Any:
-    """What does not work has not to work: then its name goes from `PENDING`."""
-    reason = PENDING.get(name)
-    return name if reason is None else pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
-@pytest.mark.parametrize("name", [one_of_a_kind(name) for name in KINDS])
+@pytest.mark.parametrize("name", KINDS)
 def test_one_of_each_kind(name: str) -> None:
     assert name in kinds_of(KINDS[name])
     check(KINDS[name])
@@ -72,7 +60,7 @@ def test_one_of_each_kind(name: str) -> None:
 def test_random_models(shard: int) -> None:
     wrong = []
     for number in range(shard, MODELS, SHARDS):
-        spec = spec_of(number, PENDING)
+        spec = spec_of(number)
         try:
             check(spec)
         except Exception as error:
