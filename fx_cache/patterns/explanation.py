@@ -73,6 +73,7 @@ class Explanation:
         invariants: names of the values that are computed once a request.
         inputs: names of the graph's inputs by role, without weights.
         graphs: number of graphs that the forward was captured in.
+        estimated: names of the operations whose FLOPs are an estimate.
     """
 
     stacks: tuple[StackExplanation, ...]
@@ -82,6 +83,7 @@ class Explanation:
     invariants: tuple[str, ...]
     inputs: dict[str, tuple[str, ...]]
     graphs: int
+    estimated: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -103,7 +105,8 @@ class Explanation:
         if not plans:
             reason = "the model: got no captured graph; expected a forward that Dynamo captures; look for graph breaks."
         invariants = tuple(n.name for p in plans for n in p.invariants.kept)
-        return cls(tuple(stacks), reason, tuple(spans), shares, invariants, inputs or {}, len(plans))
+        estimated = tuple(sorted({name for p in plans for name in p.estimated}))
+        return cls(tuple(stacks), reason, tuple(spans), shares, invariants, inputs or {}, len(plans), estimated)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -122,6 +125,8 @@ class Explanation:
             share = self.shares[k]
             held = "" if share is None else f"holds {share:.1%} of the FLOPs and "
             lines.append(f"span {k} {held}stores " + ", ".join(f"the {rule} of {name}" for name, rule in span))
+        if self.estimated:
+            lines.append(f"FLOPs estimated by what is read and written: {', '.join(self.estimated)}")
         if self.invariants:
             lines.append(f"computed once a request: {', '.join(self.invariants)}")
         lines += [f"{role}: {', '.join(names)}" for role, names in self.inputs.items() if names]

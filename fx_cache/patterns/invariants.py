@@ -29,10 +29,7 @@ from fx_cache.patterns.graph import (
 from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.stacks import Block
-from fx_cache.patterns.work import Work
-
-MOVED = 64
-"""FLOPs that reading and writing an element counts for, where an operation does little else."""
+from fx_cache.patterns.work import MOVED, Work
 
 MIN_GAIN = 5e-3
 """The part of a step's work that must be saved: of a cached step's, or of a computed one's by what only that uses."""

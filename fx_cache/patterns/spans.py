@@ -109,6 +109,7 @@ class Plan:
         refusal: why nothing is; None otherwise.
         reasons: for stacks that are not cached, by name, why, where there is more to say than that others are.
         invariants: what is computed once a request.
+        estimated: names of the operations whose work is not known, but estimated.
     """
 
     roles: InputRoles
@@ -117,6 +118,7 @@ class Plan:
     refusal: Refusal | None
     reasons: Mapping[str, Refusal]
     invariants: Invariants
+    estimated: tuple[str, ...] = ()
 
     @classmethod
     def refused(cls, refusal: Refusal, roles: InputRoles | None = None, stacks: Sequence[StackReport] = ()) -> Plan:
@@ -152,7 +154,7 @@ def plan_spans(graph: fx.Graph, config: CacheConfig, without: Mapping[str, Refus
     cached = 1.0 - sum(s.share or 0.0 for s in spans)
     skipped = {n for s in spans for n in (*s.nodes, *s.sinks)}
     invariants = find_invariants(graph, roles, reports, work, skipped, cached) if hoists else Invariants()
-    return Plan(roles, tuple(reports), tuple(spans), None, reasons, invariants)
+    return Plan(roles, tuple(reports), tuple(spans), None, reasons, invariants, tuple(sorted(work.estimated)))
 
 
 def _choose(
