@@ -273,3 +273,95 @@ def test_at_sizes_that_are_symbols() -> None:
                 model.tokens = tokens
                 added = model.run_singles(image, words, time) - start
             assert relative_error(model.finish(start + added, time), output) < 1e-5
+
+
+class Hyper(Model):
+    """Hyper-connections: three streams, of which glue makes each block's input, and to which it adds the output."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.read = nn.Parameter(0.3 + 0.3 * torch.randn(6, 3))
+        self.mix = nn.Parameter(torch.eye(3) + 0.05 * torch.randn(6, 3, 3))
+        self.write_to = nn.Parameter(0.5 + 0.2 * torch.randn(6, 3))
+
+    def open(self, x: Tensor) -> Any:
+        return x[:, None].expand(-1, 3, -1, -1).contiguous()
+
+    def close(self, streams: Any) -> Tensor:
+        return streams.sum(1)
+
+    def around(self, i: int, streams: Any, time: Tensor) -> Any:
+        x = torch.einsum("bknd,k->bnd", streams, self.read[i])
+        made = self.singles[i](x, time) - x
+        return (
+            torch.einsum("bknd,kj->bjnd", streams, self.mix[i]) + self.write_to[i][None, :, None, None] * made[:, None]
+        )
+
+    def forward(self, latent: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        image, _, time = self.begin(latent, t, prompt)
+        streams = self.open(image)
+        for i in range(6):
+            streams = self.around(i, streams, time)
+        return self.finish(self.close(streams), time)
+
+
+class HyperList(Hyper):
+    """The same, each stream a tensor of its own."""
+
+    def open(self, x: Tensor) -> Any:
+        return [x * 1.0, x * 1.0, x * 1.0]
+
+    def close(self, streams: Any) -> Tensor:
+        return streams[0] + streams[1] + streams[2]
+
+    def around(self, i: int, streams: Any, time: Tensor) -> Any:
+        x = sum(self.read[i, k] * s for k, s in enumerate(streams))
+        made = self.singles[i](x, time) - x
+        mixed = [sum(self.mix[i, k, j] * s for k, s in enumerate(streams)) for j in range(3)]
+        return [m + self.write_to[i, j] * made for j, m in enumerate(mixed)]
+
+
+class HyperWritten(Hyper):
+    """The same in place."""
+
+    def around(self, i: int, streams: Any, time: Tensor) -> Any:
+        streams.copy_(super().around(i, streams, time))
+        return streams
+
+
+class Beside(Hyper):
+    """What all blocks have made is summed up beside them, and read in the end."""
+
+    def open(self, x: Tensor) -> Any:
+        return x, 0.1 * x
+
+    def close(self, streams: Any) -> Tensor:
+        return streams[0] + streams[1]
+
+    def around(self, i: int, streams: Any, time: Tensor) -> Any:
+        x = self.singles[i](streams[0], time)
+        return x, streams[1] + self.read[i, 0] * x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "bn"), [(Hyper, 0), (HyperList, 0), (HyperList, 1), (HyperWritten, 0), (Beside, 0), (Beside, 1)]
+)
+def test_streams_that_glue_alone_reads_go_on_by_residuals(form: type[Hyper], bn: int) -> None:
+    model, calls, expected, added = form(), steps(4), [], []
+    for i, (latent, t, prompt) in enumerate(calls):
+        image, _, time = model.begin(latent, t, prompt)
+        streams = model.around(0, model.open(image), time)
+        split = isinstance(streams, list | tuple)
+        start = [s.clone() for s in streams] if split else [streams.clone()]
+        if i == 0:
+            for k in range(1, 6 - bn):
+                streams = model.around(k, streams, time)
+            added = [b - a for a, b in zip(start, streams if split else [streams], strict=True)]
+        now = [a + b for a, b in zip(start, added, strict=True)]
+        streams = now if split else now[0]
+        for k in range(6 - bn, 6):
+            streams = model.around(k, streams, time)
+        expected.append(model.finish(model.close(streams), time))
+    outputs, hits = run(form(), calls, Bn_compute_blocks=bn)
+    assert hits == [[1, 2, 3]]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))

@@ -9,7 +9,18 @@ from typing import Any
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fx_cache.patterns.graph import ancestors, external_inputs, is_tensor, is_weight, positions, same_shape, structure
+from fx_cache.patterns.graph import (
+    ancestors,
+    callee,
+    describe,
+    external_inputs,
+    is_tensor,
+    is_weight,
+    positions,
+    same_shape,
+    structure,
+    value_of,
+)
 from fx_cache.patterns.stacks import Stack
 
 
@@ -84,9 +95,7 @@ class StackStreams:
         between = self._nodes[self._order[before] + 1 : self._order[self.stack.blocks[-1].nodes[0]]]
         behind = self._nodes[self._order[last] + 1 :]
         for count in range(min(len(between), len(behind)), 0, -1):
-            runs = (between[:count], behind[:count])
-            bodies = [structure(run, external_inputs(run))[0] for run in runs]
-            if bodies[0] == bodies[1]:
+            if _wiring(between[:count]) == _wiring(behind[:count]):
                 return count
         return 0
 
@@ -153,6 +162,9 @@ class StackStreams:
         aligned = self._aligned(boundary, value)
         if aligned in read and same_shape(aligned, value):
             return aligned, aligned in own
+        beside = self._beside(boundary, value)
+        if beside is not None and beside not in taken and same_shape(beside, value):
+            return beside, False
         # What earlier blocks read and left as it was is a stream only if nothing that they made is.
         made = [c for c in read if i == 0 or self._order[c] >= self.starts[0]]
         left = [c for c in read if c not in made and c not in own]
@@ -176,6 +188,31 @@ class StackStreams:
                 return earlier[place]
         return None
 
+    def _beside(self, boundary: int, value: fx.Node) -> fx.Node | None:
+        """By structure: what a stream that goes on beside the blocks, read by the glue between them alone, was before.
+
+        Between alike windows, what the one before made at the same place; before the first, what that reads where the
+        second one reads `value`. Between others, the only tensor that can be meant.
+        """
+        i = boundary - 1
+        if boundary < len(self._inputs) and value in self._inputs[boundary]:
+            return None
+        window = self._window(i)
+        read = [n for n in external_inputs(window) if is_tensor(n) and not is_weight(n)]
+        near = self._window(i - 1) if i > 0 else self._window(1)
+        place = window.index(value)
+        if [n.target for n in near[: place + 1]] == [n.target for n in window[: place + 1]]:
+            if i > 0:
+                return near[place] if near[place] in read else None
+            following = [n for n in external_inputs(near) if is_tensor(n) and not is_weight(n)]
+            return read[following.index(value)] if value in following and len(read) == len(following) else None
+        made = [n for n in read if n not in self._inputs[i] and self._order[n] >= self.starts[max(0, i - 1)]]
+        meant = [n for n in made if same_shape(n, value)]
+        return meant[0] if len(meant) == 1 and boundary < len(self._inputs) else None
+
+    def _window(self, i: int) -> list[fx.Node]:
+        return self._nodes[self.starts[i] : self.starts[i + 1]]
+
     def _invariants(self) -> list[fx.Node]:
         start = self.starts[0]
         shared = [n for n in self._inputs[0] if all(n in e for e in self._inputs)]
@@ -189,6 +226,17 @@ class StackStreams:
             end = self.starts[i + 2]
             found += [v for v in made if v not in carried and any(self._order[u] >= end for u in v.users)]
         return found
+
+
+def _wiring(nodes: Sequence[fx.Node]) -> list[Any]:
+    """What some nodes do with each other's values, whatever they read of others: of all blocks' weights, say, their own."""
+    place = {n: i for i, n in enumerate(nodes)}
+
+    def form(node: fx.Node) -> Any:
+        value = value_of(node)
+        return describe(value)[:4] if is_tensor(node) else type(value)
+
+    return [(n.op, callee(n), form(n), [place.get(a) for a in n.all_input_nodes]) for n in nodes]
 
 
 def continues(
