@@ -229,7 +229,7 @@ class StackStreams:
 
 
 def _wiring(nodes: Sequence[fx.Node]) -> list[Any]:
-    """What some nodes do with each other's values, whatever they read of others: of all blocks' weights, say, their own."""
+    """What some nodes do with each other's values, whatever they read of others, their own block's weights, say."""
     place = {n: i for i, n in enumerate(nodes)}
 
     def form(node: fx.Node) -> Any:

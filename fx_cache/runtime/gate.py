@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -27,7 +27,6 @@ class SpanGate:
         self,
         store: Store,
         branch: Branch,
-        program: Hashable,
         span: int,
         control: Control,
         separation: Separation,
@@ -36,7 +35,6 @@ class SpanGate:
         Args:
             store: where the branch is kept.
             branch: the branch.
-            program: what the graph computes and caches.
             span: number of the span in the graph.
             control: the inputs that feed only the span.
             separation: how some samples of a batch are computed by themselves.
@@ -44,7 +42,6 @@ class SpanGate:
         self._store = store
         self._control = control
         self._branch = branch
-        self._program = program
         self._span = span
         self._separation = separation
         self._verdicts = [NOT_REACHED]

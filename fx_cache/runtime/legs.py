@@ -359,7 +359,6 @@ class Leg:
         self,
         store: Store,
         branch: Branch,
-        program: Hashable,
         batch: int,
         graph: Graph,
         family: Hashable,
@@ -372,7 +371,6 @@ class Leg:
         Args:
             store: where the branch is kept.
             branch: what the forward belongs to.
-            program: what is cached.
             batch: number of samples; 0: that is not known.
             graph, family, args: the call with which the span begins.
             before: the code that was called before that.
@@ -391,7 +389,7 @@ class Leg:
         if slot.tensors and (lost is not None or not fits or slot.tensors[0].shape != self._probe.shape):
             slot.forget(lost or OTHER_CALLS)
             slot.open = True
-        self._gate = SpanGate(store, branch, program, self._number, Control.of([]), Separation(fewer=False))
+        self._gate = SpanGate(store, branch, self._number, Control.of([]), Separation(fewer=False))
         probe = self._probe
         samples = batch if batch and probe.shape[0] % batch == 0 else 1
 

@@ -328,7 +328,6 @@ class RelayRun:
             leg.decide(
                 relay.store,
                 self._branch,
-                relay.program,
                 forward.batch(),
                 graph,
                 family,

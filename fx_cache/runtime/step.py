@@ -122,7 +122,7 @@ class CachedForward:
 
     def _compute_or_reuse(self, store: Store, branch: Branch, given: Given, args: Sequence[Any]) -> Any:
         gates = [
-            SpanGate(store, branch, self._program, k, control, separation)
+            SpanGate(store, branch, k, control, separation)
             for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
         ]
         state: list[Any] = [Keep(branch, self._graph, self._copied)] if self._keeps else []
