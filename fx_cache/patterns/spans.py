@@ -173,12 +173,11 @@ def _choose(
     reasons: dict[str, Refusal] = {}
     order = positions(graph)
     for chain in candidates.chains:
-        first = not spans
         for group in _groups(chain, config):
             if any(r.stack.name in s.stacks for r in group for s in spans):
                 continue
             # In the scope "stack" each stack of the main chain has a decision of its own, as asked for.
-            asked = first and (not spans or config.scope == "stack")
+            asked = not spans or config.scope == "stack"
             plan = _plan_group(graph, group, config, work)
             if isinstance(plan, SpanPlan):
                 plan = _worth_a_decision(plan, spans if not asked else (), candidates, order, step)

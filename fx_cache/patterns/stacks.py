@@ -67,12 +67,16 @@ def find_stacks(graph: fx.Graph, keep: Callable[[Stack], bool] = lambda stack: T
     contexts = find_contexts(graph)
     stacks: list[Stack] = []
     candidates = dict(_candidates(graph, order))
+    called = {module_path(path) for n in nodes for path, _ in n.meta.get("nn_module_stack", {}).values()}
 
     def of_lists(name: str) -> bool:
-        """Whether all that a list holds are lists of blocks that are the same: these are the blocks."""
+        """Whether a list holds lists of blocks, and no blocks that are lists of parts: there are more of these."""
         inner = [candidates.get(f"{name}.{index}", []) for index, _, _ in candidates[name]]
         words = [{tuple(n.target for n in nodes[a : b + 1] if is_tensor(n)) for _, a, b in found} for found in inner]
-        return all(len(found) == 1 for found in words)
+        if all(len(found) == 1 for found in words):
+            return True
+        uncalled = not any(f"{name}.{index}" in called for index, _, _ in candidates[name])
+        return uncalled and min(map(len, inner)) >= len(inner)
 
     for name, children in sorted(candidates.items(), key=lambda c: (c[1][0][1], -c[1][-1][2])):
         if of_lists(name):
