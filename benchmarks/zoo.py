@@ -182,17 +182,18 @@ def _look(name: str, row: Row, steps: Sequence[dict[str, Any]]) -> None:
 def detectors_agree(gm: fx.GraphModule) -> bool:
     """Whether the module paths and the structure alone show the same blocks of the chain worth caching.
 
-    Each boundary of one lies within a few operations of glue of one of the other's.
+    Each boundary of one lies within a few operations of glue of one of the other's. Stacks that lie between those of
+    the chain are not looked at.
     """
     prepared = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     name_inputs(prepared, None)
     separate_sequences(prepared, None)
     graph = prepared.graph
     chain = chains(graph, read_stacks(graph, classify_inputs(graph)), Work(graph))[0]
-    begin, end = chain[0].range[0], chain[-1].range[1]
     named = _starts(chain)
     found = [StackStreams(graph, s).starts for s in find_repeats(graph)]
-    repeated = sorted({p for starts in found for p in starts if begin - GLUE <= p <= end + GLUE})
+    ranges = [(r.range[0] - GLUE, r.range[1] + GLUE) for r in chain]
+    repeated = sorted({p for starts in found for p in starts if any(a <= p <= b for a, b in ranges)})
     return all(
         any(abs(a - b) <= GLUE for b in other) for one, other in ((named, repeated), (repeated, named)) for a in one
     )

@@ -89,9 +89,11 @@ def find_candidates(
         return Candidates(roles, tuple(chains(graph, left, work)), None, without)
     ordered = chains(graph, [r for r in left if influence.of_stack(r)], work)
     if rivals:
-        seen = {id(c): _seen(influence, c) for c in ordered}
-        ordered.sort(key=lambda c: any(seen[id(c)] != s and seen[id(c)] & s == seen[id(c)] for s in seen.values()))
-        roles = next((r for c in ordered if (r := _with_latents(roles, graph, c)).latents), roles)
+        seen = [_seen(influence, c) for c in ordered]
+        partial = [any(mine != other and mine & other == mine for other in seen) for mine in seen]
+        whole = [c for c, part in zip(ordered, partial, strict=True) if not part]
+        ordered = whole + [c for c, part in zip(ordered, partial, strict=True) if part]
+        roles = next((r for c in whole if (r := _with_latents(roles, graph, c)).latents), roles)
     # What depends on no latent may be computed once a request: there would be nothing left of a span.
     known = Influence(graph, [inputs[i] for i in roles.latents]) if roles.latents else influence
     ordered = [kept for c in ordered if (kept := [r for r in c if known.of_stack(r)])]

@@ -188,7 +188,7 @@ def _latents(graph: fx.Graph, inputs: list[fx.Node], candidates: list[int]) -> t
     for shape in (_written, _present):
         for result in list(missing):
             exact = [i for i in free if shape(inputs[i]) == shape(result)]
-            near = [i for i in free if differs_in_channels(shape(inputs[i]), shape(result))]
+            near = [i for i in free if _near(inputs[i], shape(inputs[i]), shape(result))]
             alike = sum(shape(n) == shape(result) for n in missing)
             if (exact and (shape is _written or len(exact) <= alike)) or (not exact and len(near) == 1):
                 certain = certain and len(exact) <= alike
@@ -204,6 +204,12 @@ def _written(node: fx.Node) -> tuple[Any, ...]:
 
 def _present(node: fx.Node) -> tuple[Any, ...]:
     return hinted_shape(value_of(node))
+
+
+def _near(node: fx.Node, a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether an input's shape differs from an output's in channels only; what is convolved has these in dimension 1."""
+    convolved = any(operation(u).startswith("conv") and u.args[:1] == (node,) for u in node.users)
+    return differs_in_channels(a, b) and (not convolved or (a[0], *a[2:]) == (b[0], *b[2:]))
 
 
 def differs_in_channels(a: Sequence[Any], b: Sequence[Any]) -> bool:
