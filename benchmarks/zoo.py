@@ -65,6 +65,9 @@ NOT_FULLGRAPH = {
 if torch.__version__ < "2.12":
     NOT_FULLGRAPH.add("AceStepTransformer1DModel")  # Dynamo cannot capture how it looks up its attention backend yet
 
+OWN_BEGINNING = {"WanVACETransformer3DModel"}
+"""Classes whose first block holds operations that only the module paths show to be its own, not what it is given."""
+
 STEPS = 8
 CONFIGS = {
     "F1B0": {"Fn": 1, "Bn": 0, "max_warmup_steps": 1},

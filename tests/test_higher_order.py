@@ -43,6 +43,8 @@ class EverySecond(Dit):
 class InPairs(Dit):
     """Two blocks are recomputed at a time, by a function that holds what it reads."""
 
+    depth = 6
+
     def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor]:
         x, c = self.begin(x, t)
         for i in range(0, self.depth, 2):

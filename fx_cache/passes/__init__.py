@@ -5,6 +5,7 @@ Its docstring shows the graph before and after, what it requires of the passes b
 """
 
 from fx_cache.passes.align_layouts import align_layouts
+from fx_cache.passes.divide_contexts import divide_contexts
 from fx_cache.passes.gather_weights import gather_weights
 from fx_cache.passes.hoist_invariants import hoist_invariants
 from fx_cache.passes.hoist_side_values import hoist_side_values
@@ -22,6 +23,7 @@ from fx_cache.passes.sink_into_spans import sink_into_spans
 PIPELINE: tuple[Pass, ...] = (
     name_inputs,
     separate_sequences,
+    divide_contexts,
     mark_regions,
     gather_weights,
     align_layouts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ from fx_cache.patterns.graph import (
 )
 from fx_cache.patterns.inputs import InputRoles, token_sources
 from fx_cache.patterns.repeats import ALIKE_AT_END, alike, find_repeats
-from fx_cache.patterns.stacks import MIN_BLOCKS, Stack, find_stacks
+from fx_cache.patterns.stacks import MIN_BLOCKS, Block, Stack, find_stacks
 from fx_cache.patterns.streams import StackStreams
 from fx_cache.patterns.work import Work
 
@@ -53,15 +53,19 @@ def read_stacks(graph: fx.Graph, roles: InputRoles) -> list[StackReport]:
     """
     order = positions(graph)
 
-    def extent(stack: Stack) -> tuple[int, int]:
+    def extent(stack: Stack | Block) -> tuple[int, int]:
         return order[stack.nodes[0]], order[stack.nodes[-1]]
 
-    def apart(stack: Stack, others: Iterable[Stack]) -> bool:
-        first, last = extent(stack)
-        return all(last < a or b < first for a, b in map(extent, others))
+    def within(stack: Stack | Block, other: Stack | Block) -> bool:
+        (first, last), (a, b) = extent(stack), extent(other)
+        return a <= first and last <= b
+
+    def apart(stack: Stack, other: Stack) -> bool:
+        (first, last), (a, b) = extent(stack), extent(other)
+        return last < a or b < first
 
     named: dict[Stack, list[StackReport]] = {}
-    doubtful: list[list[StackReport]] = []
+    doubtful: dict[Stack, list[StackReport]] = {}
 
     def keep(stack: Stack) -> bool:
         found = list(_reports(graph, stack, roles)) if _like(stack) else []
@@ -69,20 +73,19 @@ def read_stacks(graph: fx.Graph, roles: InputRoles) -> list[StackReport]:
         if any(r.main is not None for r in found) and 2 * len(stack.nodes) >= last - first:
             named[stack] = found
             return True
-        doubtful.extend([found] if found else [])
+        doubtful.update({stack: found} if found else {})
         return False
 
     find_stacks(graph, keep)
     for repeat in find_repeats(graph):
-        inner = [s for s in named if not apart(s, [repeat])]
-        within = [(order[b.nodes[0]], order[b.nodes[-1]]) for b in repeat.blocks]
-        if all(any(a <= first and last <= b for a, b in within) for first, last in map(extent, inner)):
+        inner = [s for s in named if not apart(s, repeat)]
+        if all(any(within(s, b) for b in repeat.blocks) for s in inner):
             found = [r for r in _reports(graph, repeat, roles) if r.main is not None]
             if found:
                 named = {s: r for s, r in named.items() if s not in inner} | {repeat: found}
-    for found in doubtful:
-        if apart(found[0].stack, named):
-            named[found[0].stack] = found
+    for stack, found in doubtful.items():
+        if not any(within(stack, other) or within(other, stack) for other in named):
+            named[stack] = found
     return sorted((r for found in named.values() for r in found), key=lambda r: r.range)
 
 

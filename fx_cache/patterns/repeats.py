@@ -233,7 +233,10 @@ class _Reading:
                     self._complete_of[key] = self._merged(
                         self._extended(self._divided(bounds, streams), streams, low, high)
                     )
-                return list(self._complete_of[key])
+                found = self._complete_of[key]
+                # If a part of a block stands before the first one, it is these that have begun too late.
+                if less == front or not self._ends_alike(found[0], found[1]):
+                    return list(found)
         return None
 
     def _bounds(self, marks: list[int], front: int, high: int) -> list[int]:
@@ -305,7 +308,8 @@ class _Reading:
     def _merged(self, bounds: list[int]) -> list[int]:
         """The same with blocks made one that are parts of one: unlike each other, and in turns."""
         words = [self._word(a, b) for a, b in pairwise(bounds)]
-        if _likeness(words, 1) >= REGULAR:
+        # One that goes on as the other has ended is the same, with glue behind it.
+        if any(alike(a, b) >= REGULAR or a[: len(b)] == b[: len(a)] for a, b in pairwise(words)):
             return bounds
         for turn in range(2, len(words) // 2 + 1):
             if len(words) % turn == 0 and _likeness(words, turn) >= IN_TURNS:
@@ -361,6 +365,11 @@ class _Reading:
             at = self.cuts[block[1]].last
             self._ancestries[block] = Ancestry(self.operations, at, 2 * at - self.cuts[block[0]].last)
         return 4 * self._ancestries[block].count(begin, end) >= 3 * (end - begin)
+
+    def _ends_alike(self, a: int, b: int) -> bool:
+        """Whether more than glue stands before cut `a` as it does before cut `b`."""
+        a, b = self.cuts[a].last, self.cuts[b].last
+        return a > GLUE and self.operations.equal(a - GLUE - 1, b - GLUE - 1, GLUE + 1)
 
     def _same(self, a: int, b: int) -> bool:
         return alike(self.atoms[a], self.atoms[b]) >= ALIKE
