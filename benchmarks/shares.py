@@ -63,7 +63,7 @@ def measure(name: str) -> Share:
     """The figures of one model."""
     fresh()
     steps = walk(name, 2)
-    compiled = compile_zoo(name, compiler="counting", residual_diff_threshold=2.0)
+    compiled = compile_zoo(name, compiler="counting_flops", residual_diff_threshold=2.0)
     found = fx_cache.explain(compiled, **steps[0])
     shares = [s for s in found.shares if s is not None]
     return Share(

@@ -78,7 +78,7 @@ def in_pieces(name: str) -> bool:
 def compile_case(name: str, **options: Any) -> tuple[Model, Any]:
     """A compiled case that computes every step, and its inputs."""
     model, inputs = build(name)
-    options = {"compiler": "counting", "Fn_compute_blocks": 1, "residual_diff_threshold": 0.0, **options}
+    options = {"compiler": "counting_flops", "Fn_compute_blocks": 1, "residual_diff_threshold": 0.0, **options}
     options = {"max_warmup_steps": WARMUP, **options}
     return torch.compile(model, backend="dit_cache", fullgraph=not in_pieces(name), options=options), inputs
 

@@ -171,7 +171,8 @@ class _Trace:
         """Between two stacks: the stream, or join of streams, that a value continues through other operations."""
         k, boundary = at
         streams = self._group[k].streams
-        if k + 1 == len(self._group) or boundary < len(self._group[k].stack.blocks):
+        last = boundary == len(self._group[k].stack.blocks)
+        if not is_tensor(value) or k + 1 == len(self._group) or not last:
             return None
         glue = self._nodes[streams.starts[boundary] : self._group[k + 1].streams.starts[0]]
         ends = [v for s in streams.streams if (v := s.values[boundary]) is not None]
