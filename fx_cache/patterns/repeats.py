@@ -73,7 +73,9 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
             blocks.append(Block.of(i, nodes[first:behind]))
         for begin, end in pairwise(passes):
             part = blocks[begin:end]
-            if len(part) >= MIN_BLOCKS and all(b.nodes for b in part):
+            # What reads no weight is no layer: rotations that are made for every axis.
+            layers = any(is_weight(a) for b in part for n in b.nodes for a in n.all_input_nodes)
+            if layers and len(part) >= MIN_BLOCKS and all(b.nodes for b in part):
                 found.append(Stack(f"repeat_{len(found)}", tuple(part)))
     return found
 
@@ -298,7 +300,10 @@ class _Reading:
         if 2 * sum(len(p) == 2 for p in parts) > len(parts):
             whole = [w for p, w in zip(parts, words, strict=True) if len(p) == 2]
             kept = [p if self._has_part(p, whole) else [p[0], p[-1]] for p in parts]
-            return [*(c for p in kept for c in p[:-1]), bounds[-1]]
+            found = [*(c for p in kept for c in p[:-1]), bounds[-1]]
+            # What is like no block is none: it follows the last one.
+            behind = self._word(*found[-2:])
+            return found[:-1] if max((alike(behind, w) for w in whole), default=1.0) < ALIKE_AT_END else found
         pieces = [[self._word(a, b) for a, b in pairwise(p)] for p in parts]
         for at in range(1, len(pieces[0]) - 1):
             if all(len(p) > at + 1 and _begins_anew(p, at) for p in pieces):
