@@ -4,11 +4,11 @@ from torch import fx
 
 from fx_cache.passes.outline import REGION
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import is_weight
+from fx_cache.patterns.graph import is_part_of_weight
 
 
 def gather_weights(gm: fx.GraphModule, context: RewriteContext) -> int:
-    """Moves views of weights to the front of their region, where a block reads them as it reads any weight.
+    """Moves views of parts of weights to the front of their region, where a block reads them as it reads any weight.
 
     Before::
 
@@ -19,7 +19,7 @@ def gather_weights(gm: fx.GraphModule, context: RewriteContext) -> int:
         w1 = layers[1];  w2 = layers[2];  a = linear(x, w1);  b = linear(a, w2)
 
     Requires: `mark_regions`.
-    Ensures: no view of a weight stands between the nodes of a block. (A view shows what is written later, too.)
+    Ensures: none stands between the nodes of a block. (A view shows what is written later, too.)
     """
     del context
     count = 0
@@ -29,7 +29,7 @@ def gather_weights(gm: fx.GraphModule, context: RewriteContext) -> int:
         if region is None:
             continue
         front = fronts.get(region)
-        view = node.op in ("call_function", "call_method") and is_weight(node)
+        view = is_part_of_weight(node)
         if front is None:
             # Behind what stands before the region: a view moves here, anything else stays behind it.
             fronts[region] = node if view else node.prev

@@ -95,6 +95,21 @@ def is_weight(node: fx.Node) -> bool:
     )
 
 
+def is_part_of_weight(node: fx.Node) -> bool:
+    """A view that shows a part of a weight, or that such a view is taken of: a layer's own, where all are one tensor.
+
+    What gives back all of it, like ``weight.float()`` of a weight that is one, is an operation like others.
+    """
+    if node.op not in ("call_function", "call_method") or not is_weight(node):
+        return False
+    whole = node
+    while (viewed := _viewed(whole)) is not None:
+        whole = viewed
+    if not is_tensor(node) or view_key(node) != view_key(whole):
+        return True
+    return any(is_part_of_weight(user) for user in node.users)
+
+
 def _viewed(node: fx.Node) -> fx.Node | None:
     """What a node looks at in another way, or takes parts of; None if it does anything else."""
     if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1 or written_inputs(node):

@@ -10,7 +10,7 @@ from functools import cache
 from torch import fx
 
 from fx_cache.patterns.contexts import find_contexts, whole
-from fx_cache.patterns.graph import is_tensor, is_weight, positions
+from fx_cache.patterns.graph import is_part_of_weight, is_tensor, positions
 
 MIN_BLOCKS = 2
 MIN_SEQUENTIAL_NODES = 6
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"(.*?)(\d+)(\D*)")
 
 @dataclass(frozen=True)
 class Block:
-    """One repeated sub-module's nodes: everything from `nodes[0]` to `nodes[-1]` in graph order, but views of weights.
+    """One repeated sub-module's nodes: everything from `nodes[0]` to `nodes[-1]` in graph order, but parts of weights.
 
     Where all layers' weights are one tensor, a block's own is such a view, and like a weight no part of the block.
     """
@@ -31,7 +31,7 @@ class Block:
     @classmethod
     def of(cls, index: int, nodes: Sequence[fx.Node]) -> Block:
         """The block that a run of nodes is."""
-        return cls(index, tuple(n for n in nodes if n.op == "get_attr" or not is_weight(n)))
+        return cls(index, tuple(n for n in nodes if not is_part_of_weight(n)))
 
 
 @dataclass(frozen=True)
