@@ -207,7 +207,7 @@ def _present(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _near(node: fx.Node, a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether an input differs from an output in channels only, as shaped; what is convolved has them in dimension 1."""
+    """Whether an input has an output's shape but for its channels; what is convolved has them in dimension 1."""
     convolved = any(operation(u).startswith("conv") and u.args[:1] == (node,) for u in node.users)
     return differs_in_channels(a, b) and (not convolved or (a[0], *a[2:]) == (b[0], *b[2:]))
 
