@@ -80,7 +80,8 @@ def test_a_whole_pipeline(name: str, tmp_path: Path) -> None:
     (uncached, _), (never, silent), (images, said) = run(
         make(name.split()[0], tmp_path / "model"), options, [first, second, first]
     )
-    assert never == uncached
+    # Helios, uncached, now and then makes something else of a request that is made again.
+    assert never == [*uncached[:2], uncached[0]]
     assert summarised(silent) == [0] * 3 * len(case.hits)
     assert summarised(said) == case.hits * 3
     assert images[0] == images[2] != images[1]
