@@ -182,7 +182,9 @@ def spec_of(number: int) -> Spec:
     scope = draw.choice(["model", "stack"])
     least = sum(counts) if scope == "model" else min(counts)
     # A probe is the difference of one stream before and behind the head: no other form of it in between.
-    fn = draw.randint(1, (counts[0] if join else least) - 1)
+    fn = draw.randint(1, (min(counts[0], least) if join else least) - 1)
+    # Parts of one tensor that a tail writes to are not handed on to it: such a span is refused.
+    most = 0 if write and join == "split" else max(0, least - 1 - fn)
     context = draw.random() < 0.5
     return Spec(
         kinds=kinds,
@@ -199,7 +201,7 @@ def spec_of(number: int) -> Spec:
         encoder=context and draw.random() < 0.5,
         wrap=wrap,
         fn=fn,
-        bn=draw.randint(0, max(0, least - 1 - fn)),
+        bn=draw.randint(0, most),
         scope=scope,
         seed=draw.randrange(1000),
     )

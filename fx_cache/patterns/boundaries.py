@@ -53,7 +53,18 @@ class Boundaries:
                 break
             glue = glue[glue.index(letter) + 1 :]
             place += 1
-        return [*places, place]
+        return [*places, place + self._missing(places, place)]
+
+    def _missing(self, places: Sequence[int], end: int) -> int:
+        """Operations behind the last block that the one before ends with: it lacks what nobody reads any more."""
+        if len(places) < 2:
+            return 0
+        before, last = self._letters[places[-2] : places[-1]], self._letters[places[-1] : end]
+        for size in range(len(before) - len(last), MIN_ATOM - 1, -1):
+            rest = before[:-size]
+            if before[-size:] == self._letters[end : end + size] and not Counter(last) - Counter(rest):
+                return size if len(rest) - len(last) <= MIN_ATOM else 0
+        return 0
 
     def _behind_preparation(self, place: int, following: int) -> int:
         """Where the first block begins as the one at `following` does, behind operations that prepare what all read."""
