@@ -41,7 +41,7 @@ def test_a_pipeline_by_one_line(name: str) -> None:
     case = CASES[name]
     by_hand, pipeline, plain = case.cached(THRESHOLD), case.build(), case.build()
     expected = run(by_hand, case.ask(FIRST), FIRST)
-    handle = fx_cache.enable(pipeline, **OPTIONS)
+    handle = fx_cache.enable(pipeline, **OPTIONS | {"max_warmup_steps": 2})
     assert tuple(handle.modules) == case.transformers
     assert torch.equal(run(pipeline, case.ask(FIRST), FIRST), expected)
     for transformer, same in zip(case.of(pipeline), case.of(by_hand), strict=True):
