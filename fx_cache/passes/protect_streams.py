@@ -49,9 +49,10 @@ def protect_streams(gm: fx.GraphModule, context: RewriteContext) -> int:
 
 
 def _whole(node: fx.Node) -> fx.Node:
-    """The tensor that a node is a view of."""
+    """The tensor that a node is a view of; where a span made that, what it hands on: the rest is not there at a hit."""
     source = viewed(node)
-    return node if source is None else _whole(source)
+    made_by_a_span = (node.meta.get(REGION) or 0) % 2 == 1
+    return node if source is None or made_by_a_span else _whole(source)
 
 
 def _view(node: fx.Node, copies: dict[Any, fx.Node], region: int) -> fx.Node:
