@@ -138,7 +138,8 @@ def _live_ins(context: RewriteContext, span: SpanPlan, live_outs: list[fx.Node])
     planned = {now(lo.value) for lo in span.live_outs}
     beside = [o.name for o in live_outs if o not in planned]
     # Nobody has looked at how it goes on: a hit would hand on what an earlier step left.
-    assert not beside, f"{beside} handed on by span {' + '.join(span.stacks)}, which is not planned"
+    if beside:
+        raise RuntimeError(f"span {' + '.join(span.stacks)} hands on {', '.join(beside)}, which is not planned")
     continued = {now(lo.value): lo.continues.with_parts(now) for lo in span.live_outs if lo.continues is not None}
     return [continued.get(out) for out in live_outs]
 

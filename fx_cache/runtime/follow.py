@@ -116,9 +116,9 @@ def parts_like(output: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor]
     if len(different) != 1:
         return [] if different else [output]
     (dim,) = different
-    has, wanted = output.shape[dim], shape[dim]
-    if has > wanted:
-        return [output.narrow(dim, 0, wanted), output.narrow(dim, has - wanted, wanted)]
+    has, asked = output.shape[dim], shape[dim]
+    if has > asked:
+        return [output.narrow(dim, 0, asked), output.narrow(dim, has - asked, asked)]
     filled = output.new_zeros(shape)
     filled.narrow(dim, 0, has).copy_(output)
     return [filled]
