@@ -34,7 +34,9 @@ Form = tuple[Any, ...]
 
 
 class Operations:
-    """The operations of a graph that make a tensor, and do not just take it out of the weights.
+    """The operations of a graph that make a tensor or write to one, and do not just take it out of the weights.
+
+    A version is none: its tensor is what the write made of it.
 
     Attributes:
         nodes: they themselves, in the order in which they run.
@@ -45,15 +47,16 @@ class Operations:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        calls = [n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module")]
-        self.nodes = [n for n in calls if is_tensor(n) and not is_weight(n)]
+        self.nodes = [n for n in graph.nodes if is_operation(n)]
         self._form = cache(_form)
         self.reads = cache(self._reads)
         self.letters = _letters(self.nodes, self._form)
         self.varies = _varies(graph, self.nodes)
         self._makers = {n: -1 - i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
-        self._makers |= {n: i for i, n in enumerate(self.nodes)}
-        self.lives = _lives(graph, self.nodes, self._form)
+        number = {n: i for i, n in enumerate(self.nodes)}
+        number |= {v: i for n, i in number.items() for v in n.users if v.target is version and v.args[1] is n}
+        self._makers |= number
+        self.lives = _lives(graph, number, self._form)
 
     def _reads(self, operation: int) -> list[tuple[int, Form]]:
         inputs = [a for a in self.nodes[operation].all_input_nodes if is_tensor(a) and not is_weight(a)]
@@ -133,40 +136,45 @@ class Life:
     makers: frozenset[int]
 
 
-def _lives(graph: fx.Graph, ops: Sequence[fx.Node], form_of: Callable[[fx.Node], Form]) -> list[Life]:
-    number = {n: i for i, n in enumerate(ops)}
+def is_operation(node: fx.Node) -> bool:
+    """Whether a node makes a tensor or writes to one, and does not just take it out of the weights."""
+    if node.op not in ("call_function", "call_method", "call_module") or node.target is version:
+        return False
+    return not is_weight(node) if is_tensor(node) else bool(written_inputs(node))
+
+
+def _lives(graph: fx.Graph, number: dict[fx.Node, int], form_of: Callable[[fx.Node], Form]) -> list[Life]:
+    """The tensors of a graph.
+
+    Args:
+        graph: a captured forward.
+        number: that of each operation, and of each version that of the write that made it.
+        form_of: what a tensor holds.
+    """
     inputs = [n for n in graph.find_nodes(op="placeholder") if is_tensor(n) and not is_weight(n)]
     # A tensor that is written to is another one from then on.
     holders: dict[Any, list[tuple[int, fx.Node]]] = defaultdict(list)
     tensor_of: dict[fx.Node, Any] = {}
-    for i, node in [*((-1, n) for n in inputs), *enumerate(ops)]:
+    for node, i in [*((n, -1) for n in inputs), *sorted(number.items(), key=lambda item: item[1])]:
         if storage_key(node) is None:
             continue
         source, write = _origin(node)
         tensor_of[node] = write or (tensor_of.get(source, node) if source else node)
         holders[tensor_of[node]].append((i, node))
     found = []
+    end = max(number.values(), default=0) + 2
     handed_out: set[Any] = set()
     for held in sorted(holders.values(), key=lambda h: -h[0][0]):
         born, first = held[0]
         form = form_of(first)
-        uses = {number.get(u, i) for i, n in held for u in _readers(n) if u.op != "output"}
+        uses = {number.get(u, i) for i, n in held for u in n.users if u.op != "output"}
         # What a block hands out beside its stream (keys and values for a cache) is not carried through the others.
         if not uses and form not in handed_out:
             handed_out.add(form)
-            uses = {len(ops) + 1}
+            uses = {end}
         makers = frozenset(i for i, _ in held)
         found.append(Life(born, max(uses | makers), form, frozenset(uses), makers))
     return found
-
-
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Who reads a tensor; for a write that gives back nothing, the versions behind it."""
-    for user in node.users:
-        if is_tensor(user) or not written_inputs(user):
-            yield user
-        else:
-            yield from user.users
 
 
 def _origin(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
@@ -244,6 +252,8 @@ def _counts_up(node: fx.Node) -> bool:
 
 def _form(node: fx.Node) -> Form:
     value = value_of(node)
+    if not isinstance(value, torch.Tensor) and (written := written_inputs(node)):
+        value = value_of(written[0])
     if not isinstance(value, torch.Tensor):
         return (type(value).__name__,)
     shape = tuple("?" if _unbacked(s) else str(s) for s in value.shape)

@@ -20,10 +20,11 @@ from typing import Any
 
 from torch import fx
 
+from fx_cache.ops import version
 from fx_cache.patterns.boundaries import GLUE, MIN_ATOM, Boundaries
 from fx_cache.patterns.contexts import Range, boundary, find_contexts
-from fx_cache.patterns.graph import is_tensor, is_tensor_sequence, is_weight
-from fx_cache.patterns.operations import Ancestry, Life, Operations, find_cuts, within_blocks
+from fx_cache.patterns.graph import is_tensor_sequence, is_weight
+from fx_cache.patterns.operations import Ancestry, Life, Operations, find_cuts, is_operation, within_blocks
 from fx_cache.patterns.stacks import MIN_BLOCKS, Block, Stack
 
 REFINEMENTS = 2
@@ -69,6 +70,8 @@ def find_repeats(graph: fx.Graph) -> list[Stack]:
             ends = [order[ops[a]], order[ops[a + len(core) - 1]] + 1]
             if len(core) == len(word) and i + 1 < len(words):
                 ends[1] = order[ops[places[i + 1]]]
+            while nodes[ends[1]].target is version:  # what was written last is of the block that wrote it
+                ends[1] += 1
             first, behind = (_start(nodes, place, contexts) for place in ends)
             blocks.append(Block.of(i, nodes[first:behind]))
         for begin, end in pairwise(passes):
@@ -456,7 +459,7 @@ def same_boundaries(graph: fx.Graph, one: Sequence[Stack], other: Sequence[Stack
 
 
 def _places(graph: fx.Graph, stacks: Sequence[Stack]) -> list[int]:
-    ops = [i for i, n in enumerate(graph.nodes) if n.op.startswith("call") and is_tensor(n)]
+    ops = [i for i, n in enumerate(graph.nodes) if is_operation(n)]
     order = {n: i for i, n in enumerate(graph.nodes)}
     places = set()
     for stack in stacks:
