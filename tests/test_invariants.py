@@ -197,3 +197,73 @@ def test_a_prompt_that_is_written_to_is_read_in_turn() -> None:
     expected = [model(**step, text=text.clone()) for step in steps]
     compiled = compile_cached(model, residual_diff_threshold=0.0)
     assert all(torch.equal(compiled(**s, text=text.clone()), e) for s, e in zip(steps, expected, strict=True))
+
+
+class Filled(nn.Module):
+    """Blocks read a tensor that is filled by slices, of the prompt and of something else."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.embed, self.time, self.text = nn.Linear(4, 16), nn.Linear(1, 16), nn.Linear(8, 16)
+        self.pooled = nn.Parameter(torch.randn(1, 1, 16))
+        layers = {"kv": 32, "mlp": 16}
+        self.blocks = nn.ModuleList(nn.ModuleDict({k: nn.Linear(16, n) for k, n in layers.items()}) for _ in range(5))
+        self.out = nn.Linear(16, 4)
+        self.eval().requires_grad_(False)
+
+    def context(self, prompt: torch.Tensor, h: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        text = self.text(prompt)
+        count = text.shape[1]
+        if self.how == "cat":
+            return torch.cat([text, self.pooled], dim=1)
+        filled = torch.zeros(1, count + 1, 16)
+        if self.how == "one by one":
+            for i in range(count):
+                filled[:, i] = text[:, i]
+            filled[:, count:].copy_(self.pooled)
+            return filled
+        filled[:, :count] = text
+        before = filled.clone() if self.how == "read in between" else None
+        filled[:, count:] = self.pooled if self.how != "with the time" else self.pooled + time
+        if self.how == "twice":
+            filled[:, :2].mul_(0.5)
+        return filled if before is None else filled + before
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor) -> tuple[torch.Tensor]:
+        h, time = self.embed(x), self.time(torch.sin(timestep)[:, None])[:, None]
+        context = self.context(prompt, h, time)
+        h = h + time
+        for block in self.blocks:
+            k, v = block["kv"](context).chunk(2, dim=-1)
+            h = h + nn.functional.scaled_dot_product_attention(h, k, v)
+            h = h + block["mlp"](h + time)
+        if self.how == "written later":
+            context[:, :1].add_(h[:, :1])
+            h = h + context.mean(dim=1, keepdim=True)
+        return (self.out(h),)
+
+
+@pytest.mark.parametrize(
+    ("how", "saved"),
+    [
+        *[(how, 1 + 5) for how in ("cat", "slices", "one by one", "twice", "read in between")],
+        *[(how, 1) for how in ("with the time", "written later")],
+    ],
+)
+def test_a_tensor_filled_by_slices_is_kept_when_it_is_finished(how: str, saved: int) -> None:
+    model = Filled(how)
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    prompts = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+    steps = []
+    for prompt in prompts:
+        x = torch.randn(1, 8, 4)
+        for i in range(3):
+            steps.append({"x": x, "timestep": torch.tensor([0.9 - 0.1 * i]), "prompt": prompt})
+            x = x - 0.1 * model(**steps[-1])[0]
+    for step in steps:
+        assert torch.equal(compiled(**step)[0], model(**step)[0])
+    fx_cache.reset(model)
+    plain = layers(model, steps[0])
+    assert [layers(compiled, step) for step in steps[:3]] == [plain, plain - saved, plain - saved]

@@ -24,6 +24,7 @@ from fx_cache.patterns.graph import (
     storage_key,
     touches,
     value_of,
+    written_inputs,
     written_storages,
 )
 from fx_cache.patterns.groups import groups_of
@@ -66,8 +67,9 @@ def find_invariants(
 ) -> Invariants:
     """Values that depend on conditioning and weights alone, where keeping them saves work.
 
-    Left where they are: what reads or is a tensor that is written to in place, what shares storage with an output,
-    what draws random numbers, collectives, and what stands within a context such as autocast.
+    Left where they are: tensors that are written to in place, and what reads them, unless they are made here, filled
+    with what is the same at every step, and read behind the last write only; what shares storage with an output, what
+    draws random numbers, collectives, and what stands within a context such as autocast.
 
     Args:
         graph: a captured forward.
@@ -84,8 +86,9 @@ def find_invariants(
     same = _same_at_every_step(graph, roles)
     apart = _apart(stacks, same)
     if worth(apart) < MIN_APART * cached * work.total:
-        same = _without(apart, same)
-    # Not the many views of a table or a key, but what they show.
+        same = _without_unfinished(graph, _without(apart, same))
+    # Not the many views of a table or a key, but what they show; what is written to only as it is behind all writes.
+    written = written_storages(same)
     whole: dict[int | None, fx.Node] = {}
     for node in filter(is_tensor, same):
         whole.setdefault(storage_key(node), node)
@@ -93,7 +96,7 @@ def find_invariants(
     reached = descendants(graph, given)  # what is made of nothing is little, and fused with what reads it
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in filter(is_tensor, same):
-        base = whole[storage_key(node)]
+        base = node if storage_key(node) in written else whole[storage_key(node)]
         if base in reached:
             readers.setdefault(base, []).extend(u for u in node.users if u not in same)
     cones = {n: {a for a in ancestors(n) if a in same} for n, users in readers.items() if users}
@@ -129,8 +132,10 @@ def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, Non
     given = {inputs[i] for i in (*roles.conditioning, *roles.scalars, *roles.weights) if i not in alone}
     # Sizes are the same as long as the shapes of a branch are.
     given |= {n for n in inputs if isinstance(value_of(n), torch.SymInt)}
-    written = written_storages(graph.nodes)
     outputs = [a for n in graph.find_nodes(op="output") for a in tree_leaves(n.args) if is_tensor(a)]
+    # What came from outside is as others left it, and what goes there may be written to by them.
+    open_ = {storage_key(a) for a in (*outputs, *inputs, *graph.find_nodes(op="get_attr"))} - {None}
+    written = written_storages(graph.nodes) & open_
     returned = {storage_key(a) for a in outputs} - {None}
     contexts = within_contexts(graph)
     same: dict[fx.Node, None] = {}
@@ -141,11 +146,36 @@ def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, Non
             continue
         if groups_of([node]):  # all ranks have to come to it, and one may have lost what it kept
             continue
-        known = is_tensor(node) or is_tensor_sequence(node) or is_scalar(node)
+        writes = written_inputs(node)
+        known = is_tensor(node) or is_tensor_sequence(node) or is_scalar(node) or writes
         free = storage_key(node) not in returned and not touches(node, written)
+        free = free and all(storage_key(a) is not None for a in writes)
         if known and free and all(a in same or a in given for a in node.all_input_nodes):
             same[node] = None
-    return same
+    return _without_unfinished(graph, same)
+
+
+def _without_unfinished(graph: fx.Graph, same: dict[fx.Node, None]) -> dict[fx.Node, None]:
+    """The same but for tensors that others write to as well, or read before the last write.
+
+    Requires: versions (see `fx_cache.versions`), by which a reader behind a write depends on it.
+    """
+    writes: dict[int | None, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for key in {storage_key(a) for a in written_inputs(node)} - {None}:
+            writes.setdefault(key, []).append(node)
+    while True:
+        unfinished = {key for key, made_by in writes.items() if key is not None and any(w not in same for w in made_by)}
+        for node in same:
+            key = storage_key(node)
+            if key is not None and key in writes and key not in unfinished and any(u not in same for u in node.users):
+                behind = ancestors(node)
+                if any(w is not node and w not in behind for w in writes[key]):
+                    unfinished.add(key)
+        touching = [n for n in same if touches(n, unfinished)]
+        if not touching:
+            return same
+        same = _without(touching, same)
 
 
 def _apart(stacks: Sequence[StackReport], same: Collection[fx.Node]) -> set[fx.Node]:
