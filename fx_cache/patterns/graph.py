@@ -352,8 +352,13 @@ def structure(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> tuple[Any,
             return ("slice", ref(a.start), ref(a.stop), ref(a.step))
         return (type(a).__name__, repr(a))
 
-    body = tuple((n.op, callee(n), ref(n.args), ref(tuple(sorted(n.kwargs.items())))) for n in nodes)
+    body = tuple((n.op, callee(n), ref(_computed_from(n)), ref(tuple(sorted(n.kwargs.items())))) for n in nodes)
     return body, tuple(describe(value_of(n)) for n in inputs)
+
+
+def _computed_from(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments, but for the words of an assertion: they name the symbols, which are new in each block."""
+    return tuple(a for a in node.args if not isinstance(a, str)) if "assert" in operation(node) else node.args
 
 
 def callee(node: fx.Node) -> Any:
