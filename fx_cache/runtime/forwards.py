@@ -101,7 +101,6 @@ class Forward:
         self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if _stored(t)}
         self._notes: dict[int, list[_Note]] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
-        self._schedule: dict[int, torch.Tensor] = {}
 
     def tokens_of(self, value: Any) -> frozenset[int]:
         """The user's inputs whose tokens a tensor holds, as far as is known."""
@@ -172,10 +171,12 @@ class Forward:
         self.calls.append(Call(family, facts, owner, inputs, forms))
 
     def see_schedule(self, roles: InputRoles, args: Sequence[Any]) -> None:
-        """Learns from a graph which of the user's inputs are the timestep or the like."""
-        for i in roles.schedule:
-            if isinstance(args[i], torch.Tensor):
-                self._schedule[args[i].untyped_storage()._cdata] = args[i]
+        """Learns from a graph which of the user's inputs are the timestep or the like: for this forward and others."""
+        for arg in (args[i] for i in roles.schedule if _stored(args[i])):
+            itself = {i for i, v in enumerate(self.inputs) if v is arg}
+            key = arg.untyped_storage()._cdata
+            shown = {i for i, v in enumerate(self.inputs) if _stored(v) and v.untyped_storage()._cdata == key}
+            self.habits.told |= itself or shown
 
     def latent_like(self, shapes: Sequence[Shape]) -> frozenset[int]:
         """The user's inputs that have some outputs' shapes, up to channels, where it is clear which has which."""
@@ -253,13 +254,10 @@ class Forward:
     @property
     def telling(self) -> frozenset[int]:
         """The inputs that tell the time, but for those of which that is only learned."""
-        return frozenset(i for i, v in enumerate(self.inputs) if self._tells(v))
-
-    def _tells(self, value: Any) -> bool:
-        if not _stored(value):
-            return False
-        looks = value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
-        return looks or value.untyped_storage()._cdata in self._schedule
+        looks = {
+            i for i, v in enumerate(self.inputs) if _stored(v) and v.ndim < 2 and (v.ndim == 0 or v.is_floating_point())
+        }
+        return self.habits.told | looks
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,19 @@ ENOUGH = 2
 
 
 class Habits:
-    """What is known of the inputs of a model, by their numbers."""
+    """What is known of the inputs of a model, by their numbers.
+
+    Attributes:
+        told: those that a graph takes for the timestep or the like.
+    """
 
     def __init__(self) -> None:
+        self.told: frozenset[int] = frozenset()
         self._learned = Moves()
         self._learner = Learner()
         self._history: deque[_Seen] = deque(maxlen=HISTORY)
         self._fit: frozenset[int] | None = None
+        self._shapes: Sequence[Shape] = ()
         self._alone: frozenset[int] = frozenset()
         self._resting: set[int] = set()
         self._with_latents: Counter[tuple[Hashable, ...]] = Counter()
@@ -48,17 +54,18 @@ class Habits:
             keys: who they are.
             timed: those of which it is known that they tell the time, by more than that they change.
         """
-        self._learned = self._learner.see(Call(inputs, keys)) or Moves()
+        self._learned = self._learner.see(Call(inputs, keys, schedule=timed)) or Moves()
         seen = _Seen(inputs, keys)
         for before in self._history:
             self._compare(seen, before, timed)
         self._history.append(seen)
+        self._tell_apart([None if i in timed else v for i, v in enumerate(inputs)])
 
     def _compare(self, now: _Seen, before: _Seen, timed: Collection[int]) -> None:
         different = now.different(before)
         moving = different - set(timed)
         if different & set(timed) and moving & now.floating:
-            self._resting |= (self._fit or frozenset()) - different
+            self._resting |= now.floating - different
         numbers = sorted(different - self._alone)
         if self._alone and self._alone <= different and numbers:
             ways = [now.way(before, i) for i in numbers]
@@ -72,15 +79,21 @@ class Habits:
         """Takes notice of what a forward made of its inputs: the shapes of all tensors."""
         fit = fitting(inputs, shapes).any
         self._fit = fit if self._fit is None else self._fit & fit
-        if not self._alone <= self._fit - self._resting:
+        self._shapes = shapes
+        self._tell_apart(inputs)
+
+    def _tell_apart(self, inputs: Sequence[Any]) -> None:
+        """Which of the inputs that fit what came back is denoised, once the others are known to rest."""
+        if self._fit is not None and not self._alone <= self._fit - self._resting:
             self._alone = frozenset()
         moving = [None if i in self._resting else v for i, v in enumerate(inputs)]
-        self._alone = self._alone or fitting(moving, shapes).alone
+        self._alone = self._alone or fitting(moving, self._shapes).alone
 
     def may_come_back(self, inputs: Sequence[Any], shapes: Sequence[Shape]) -> None:
         """The same of a forward of which nothing is known but what its last graph made."""
         if self._fit is None:
-            self._alone = self._alone or fitting(inputs, shapes).alone
+            self._shapes = shapes
+            self._tell_apart(inputs)
 
     def latents(self, shown: Collection[int] = ()) -> frozenset[int]:
         """The inputs that are denoised; none where that is not known.
