@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -379,6 +378,14 @@ def _body(module: fx.GraphModule) -> tuple[Any, ...]:
     return structure([n for n in module.graph.nodes if n.op != "placeholder"], inputs)
 
 
+def source_of(node: fx.Node) -> str:
+    """Where an input comes from in the captured code, or its name in the graph."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return node.name
+    return source.name if isinstance(source.name, str) else str(source.name())
+
+
 def hinted_shape(value: torch.Tensor) -> tuple[int, ...]:
     """A shape in numbers: for a symbol that of the present inputs, 1 for one that depends on data."""
     return tuple(map(hint, value.shape))
@@ -411,24 +418,3 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether two tensors agree in shape, dtype and device."""
     va, vb = value_of(a), value_of(b)
     return tuple(map(str, va.shape)) == tuple(map(str, vb.shape)) and va.dtype == vb.dtype and va.device == vb.device
-
-
-def program_signature(graph: fx.Graph) -> str:
-    """A digest of what a captured graph computes, but for its sizes.
-
-    Equal for the static and the dynamic graph of one forward, which may go on with each other's requests; different for
-    graphs specialised on other Python values, and for those that compute in another precision (autocast). Integers
-    count only as plain indices, since others may be sizes.
-    """
-    digest = hashlib.sha256()
-    for node in graph.nodes:
-        if node.op == "placeholder" or is_scalar(node):
-            continue
-        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", type(node.target))
-        constants: list[Any] = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, float | bool | str)]
-        if node.target is operator.getitem:
-            items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-            constants += [i for i in items if isinstance(i, int)]
-        dtype = value_of(node).dtype if is_tensor(node) else None
-        digest.update(repr((node.op, str(target), constants, dtype)).encode())
-    return digest.hexdigest()

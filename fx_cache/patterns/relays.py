@@ -18,9 +18,10 @@ from torch._guards import CompileContext
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
-from fx_cache.patterns.graph import draws_random, program_signature, storage_key, writes_too, written_storages
+from fx_cache.patterns.graph import draws_random, source_of, storage_key, writes_too, written_storages
 from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
+from fx_cache.patterns.programs import PROGRAMS
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE, Ranges, random_refusal
 from fx_cache.patterns.stacks import MIN_BLOCKS
 from fx_cache.patterns.work import Work
@@ -93,9 +94,9 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
     work = Work(graph).total
     compile_id = CompileContext.current_compile_id()
     return GraphFacts(
-        program=program_signature(graph),
+        program=PROGRAMS.of(graph),
         roles=roles,
-        names=tuple(map(_source, inputs)),
+        names=tuple(map(source_of, inputs)),
         tokens=tuple(tokens),
         written=tuple(i for i, n in enumerate(inputs) if storage_key(n) in written),
         work=work,
@@ -106,14 +107,6 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
         gradients=gradients,
         groups=groups_of(graph.nodes),
     )
-
-
-def _source(node: fx.Node) -> str:
-    """Where an input comes from in the captured code, or its name in the graph."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None:
-        return node.name
-    return source.name if isinstance(source.name, str) else str(source.name())
 
 
 @dataclass(frozen=True)
