@@ -29,6 +29,7 @@ from fx_cache.regions import written_out
 from fx_cache.runtime.forwards import Forward, surroundings
 from fx_cache.runtime.relay import ObservedForward, Relays
 from fx_cache.runtime.step import CachedForward
+from fx_cache.runtime.weights import is_number
 from fx_cache.versions import with_versions
 
 _relays = Relays()
@@ -305,12 +306,8 @@ def _guarded(gm: fx.GraphModule, plan: Plan) -> tuple[list[int], list[int]]:
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     written = written_storages(gm.graph.nodes)
     held = [i for i in plan.roles.weights if is_tensor(inputs[i]) and storage_key(inputs[i]) not in written]
-    numbers = [i for i in held if _is_number(value_of(inputs[i]))]
+    numbers = [i for i in held if is_number(value_of(inputs[i]))]
     return [i for i in held if i not in numbers], numbers
-
-
-def _is_number(value: torch.Tensor) -> bool:
-    return value.ndim == 0 and value.device.type == "cpu" and not isinstance(value, torch.nn.Parameter)
 
 
 def _anchor(gm: fx.GraphModule, plan: Plan) -> int | None:

@@ -238,6 +238,31 @@ def test_a_forward_that_is_broken_off_leaves_nothing_behind() -> None:
     assert torch.equal(compiled(**steps[4])[0], expected[4])
 
 
+@pytest.mark.parametrize("first", [1, 3, BLOCKS - 1])
+@pytest.mark.parametrize("how", ["written to", "replaced"])
+def test_weights_of_blocks_that_change_in_the_middle(how: str, first: int) -> None:
+    """From the block of that number on; the head is the same. The step computes, and what is reused then is new."""
+    model = Model().eval()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    with torch.no_grad():
+        run_in(compiled)
+        for i, step in enumerate(walk(1)):
+            if i == 5:
+                for block in model.blocks[first:]:
+                    old = block.experts.experts[1].weight
+                    if how == "written to":
+                        old.mul_(-2.0)
+                    else:
+                        block.experts.experts[1].weight = nn.Parameter(-2.0 * old)
+            output = compiled(**step)[0]
+            if i == 5:
+                assert torch.equal(output, model(**step)[0])
+    before, behind = (s["branches"][0]["spans"][0] for s in fx_cache.summary(compiled).to_dict()["sessions"][-2:])
+    # What has changed ends the request; the next one has to warm up, and learn which way the time goes.
+    assert before["hits"] == [2, 3, 4]
+    assert behind["hits"] == [2]
+
+
 def test_explain_names_the_block_list_and_its_share() -> None:
     model, step = Model(), walk(8)[0]
     found = fx_cache.explain(compile_broken(model, Bn_compute_blocks=1), **step)

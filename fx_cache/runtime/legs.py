@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from fx_cache.runtime.identity import signature
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
+from fx_cache.runtime.weights import Given, is_number
 
 RECENT = 16
 """Calls back to which the outputs are looked through for what a tensor is made of."""
@@ -52,24 +52,28 @@ class Called:
 
     Attributes:
         what: the code, what the graph computes, and the forms of all inputs but weights.
-        weight: the first weight that it was given.
+        weights: those that it was given, as they were.
     """
 
     what: Hashable
-    weight: weakref.ref[torch.Tensor] | None
+    weights: Given
 
     @classmethod
     def of(cls, graph: Graph, family: Hashable, args: Sequence[Any]) -> Called:
         roles = graph.facts.roles
         forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
-        weight = _weight(graph, args)
-        return cls((family, graph.facts.program, forms), None if weight is None else weakref.ref(weight))
+        return cls((family, graph.facts.program, forms), Given(_weights(graph, args)))
 
     def same(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
-        """Whether a call is this one."""
-        weight = None if self.weight is None else self.weight()
-        gone = self.weight is not None and weight is None
-        return not gone and weight is _weight(graph, args) and self.what == Called.of(graph, family, args).what
+        """Whether a call is this one, and nobody has replaced its weights, or written to them."""
+        return self.weights.same(_weights(graph, args)) and self.what == Called.of(graph, family, args).what
+
+
+def _weights(graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
+    """The weights that a graph is given and does not write to itself, in the order of their names."""
+    facts = graph.facts
+    kept = sorted(set(facts.roles.weights).difference(facts.written), key=facts.names.__getitem__)
+    return [a for i in kept if isinstance(a := args[i], torch.Tensor) and not is_number(a)]
 
 
 def handed_through(graph: Graph, args: Sequence[Any], outputs: Sequence[Any]) -> list[str | None]:
@@ -79,10 +83,6 @@ def handed_through(graph: Graph, args: Sequence[Any], outputs: Sequence[Any]) ->
         id(a): facts.names[i] for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in facts.written
     }
     return [given.get(id(output)) for output in outputs]
-
-
-def _weight(graph: Graph, args: Sequence[Any]) -> torch.Tensor | None:
-    return next((args[i] for i in graph.facts.roles.weights if isinstance(args[i], torch.nn.Parameter)), None)
 
 
 @dataclass(frozen=True)

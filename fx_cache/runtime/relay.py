@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch._dynamo import config as dynamo_config
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import CacheWarning, Refusal
@@ -30,6 +31,7 @@ from fx_cache.runtime.policy import decide
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
+from fx_cache.runtime.weights import CHANGED, weights_of
 
 MAX_MISFITS = 2
 """Forwards in a row that may run otherwise than planned before the model is watched again."""
@@ -116,6 +118,7 @@ class Relay:
         self._least = 0.0
         self._habits: dict[Hashable, Habits] = {}
         self._ran: WeakSet[Graph] = WeakSet()
+        self._written = WeakTensorKeyDictionary()
         self._watches = 0
         self._strays = 0
 
@@ -216,8 +219,10 @@ class Relay:
             "by leaf makes them), or look for code in or between the blocks that goes another way at every step",
         )
 
-    def ran(self, graph: Graph) -> bool:
-        """Takes notice of a graph that runs; whether it has run before."""
+    def ran(self, graph: Graph, args: Sequence[Any]) -> bool:
+        """Takes notice of a graph that runs, and what it writes to; whether it has run before."""
+        for i in graph.facts.written:
+            self._written[args[i]] = None
         known = graph in self._ran
         self._ran.add(graph)
         return known
@@ -245,7 +250,10 @@ class Relay:
         """The branch that a forward belongs to; counts the step."""
         assert self.store is not None
         given = forward.given((), len(self.plans))
-        branch = self.store.begin(self.program, len(self.plans), given)
+        # Code between the graphs has weights too, which no graph is given.
+        weights = [w for w in weights_of(forward.root) if w not in self._written]
+        lost = CHANGED if self.store.changed(self.program, weights, []) else None
+        branch = self.store.begin(self.program, len(self.plans), given, lost)
         if any(slot.open for slot in branch.slots):  # its last forward was broken off
             self.store.discard(branch)
             branch = self.store.begin(self.program, len(self.plans), given)
@@ -306,7 +314,7 @@ class RelayRun:
         return any(leg.reusing for leg in self._legs)
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
-        self._settled = self._relay.ran(graph) and self._settled
+        self._settled = self._relay.ran(graph, args) and self._settled
         if not self._legs:
             outputs = graph.compute(*args)
         else:

@@ -59,6 +59,33 @@ class Weights:
         self._gone = True
 
 
+class Given:
+    """The weights that a graph was given at one call: the same ones, and not written to since, or others."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._references = [weakref.ref(w) for w in weights]
+        self._versions = _versions(weights)
+
+    def same(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether those of another call are these."""
+        own = [reference() for reference in self._references]
+        same = len(own) == len(weights) and all(map(operator.is_, own, weights))
+        return same and _versions(weights) == self._versions
+
+
+def weights_of(root: Any) -> list[torch.Tensor]:
+    """All parameters and buffers of a module; of anything else none."""
+    if not isinstance(root, torch.nn.Module):
+        return []
+    held = (t for m in root.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+    return list({id(t): t for t in held if t is not None}.values())
+
+
+def is_number(weight: torch.Tensor) -> bool:
+    """Whether it is a number that the model holds: with dynamic shapes those come as tensors, made at every call."""
+    return weight.ndim == 0 and weight.device.type == "cpu" and not isinstance(weight, torch.nn.Parameter)
+
+
 def _values(numbers: Sequence[torch.Tensor]) -> list[Any]:
     return [number.tolist() for number in numbers]
 
