@@ -5,15 +5,17 @@ Oracle: the table. Host and device show the same signs, so that one table holds 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from fx_cache.runtime.clock import (
+    BOTH_WAYS,
     EITHER,
     FIRST_MOVE,
     REPEATED,
+    RESTED,
     STEP_REPEATED,
     Clock,
     Move,
@@ -26,14 +28,18 @@ from fx_cache.runtime.follow import Look, left_over, strayed
 START, FIRST, NEXT, REPEAT, LATE = Move.START, Move.FIRST, Move.NEXT, Move.REPEAT, Move.LATE
 
 
-def at(*times: float, left: float | None = None, **told: object) -> Sign:
-    """A call at some times, of whose latent `left` is left over."""
-    values = tuple(v for t in times for v in (t, t))
+def at(*times: float, left: float | None = None, back: float | None = None, **told: object) -> Sign:
+    """A call at some times, of whose latent `left` is left over, and `back` of that of the request's first call."""
+    values = tuple(v for t in times for v in (t, t, 0.0))
     if left is None:
         return Sign(values, **told)
-    # Two vectors of length 1 at an angle whose sine is `left`.
-    cosine = (1.0 - left**2) ** 0.5
-    return Sign(values, (1.0, cosine, cosine, 1.0), (2,), **told)
+    return Sign(values, grams(left), (2,), back=None if back is None else grams(back), **told)
+
+
+def grams(sine: float) -> tuple[float, ...]:
+    """Inner products of two vectors of length 1 at an angle."""
+    cosine = (1.0 - sine**2) ** 0.5
+    return 1.0, cosine, cosine, 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ ROWS = {
         [at(9), at(8, left=0.7), at(7, left=0.6), at(6, left=0.4)], [START, FIRST, NEXT, NEXT]
     ),
     "a latent that is no number": Row(
-        [at(9), at(8, left=0.1), Sign((7.0, 7.0), (float("nan"),) * 4, (2,))], [START, FIRST, START]
+        [at(9), at(8, left=0.1), Sign((7.0, 7.0, 0.0), (float("nan"),) * 4, (2,))], [START, FIRST, START]
     ),
     "tried once": Row([at(9), at(9), at(8), at(7)], [START, START, FIRST, NEXT], [None, None, FIRST_MOVE, None]),
     "twice at one time": Row(
@@ -103,13 +109,27 @@ ROWS = {
         [START, NEXT, REPEAT],
         [None, None, STEP_REPEATED],
     ),
+    "another pass at one time, by guidance": Row(
+        [at(9, 3.5, times=(0,)), at(9, 1.0, times=(0,)), at(8, 3.5, times=(0,)), at(8, 1.0, times=(0,))],
+        [START, START, FIRST, REPEAT],
+        [None, None, FIRST_MOVE, RESTED],
+    ),
+    "another pass with one latent, by guidance": Row(
+        [at(9, 3.5, named=True), at(9, 1.0, left=0.0, named=True), at(8, 1.0, left=0.1, named=True)],
+        [START, START, FIRST],
+        [None, None, FIRST_MOVE],
+    ),
+    "the latent that it began with": Row(
+        [at(9), at(8, left=0.05), at(7, left=0.04, back=0.3), at(6, left=0.04, back=0.0)], [START, FIRST, NEXT, START]
+    ),
     "the first call of a request": Row([at(9), at(8), at(7, begins=True), at(6)], [START, FIRST, START, FIRST]),
     "another number of inputs": Row([at(9), at(8), at(7, 3.5)], [START, FIRST, START]),
     "frames end one after another": Row(
-        [Sign((0.5, 0.9)), Sign((0.4, 0.8)), Sign((0.0, 0.7)), Sign((0.0, 0.6))], [START, FIRST, NEXT, NEXT]
+        [Sign((0.5, 0.9, 0.0)), Sign((0.4, 0.8, 0.0)), Sign((0.0, 0.7, 0.0)), Sign((0.0, 0.6, 0.0))],
+        [START, FIRST, NEXT, NEXT],
     ),
     "one frame begins while others go on": Row(
-        [Sign((0.5, 0.9)), Sign((0.4, 0.8)), Sign((0.3, 1.0))], [START, FIRST, START]
+        [Sign((0.5, 0.9, 0.0)), Sign((0.4, 0.8, 0.0)), Sign((0.3, 1.0, 0.0))], [START, FIRST, START]
     ),
     "one that comes back in a leap": Row(
         [at(9), at(8), at(7), at(6), at(5), at(9), at(8), at(4)],
@@ -127,8 +147,8 @@ def test_what_a_call_shows(name: str, late: bool) -> None:
     for sign in row.calls:
         if late:  # what lay on a device is read, and shows the same
             values = torch.tensor(sign.values, dtype=torch.float64)
-            grams = None if sign.grams is None else torch.tensor(sign.grams, dtype=torch.float64)
-            there = Sign(values, grams, sign.sizes, sign.said, sign.named, sign.apart, sign.begins)
+            grams, back = (None if g is None else torch.tensor(g, dtype=torch.float64) for g in (sign.grams, sign.back))
+            there = replace(sign, values=values, grams=grams, back=back)
             sign = there.read(iter([v for part in there.late for v in part.tolist()]))
         moves.append(clock.move(sign))
         doubts.append(clock.doubt)
@@ -137,9 +157,17 @@ def test_what_a_call_shows(name: str, late: bool) -> None:
 
 
 def test_directions_know_nothing_of_width() -> None:
-    assert read_schedule([torch.tensor([0.5])]) == read_schedule([torch.full((3,), 0.5)]) == (0.5, 0.5)
-    assert read_schedule([torch.tensor(7), torch.tensor([0.25, 0.75])]) == (7.0, 7.0, 0.25, 0.75)
-    assert directions((9.0, 9.0, 0.0, 1.0), (8.0, 8.0, 0.0, 0.5)) == (-1, -1)
+    assert read_schedule([torch.tensor([0.5])]) == read_schedule([torch.full((3,), 0.5)]) == (0.5, 0.5, 0.0)
+    read = read_schedule([torch.tensor(7), torch.tensor([0.25, 0.75])])
+    assert read[:5] == (7.0, 7.0, 0.0, 0.25, 0.75)
+    assert read != read_schedule([torch.tensor(7), torch.tensor([0.75, 0.25])])
+    assert directions((9.0, 9.0, 0.0, 0.0, 1.0, 0.3), (8.0, 8.0, 0.0, 0.0, 0.5, 0.3)) == (-1, -1)
+
+
+def test_elements_that_change_places_while_the_extremes_rest_go_no_way() -> None:
+    mask, other = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    assert directions(read_schedule([mask]), read_schedule([other])) == (BOTH_WAYS,)
+    assert directions(read_schedule([mask]), read_schedule([mask.clone()])) == (0,)
 
 
 def steps_of(noise: float, seed: int = 0) -> list[float]:

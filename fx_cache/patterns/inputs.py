@@ -53,7 +53,7 @@ class InputRoles:
         scalars: host numbers, compared by value; not the sizes of other inputs.
         weights: belong to the module.
         certain: whether the graph leaves no doubt which inputs are the latents.
-        timed: whether the graph leaves no doubt that the timestep is in the schedule.
+        timed: those of the schedule of which the graph leaves no doubt that they are embedded as a time is.
     """
 
     latents: tuple[int, ...]
@@ -63,7 +63,7 @@ class InputRoles:
     weights: tuple[int, ...]
     controls: tuple[tuple[int, ...], ...] = ()
     certain: bool = False
-    timed: bool = False
+    timed: tuple[int, ...] = ()
 
 
 def classify_inputs(graph: fx.Graph) -> InputRoles:
@@ -83,7 +83,7 @@ def classify_inputs(graph: fx.Graph) -> InputRoles:
         scalars=tuple(i for i in given if i not in tensors and i not in schedule),
         weights=tuple(weights),
         certain=certain,
-        timed=bool(timed),
+        timed=tuple(timed),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fx_cache.runtime.follow import strayed
+from fx_cache.runtime.follow import Look, rests, strayed
 
 
 class Move(Enum):
@@ -29,6 +29,7 @@ class Move(Enum):
 
 FIRST_MOVE = "which way the timestep goes is not known yet"
 REPEATED = "same timestep twice: which request it belongs to is not known"
+RESTED = "same latent twice: which pass it belongs to is not known"
 STEP_REPEATED = "same step twice"
 EITHER = "may belong to the request that was left before this one began"
 
@@ -44,8 +45,17 @@ FACTOR = 3.0
 MOST = 0.9
 """What is left over of a latent that has nothing to do with the one before; less where a sampler adds much noise."""
 
+SAME = 0.02
+"""What is left over, at most, of a latent that is a multiple of another one, in low precision."""
+
+ROUNDING = 1e-6
+"""What is left over by rounding alone."""
+
 Values = tuple[float, ...]
 Direction = tuple[int, ...]
+
+PARTS = 3
+"""Numbers that a schedule input is known by."""
 
 BOTH_WAYS = 2
 """The direction of an input one part of which rises while another one falls."""
@@ -56,11 +66,14 @@ class Sign:
     """What one call shows of its place in a request.
 
     Attributes:
-        values: of each schedule input (timestep, sigma, guidance) the least and the largest element; a tensor while
-            they lie on a device.
+        values: of each schedule input (timestep, sigma, guidance) the least and the largest element, and a number for
+            how all are arranged; a tensor while they lie on a device.
         grams: what tells whether its latents follow from the call before (`Look.since`); a tensor while it lies on a
             device, None: nothing does.
         sizes: what that is made of.
+        times: numbers of the schedule inputs that are known to tell the time, beside others; none: that is not known.
+        back: the same as `grams` of the first call of the request.
+        look: what is to be remembered of its latents, or None.
         said: number of the step as somebody gives it, or None.
         named: whether somebody says to which request the call belongs.
         apart: whether somebody says to which pass of the request it belongs.
@@ -76,11 +89,14 @@ class Sign:
     apart: bool = False
     begins: bool = False
     step: int | None = None
+    times: tuple[int, ...] = ()
+    back: tuple[float, ...] | torch.Tensor | None = None
+    look: Look | None = None
 
     @property
     def late(self) -> list[torch.Tensor]:
         """What of it lies on a device."""
-        return [part.reshape(-1) for part in (self.values, self.grams) if isinstance(part, torch.Tensor)]
+        return [part.reshape(-1) for part in (self.values, self.grams, self.back) if isinstance(part, torch.Tensor)]
 
     def read(self, numbers: Iterator[float]) -> Sign:
         """The same with what lies on a device as numbers, which come in the order of `late`."""
@@ -88,13 +104,25 @@ class Sign:
         def host(part: Any) -> Any:
             return tuple(next(numbers) for _ in range(part.numel())) if isinstance(part, torch.Tensor) else part
 
-        return replace(self, values=host(self.values), grams=host(self.grams))
+        return replace(self, values=host(self.values), grams=host(self.grams), back=host(self.back))
 
     @cached_property
     def strayed(self) -> float | None:
         """The part of the latent that does not follow from the call before; None: unknown."""
         assert not isinstance(self.grams, torch.Tensor)
         return None if self.grams is None else strayed(self.grams, self.sizes)
+
+    @cached_property
+    def rests(self) -> bool:
+        """Whether its latents are those of the call before."""
+        assert not isinstance(self.grams, torch.Tensor)
+        return self.grams is not None and rests(self.grams, self.sizes)
+
+    @cached_property
+    def apart_from_start(self) -> float | None:
+        """The part of the latent that is not a multiple of the one that the request began with; None: unknown."""
+        assert not isinstance(self.back, torch.Tensor)
+        return None if self.back is None else strayed(self.back, [2] * (len(self.back) // 4))
 
 
 @dataclass
@@ -123,7 +151,8 @@ class Clock:
         """Takes a call."""
         move = self.preview(sign)
         values, strays = _values(sign), sign.strayed
-        again = self._still(values) or self._again(sign)
+        still = self._still(sign)
+        again = still or self._again(sign)
         before = self._last
         self.doubt = None
         if move is Move.REPEAT and self._moves == 0 and not sign.apart:
@@ -133,7 +162,7 @@ class Clock:
             self._moves, self._direction, self._strayed, self._lasting = 0, None, [], None
             self._tried, self._left = again, before
         elif move is Move.REPEAT:
-            repeated = STEP_REPEATED if self._again(sign) else REPEATED
+            repeated = STEP_REPEATED if self._again(sign) else REPEATED if values == before else RESTED
             self.doubt = repeated
             if not sign.apart:
                 self._lasting = repeated
@@ -143,7 +172,7 @@ class Clock:
                 self._moves, self._strayed, self._lasting, self._tried = 0, [], None, False
             if move is Move.EITHER:
                 self._lasting = EITHER
-            if not self._still(values):
+            if not still:
                 self._direction = directions(before, values)
             self._moves += 1
             self._strayed += [] if strays is None else [strays]
@@ -161,11 +190,11 @@ class Clock:
             return Move.START
         if sign.said is not None and self._said is not None and sign.said < self._said:
             return Move.START
-        if not sign.apart and self._strays(sign.strayed):
+        if not sign.apart and (self._strays(sign.strayed) or self._starts_over(sign)):
             return Move.START
         if self._again(sign):
             return Move.REPEAT
-        if self._still(values):
+        if self._still(sign):
             return Move.NEXT if sign.apart else Move.REPEAT
         step = directions(self._last, values)
         if BOTH_WAYS in step:
@@ -176,27 +205,41 @@ class Clock:
             return Move.LATE
         if not sign.named and self._passes(step, values):
             return Move.EITHER
-        return Move.FIRST if self._moves == 0 and not self._trusts(sign) else Move.NEXT
+        return Move.FIRST if self._moves == 0 and not self._trusts(sign, step) else Move.NEXT
 
     @property
     def _unproven(self) -> bool:
         """Whether the call before was the first move, and computed: that it may just as well have begun a request."""
         return self._moves == 1 and self.doubt is not None
 
-    def _trusts(self, sign: Sign) -> bool:
-        """Whether what is said leaves no doubt about a first move."""
+    def _trusts(self, sign: Sign, step: Direction) -> bool:
+        """Whether what is said leaves no doubt about a first move; where two inputs move, it may be a pass."""
         ahead = sign.said is not None and self._said is not None and sign.said > self._said
-        return sign.apart or ((sign.named or ahead) and not self._tried)
+        return sign.apart or ((sign.named or ahead) and not self._tried and sum(map(bool, step)) <= 1)
 
     def _again(self, sign: Sign) -> bool:
         return sign.said is not None and sign.said == self._said
 
-    def _still(self, values: Values) -> bool:
-        return bool(values) and values == self._last
+    def _still(self, sign: Sign) -> bool:
+        """Whether the time is that of the call before, or the latent: two calls of one step, if of one request."""
+        values, last = _values(sign), self._last
+        if not values or last is None or len(values) != len(last):
+            return False
+        if not sign.apart and sign.rests:
+            return True
+        times = sign.times or range(len(values) // PARTS)
+        return all(values[i * PARTS : (i + 1) * PARTS] == last[i * PARTS : (i + 1) * PARTS] for i in times)
 
     def _strays(self, strayed: float | None) -> bool:
         """Whether a latent cannot have come out of the call before."""
         return strayed is not None and not strayed <= (_allowed(self._strayed) if self._strayed else MOST)
+
+    def _starts_over(self, sign: Sign) -> bool:
+        """Whether a latent is the one that the request began with: another request has the same prompt and seed."""
+        back, strayed = sign.apart_from_start, sign.strayed
+        if self._moves == 0 or back is None or strayed is None:
+            return False
+        return back <= SAME and back < strayed and strayed > ROUNDING
 
     def _strayed_before(self, strayed: float | None) -> bool:
         """Whether it was at the move before that a latent came out of nowhere."""
@@ -207,7 +250,9 @@ class Clock:
         if self._left is None or self._last is None or len(self._left) != len(values):
             return False
         for i, (last, left, now) in enumerate(zip(self._last, self._left, values, strict=True)):
-            d = step[i // 2]
+            if i % PARTS == PARTS - 1:
+                continue
+            d = step[i // PARTS]
             leaps = not self._stride or not self._stride[i] or abs(now - last) >= LEAP * self._stride[i]
             if d and last != now and not (leaps and d * last < d * left < d * now):
                 return False
@@ -227,27 +272,44 @@ def _values(sign: Sign) -> Values:
 
 
 def directions(before: Values, now: Values) -> Direction:
-    """Which way each schedule input goes, of which there are the least and the largest element: 1, -1, or 0 if none.
+    """Which way each schedule input goes, of which `values` holds `PARTS` numbers: 1, -1, or 0 if none.
 
-    Elements of one input (a timestep for each frame) begin and end on their own: some may rest.
+    Elements of one input (a timestep for each frame) begin and end on their own: some may rest. Where the least and the
+    largest do, all have to.
     """
-    signs = [(b > a) - (b < a) for a, b in zip(before, now, strict=True)]
-    return tuple(
-        BOTH_WAYS if low * high < 0 else low or high for low, high in zip(signs[::2], signs[1::2], strict=True)
-    )
+    found = []
+    for i in range(0, len(now), PARTS):
+        low, high, _ = ((b > a) - (b < a) for a, b in zip(before[i : i + PARTS], now[i : i + PARTS], strict=True))
+        arranged = low or high or before[i + 2] == now[i + 2]
+        found.append(BOTH_WAYS if low * high < 0 or not arranged else low or high)
+    return tuple(found)
 
 
 def read_schedule(inputs: Sequence[torch.Tensor]) -> Values | torch.Tensor:
     """The schedule values of a call: as numbers where they lie on the host, else as a tensor that is read later.
 
-    Of each input the least and the largest element, whatever its size. Values on a device come as one float64 tensor
-    of shape [2 * inputs], so that no synchronisation happens here.
+    Of each input the least and the largest element, whatever its size, and a sum of all, each with a weight of its own.
+    Values on a device come as one float64 tensor of shape [PARTS * inputs], so that no synchronisation happens here.
     """
     if all(t.numel() == 1 and t.is_cpu for t in inputs):
-        return tuple(float(v) for t in inputs for v in t.reshape(-1).tolist() * 2)
-    flat = [t.detach().reshape(-1) for t in inputs if t.numel()]
-    parts = [torch.stack(t.aminmax()) if t.numel() > 1 else t.expand(2) for t in flat]
+        return tuple(v for t in inputs for x in t.reshape(-1).tolist() for v in (float(x), float(x), 0.0))
+    parts = [shown(t) for t in inputs if t.numel()]
     if all(p.is_cpu for p in parts):
         return tuple(float(v) for p in parts for v in p.tolist())
     device = next(p.device for p in parts if not p.is_cpu)
-    return torch.cat([p.to(device, torch.float64) for p in parts])
+    return torch.cat([p.to(device) for p in parts])
+
+
+def is_counted(value: torch.Tensor) -> bool:
+    """Whether a tensor holds real numbers that can be looked at."""
+    plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
+    return plain and not value.is_complex() and value.dtype is not torch.bool
+
+
+@torch.no_grad()
+def shown(value: torch.Tensor) -> torch.Tensor:
+    """What a schedule input is known by: least, largest, and how all are arranged; shape [PARTS], in float64."""
+    flat = value.detach().reshape(-1).to(torch.float64)
+    least, largest = flat.aminmax()
+    weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device).sin()
+    return torch.stack([least, largest, ((flat - least) * weights).sum()])

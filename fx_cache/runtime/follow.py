@@ -60,6 +60,12 @@ class Look:
                 grams.append((stacked @ stacked.T).reshape(-1))
             return grams[0] if len(grams) == 1 else torch.cat([g.to(grams[0].device) for g in grams])
 
+    def start(self) -> Look:
+        """The latents alone, without what came out for them."""
+        alone = Look(())
+        alone._shapes, alone._rows = self._shapes, [rows[:1] for rows in self._rows]
+        return alone
+
     @property
     def bytes(self) -> int:
         """What it keeps."""
@@ -83,6 +89,22 @@ def strayed(numbers: Sequence[float], sizes: Sequence[int]) -> float:
         found.append(left_over([numbers[at + i * size : at + (i + 1) * size] for i in range(size)]))
         at += size * size
     return max(found)
+
+
+def rests(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
+    """Whether latents are those of the call before: nothing of a scheduler's step lies between.
+
+    Args:
+        numbers: what `Look.since` gives.
+        sizes: of the look before.
+    """
+    at = 0
+    for size in sizes:
+        before, both, now = numbers[at], numbers[at + size - 1], numbers[at + size * size - 1]
+        if not before - 2 * both + now <= SINGULAR**1.2 * now:
+            return False
+        at += size * size
+    return bool(sizes)
 
 
 def left_over(gram: Sequence[Sequence[float]]) -> float:

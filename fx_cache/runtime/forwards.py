@@ -244,6 +244,7 @@ class Forward:
             fixed,
             doubt,
             tuple(self.inputs[i] for i in sorted(latents)),
+            tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
         )
 
     @property

@@ -38,6 +38,7 @@ class Given:
         fixed: the inputs that the identity is of.
         doubt: why a request cannot be told from another one by this, or None.
         latents: what is denoised, as far as that is known.
+        times: numbers of those of the schedule that are known to tell the time, beside others.
         call: what is still to be told of the call, where something is learned from it.
     """
 
@@ -48,6 +49,7 @@ class Given:
     fixed: Sequence[Any]
     doubt: str | None = None
     latents: tuple[torch.Tensor, ...] = ()
+    times: tuple[int, ...] = ()
     call: Call | None = None
 
 
@@ -130,6 +132,7 @@ class _Positions:
         self._controls = roles.controls
         self._form = sorted((*roles.latents, *roles.schedule, *roles.conditioning))
         self._schedule = roles.schedule
+        self._times = tuple(k for k, i in enumerate(roles.schedule) if i in roles.timed)
         self._latents = roles.latents
 
     def read(self, args: Sequence[Any], doubt: str | None = None) -> Given:
@@ -142,6 +145,7 @@ class _Positions:
             fixed,
             doubt,
             tuple([args[i] for i in self._latents]),
+            self._times,
         )
 
 

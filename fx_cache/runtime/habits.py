@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from fx_cache.patterns.inputs import differs_in_channels
+from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.identity import StorageHold
-from fx_cache.runtime.moves import HISTORY, Call, Learner, Moves
+from fx_cache.runtime.moves import HISTORY, Call, Learner, Moves, has_few_values
 
 Shape = tuple[int, ...]
 
@@ -43,6 +44,7 @@ class Habits:
         self._shapes: Sequence[Shape] = ()
         self._alone: frozenset[int] = frozenset()
         self._resting: set[int] = set()
+        self._moving: frozenset[int] = frozenset()
         self._with_latents: Counter[tuple[Hashable, ...]] = Counter()
         self._schedule: frozenset[int] = frozenset()
 
@@ -67,6 +69,9 @@ class Habits:
         if different & set(timed) and moving & now.floating:
             self._resting |= now.floating - different
         numbers = sorted(different - self._alone)
+        self._moving |= different & set(timed)
+        if self.times and not self.times & different:  # parts of one step
+            return
         if self._alone and self._alone <= different and numbers:
             ways = [now.way(before, i) for i in numbers]
             if None not in ways:
@@ -105,6 +110,11 @@ class Habits:
         if self._fit is not None:
             likely &= self._fit
         return likely or self._alone or self._moves.latents
+
+    @property
+    def times(self) -> frozenset[int]:
+        """The inputs that are known to tell the time: a graph takes them so, or they look so and have changed."""
+        return self.told | self._moving
 
     @property
     def schedule(self) -> frozenset[int]:
@@ -173,8 +183,9 @@ def _number(value: Any) -> tuple[float, ...] | None:
     """The least and the largest value of what may tell the time, as far as the host knows it."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (float(value),)
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.ndim > 2 or not value.is_cpu:
+    if not isinstance(value, torch.Tensor) or not is_counted(value) or value.ndim > 2 or not value.is_cpu:
         return None
-    if value.dtype is torch.bool or value.is_complex() or not 0 < len(found := value.unique()) <= DISTINCT:
+    if not value.numel() or not has_few_values(value, DISTINCT):
         return None
-    return float(found[0]), float(found[-1])
+    found = value.aminmax()
+    return float(found.min), float(found.max)

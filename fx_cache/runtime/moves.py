@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fx_cache.runtime.clock import BOTH_WAYS, MOST, Direction, Values, directions
+from fx_cache.runtime.clock import BOTH_WAYS, MOST, Direction, Values, directions, is_counted, shown
 from fx_cache.runtime.follow import Look, strayed
 from fx_cache.runtime.identity import SMALL, StorageHold
 
@@ -21,6 +21,12 @@ UNKNOWN_LATENT = "which input is denoised is not known: name the request and its
 
 HISTORY = 8
 """Calls that are compared with those that come behind them: passes and requests may be mixed."""
+
+SAMPLED = 256
+"""Elements that are looked at first, where different values are counted."""
+
+LIKE = 0.05
+"""How much more may be left of latents than where they follow best: parts of one step are alike, and do not follow."""
 
 TIMES = 16
 """Different values that a large tensor has at most, if it tells the time of each of its elements."""
@@ -36,10 +42,15 @@ class Moves:
 
 @dataclass(frozen=True)
 class _Step:
-    """What changed from one call to another one that may be its next step, and which way the time went."""
+    """What changed from one call to another one that may be its next step, and which way the time went.
+
+    Attributes:
+        left: what of the latents does not follow from that call.
+    """
 
     moves: Moves
     way: tuple[tuple[int, Direction], ...]
+    left: float = field(compare=False)
 
 
 class Learner:
@@ -48,15 +59,26 @@ class Learner:
     def __init__(self) -> None:
         self.moves: Moves | None = None
         self._history: deque[Call] = deque(maxlen=HISTORY)
+        self._moved: frozenset[int] = frozenset()
+        self._calls = 0
+        self._left: dict[Moves, float] = {}
 
     def see(self, call: Call) -> Moves | None:
         """Takes one more call; what is known then."""
         if self.moves is None:
+            self._calls += 1
+            for before in self._history:
+                self._moved |= call.moved_since(before)
             call.steps = [(before, step) for before in self._history if (step := call.step_from(before)) is not None]
+            for _, step in call.steps:
+                self._left[step.moves] = min(step.left, self._left.get(step.moves, 1.0))
             found = {step.moves for before, step in call.steps if any(step == s for _, s in before.steps)}
             least = min(map(_count, found), default=0)
             fewest = [moves for moves in found if _count(moves) == least]
-            self.moves = fewest[0] if len(fewest) == 1 else None
+            # As long as a number rests that may be the time, what moves may tell parts of one step apart.
+            clear = self._calls > HISTORY or call.numbers <= self._moved
+            follows = len(fewest) == 1 and self._left[fewest[0]] <= min(self._left.values()) + LIKE
+            self.moves = fewest[0] if clear and follows else None
             self._history.append(call)
             if self.moves is not None:
                 self._history.clear()
@@ -112,11 +134,22 @@ class Call:
             look.came_out(tensors)
         self._fitting = frozenset(i for i, look in self._looks.items() if all(size > 2 for size in look.sizes))
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The inputs that may tell the time."""
+        return frozenset(self._times)
+
+    def moved_since(self, before: Call) -> frozenset[int]:
+        """The inputs that are others than at an earlier call of the same form."""
+        if self._forms != before._forms:
+            return frozenset()
+        return frozenset(i for i, (a, b) in enumerate(zip(self._keys, before._keys, strict=True)) if a != b)
+
     def step_from(self, before: Call) -> _Step | None:
         """What changed since an earlier call, if this may be its next step."""
         if self._forms != before._forms or self._schedule != before._schedule:
             return None
-        different = {i for i, (a, b) in enumerate(zip(self._keys, before._keys, strict=True)) if a != b}
+        different = self.moved_since(before)
         if self._known:
             latents = self._known
         else:
@@ -130,17 +163,10 @@ class Call:
         # Two calls at one time are never one step apart.
         known = self._schedule & set(self._extents)
         still = bool(known) and not known & moved
-        if moved != others or any(BOTH_WAYS in d for _, d in way) or (still and not moved <= self._numbers):
+        if moved != others or any(BOTH_WAYS in d for _, d in way) or still:
             return None
-        if any(self._left_of(i, before) > MOST for i in latents):
-            return None
-        return _Step(Moves(latents, moved | self._schedule), way)
-
-    @property
-    def _numbers(self) -> set[int]:
-        """Inputs that count: integers, or numbers of Python."""
-        forms = {i: self._forms[i] for i in self._times}
-        return {i for i, form in forms.items() if form is None or not form[1].is_floating_point}
+        left = max(self._left_of(i, before) for i in latents)
+        return None if left > MOST else _Step(Moves(latents, moved | self._schedule), way, left)
 
     def _extent(self, i: int) -> Values:
         """The least and the largest element of an input. On a device this waits for it, as long as nothing is known."""
@@ -164,11 +190,10 @@ def _is_large_float(value: Any) -> bool:
 
 def _extent(value: Any) -> Values | torch.Tensor | None:
     if _is_number(value):
-        return (float(value), float(value))
-    if not isinstance(value, torch.Tensor) or value.is_complex() or value.dtype is torch.bool or not value.numel():
+        return (float(value), float(value), 0.0)
+    if not isinstance(value, torch.Tensor) or not is_counted(value) or not value.numel():
         return None
-    with torch.no_grad():
-        extent = torch.stack(value.detach().aminmax()).double()
+    extent = shown(value)
     return tuple(extent.tolist()) if extent.is_cpu else extent
 
 
@@ -177,5 +202,12 @@ def _may_tell_time(value: Any) -> bool:
     if not isinstance(value, torch.Tensor):
         return _is_number(value)
     if value.numel() <= SMALL or not value.is_floating_point():
-        return value.dtype is not torch.bool and not value.is_complex()
-    return value.ndim <= 2 and value.unique().numel() <= TIMES
+        return is_counted(value)
+    return is_counted(value) and value.ndim <= 2 and has_few_values(value, TIMES)
+
+
+def has_few_values(value: torch.Tensor, most: int) -> bool:
+    """Whether a tensor holds no more than so many different values; a few elements tell it of most tensors."""
+    flat = value.detach().reshape(-1)
+    few = flat[:: max(1, flat.numel() // SAMPLED)]
+    return few.unique().numel() <= most and flat.unique().numel() <= most

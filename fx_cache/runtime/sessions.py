@@ -348,9 +348,11 @@ class Store:
         for i, sign in enumerate(signs):
             move = branch.clock.move(sign)
             if move in (Move.START, Move.LATE):
+                branch.start = sign.look if move is Move.START else branch.last
                 began = i if move is Move.START else i - 1
             else:
                 self._complaints.went_on()
+            branch.last = sign.look
         record, given = branch.record, signs[-1].step
         since = 0 if began is None else len(signs) - 1 - began
         if began is not None and record.step - since > record.began:
@@ -409,11 +411,17 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
     apart = named is not None and named.branch is not None
     if named is not None and named.step is not None:
         return Sign(step=named.step, said=named.step, named=True, apart=apart)
-    grams: torch.Tensor | tuple[float, ...] | None = None if look is None else look.since(branch.look)
-    if isinstance(grams, torch.Tensor) and grams.is_cpu:
-        grams = tuple(grams.tolist())
     values = read_schedule(given.schedule) if given.schedule else ()
-    return Sign(values, grams, () if branch.look is None else branch.look.sizes, None, named is not None, apart)
+    grams, back = (None if look is None else _since(look, before) for before in (branch.look, branch.start))
+    sizes = () if branch.look is None else branch.look.sizes
+    return Sign(
+        values, grams, sizes, None, named is not None, apart, back=back, look=None if look is None else look.start()
+    )
+
+
+def _since(look: Look, before: Look | None) -> tuple[float, ...] | torch.Tensor | None:
+    grams = look.since(before)
+    return tuple(grams.tolist()) if grams is not None and grams.is_cpu else grams
 
 
 def _on_host(signs: list[Sign], diffs: torch.Tensor | None = None) -> tuple[list[Sign], list[float] | None]:

@@ -168,6 +168,7 @@ class Branch:
         clock: where it is in its request, as far as what its calls show was read.
         unclear: why nothing that its present call shows would tell where it belongs; None: it would.
         look: the latents of its last call, and what was returned.
+        start: the latents of the request's first call, as far as is known; `last`: of the last call that was read.
         pending: what its calls show and was not read yet, since some of it lies on a device; one for each step.
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
@@ -196,6 +197,8 @@ class Branch:
         self.record = BranchRecord(key, "", [])
         self.unclear: str | None = None
         self.look: Look | None = None
+        self.start: Look | None = None
+        self.last: Look | None = None
         self.pending: list[Sign] = []
 
     @property
