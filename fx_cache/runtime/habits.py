@@ -45,6 +45,7 @@ class Habits:
         self._alone: frozenset[int] = frozenset()
         self._resting: set[int] = set()
         self._moving: frozenset[int] = frozenset()
+        self._count = 0
         self._with_latents: Counter[tuple[Hashable, ...]] = Counter()
         self._schedule: frozenset[int] = frozenset()
 
@@ -56,6 +57,7 @@ class Habits:
             keys: who they are.
             timed: those of which it is known that they tell the time, by more than that they change.
         """
+        self._count += 1
         self._learned = self._learner.see(Call(inputs, keys, schedule=timed)) or Moves()
         seen = _Seen(inputs, keys)
         for before in self._history:
@@ -70,7 +72,8 @@ class Habits:
             self._resting |= now.floating - different
         numbers = sorted(different - self._alone)
         self._moving |= different & set(timed)
-        if self.times and not self.times & different:  # parts of one step
+        # Parts of one step; as long as a number rests that may be the time, they may be that too.
+        if (self.times and not self.times & different) or (timed and not self.times and self._count <= HISTORY):
             return
         if self._alone and self._alone <= different and numbers:
             ways = [now.way(before, i) for i in numbers]

@@ -414,9 +414,8 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
     values = read_schedule(given.schedule) if given.schedule else ()
     grams, back = (None if look is None else _since(look, before) for before in (branch.look, branch.start))
     sizes = () if branch.look is None else branch.look.sizes
-    return Sign(
-        values, grams, sizes, None, named is not None, apart, back=back, look=None if look is None else look.start()
-    )
+    start = None if look is None else look.start()
+    return Sign(values, grams, sizes, None, named is not None, apart, times=given.times, back=back, look=start)
 
 
 def _since(look: Look, before: Look | None) -> tuple[float, ...] | torch.Tensor | None:
