@@ -238,6 +238,35 @@ def test_a_forward_that_is_broken_off_leaves_nothing_behind() -> None:
     assert torch.equal(compiled(**steps[4])[0], expected[4])
 
 
+class Counting(Model):
+    """Writes to what it is given, and now and then goes another way within the blocks."""
+
+    detour = False
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, seen: Tensor) -> tuple[Tensor]:
+        seen += 1.0
+        x, time = self.begin(latent, timestep)
+        for i, block in enumerate(self.blocks):
+            x, text = block(x, text, time)
+            if self.detour and i == 3:
+                torch._dynamo.graph_break()
+                x = self.blocks[0](x, text, time)[0]
+        return (self.out(x + text.mean(dim=1, keepdim=True) + seen),)
+
+
+def test_what_a_forward_writes_to_is_written_once() -> None:
+    model, seen = Counting().eval(), torch.zeros(1, TOKENS, WIDTH)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    with torch.no_grad():
+        for request in range(2):
+            for i, step in enumerate(walk(request)):
+                model.detour = request == 1 and i == 5
+                with fx_cache.session(f"request-{request}", branch="only"):
+                    before = seen.clone()
+                    compiled(**step, seen=seen)
+                assert torch.equal(seen, before + 1.0)
+
+
 @pytest.mark.parametrize("first", [1, 3, BLOCKS - 1])
 @pytest.mark.parametrize("how", ["written to", "replaced"])
 def test_weights_of_blocks_that_change_in_the_middle(how: str, first: int) -> None:

@@ -62,7 +62,8 @@ def explain_with(config: CacheConfig, model: torch.nn.Module, *args: Any, **kwar
 
     with torch.no_grad():
         fullgraph = bool(getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False))
-        captured(model, look, fullgraph=fullgraph)(*args, **kwargs)
+        compiled = captured(model, look, fullgraph=fullgraph)
+        compiled(*args, **kwargs)
     relay = relays.last
     if all(whole) or relay is None or relay.read() is None:
         return Explanation.of(plans, names[0] if names else None)

@@ -8,7 +8,9 @@ all its graphs run; there the forward is remembered too, and with the frame it e
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -28,9 +30,10 @@ from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.habits import Habits, Shape, fitting
 from fx_cache.runtime.identity import SMALL, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT
-from fx_cache.runtime.net import plain, spread
+from fx_cache.runtime.net import Versions, plain, spread, versions_at_begin
 
 _KEPT_AS = "__fx_cache_forward__"
+_ALIVE = "__fx_cache_alive__"
 _MACHINERY = (
     str(Path(eval_frame.__file__).parent),
     module.__file__,
@@ -80,15 +83,24 @@ class Forward:
     """
 
     def __init__(
-        self, root: Any, compilation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], caught: bool = False
+        self,
+        root: Any,
+        compilation: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        caught: bool = False,
+        versions: Versions | None = None,
     ) -> None:
         inputs = _contents((args, kwargs))
-        self.root = root
-        self.compilation = compilation
+        self._root = weakly(root)
+        self._compilation = weakly(compilation)
+        self._thread = threading.get_ident()
+        self._frame: Callable[[], Any] = _nothing
         self.layout = (len(args), tuple(kwargs), tuple(type(v).__name__ for v in inputs))
         self.inputs = list(inputs)
         # Now, since whoever gave them may write to them before they are asked for.
         self.keys = [identity_key([v]) if comparable(v) else None for v in inputs]
+        self._versions = versions or []
         self._times = {i: v.clone() for i, v in enumerate(inputs) if _stored(v) and v.numel() <= SMALL}
         self.calls: list[Call] = []
         self.habits = Habits()
@@ -102,6 +114,25 @@ class Forward:
         self._notes: dict[int, list[_Note]] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
 
+    @property
+    def root(self) -> Any:
+        return self._root()
+
+    @property
+    def compilation(self) -> Any:
+        return self._compilation()
+
+    @property
+    def over(self) -> bool:
+        """Whether the compiled call has returned, or raised: it has if another one begins in its thread."""
+        return self._thread == threading.get_ident() or self._frame() is None
+
+    def begins(self, frame: FrameType) -> None:
+        """Takes notice of the frame of the compiled call, which lives as long as that is under way."""
+        alive = _Alive()
+        frame.f_locals[_ALIVE] = alive
+        self._frame = weakref.ref(alive)
+
     def tokens_of(self, value: Any) -> frozenset[int]:
         """The user's inputs whose tokens a tensor holds, as far as is known."""
         if not _stored(value):
@@ -112,6 +143,15 @@ class Forward:
         notes = self._notes.get(key, [])
         exact = [n.tokens for n in notes if n.view == _view(value)]
         return frozenset().union(*(exact or (n.tokens for n in notes)))
+
+    @property
+    def writes(self) -> bool:
+        """Whether something that the user gave it was written to since it began."""
+        return any(value._version != version for value, version in self._versions)
+
+    def made(self, value: Any) -> bool:
+        """Whether one of its graphs has made a tensor, or what it is a view of."""
+        return _stored(value) and value.untyped_storage()._cdata in self._notes
 
     def made_by(self, value: Any) -> Place | None:
         """The call that made just this tensor, if no code between graphs has touched it."""
@@ -261,6 +301,22 @@ class Forward:
         return self.habits.told | looks
 
 
+class _Alive:
+    """What lives as long as a frame does."""
+
+
+def _nothing() -> None:
+    return None
+
+
+def weakly(value: Any) -> Callable[[], Any]:
+    """Gives a value back as long as somebody else holds it; one that cannot be held weakly, always."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """Where something runs.
@@ -323,7 +379,15 @@ def _forward_of(frame: FrameType) -> Forward:
     if found is None:
         caught = spread(frame, _under_way)
         local = frame.f_locals
-        found = Forward(_root_of(local), local.get("self"), local.get("args", ()), local.get("kwargs", {}), caught)
+        found = Forward(
+            _root_of(local),
+            local.get("self"),
+            local.get("args", ()),
+            local.get("kwargs", {}),
+            caught,
+            versions_at_begin(frame),
+        )
+        found.begins(frame)
         local[_KEPT_AS] = found
     return found
 

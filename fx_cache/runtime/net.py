@@ -14,11 +14,30 @@ from collections.abc import Callable
 from types import FrameType, FunctionType
 from typing import Any, Protocol
 
+import torch
 from torch._dynamo import disable
 from torch._dynamo.eval_frame import skip_code
+from torch.utils._pytree import tree_leaves
 
 _CALLED = "fn"
 """What a compiled call's frame has for the code that it runs."""
+
+
+_VERSIONS = "__fx_cache_versions__"
+
+Versions = list[tuple[torch.Tensor, int]]
+
+
+def versions(value: Any) -> Versions:
+    """The tensors in a value, with their versions; without those made in inference mode, which have none."""
+    found = (v for v in tree_leaves(value) if isinstance(v, torch.Tensor))
+    return [(v, v._version) for v in found if not v.is_inference()]
+
+
+def versions_at_begin(frame: FrameType) -> Versions:
+    """Those of what the compiled call of a frame was given, as they were when it began."""
+    found: Versions = frame.f_locals.get(_VERSIONS, [])
+    return found
 
 
 class Astray(BaseException):
@@ -53,6 +72,7 @@ class Net:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = sys._getframe(1)
+        self._begins(frame, args, kwargs)
         try:
             result = self.called(*args, **kwargs)
         except (Astray, Exception) as error:
@@ -65,6 +85,11 @@ class Net:
 
     # What the code calls is captured, as without a net; what the net itself does is not.
     skip_code(__call__.__code__)
+
+    @disable
+    def _begins(self, frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes the versions of what a forward is given: by them is seen what it writes to before its first graph."""
+        frame.f_locals[_VERSIONS] = versions((args, kwargs))
 
     @disable
     def _counts(self, frame: FrameType, result: Any) -> bool:

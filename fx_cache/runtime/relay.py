@@ -10,7 +10,8 @@ takes the same way.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context, copy_context
 from typing import Any, Protocol
@@ -39,6 +40,9 @@ MAX_MISFITS = 2
 MAX_WATCHES = 4
 """Forwards that are watched without one that then runs as planned, before the model is left alone."""
 
+MAX_LAYOUTS = 32
+"""Ways of giving a model its inputs that are known at a time."""
+
 ENOUGH_WATCHES = 2
 """Forwards that show nothing to cache, for there to be nothing."""
 
@@ -47,6 +51,7 @@ MAX_STRAYS = 3
 
 NOT_SETTLED = "whether forwards go as planned is not known yet"
 STRAYED = "the forward went another way than the step that it was to reuse"
+WRITES = "the forward writes to tensors from outside before the span, and could not be begun anew"
 WAYWARD = "the forward went another way than planned"
 
 
@@ -67,19 +72,21 @@ class Run(Protocol):
 
 
 class Relays:
-    """The relays of all compiled models: one for each compilation.
-
-    Attributes:
-        last: the one that was asked for last.
-    """
+    """The relays of all compiled models: one for each compilation."""
 
     def __init__(self) -> None:
-        self.last: Relay | None = None
+        self._last: weakref.ref[Relay] | None = None
         self._found: WeakKeyDictionary[Any, Relay] = WeakKeyDictionary()
 
     def of(self, compilation: Any, config: CacheConfig) -> Relay:
-        self.last = self._found.setdefault(compilation, Relay(config))
-        return self.last
+        found = self._found.setdefault(compilation, Relay(config))
+        self._last = weakref.ref(found)
+        return found
+
+    @property
+    def last(self) -> Relay | None:
+        """The one that was asked for last, while its compilation lives."""
+        return None if self._last is None else self._last()
 
     def call(self, graph: Graph, config: CacheConfig, args: Sequence[Any]) -> Any:
         """Runs a graph that is a part of a forward, as the forward's other graphs ask for it."""
@@ -116,7 +123,7 @@ class Relay:
         self._seen: frozenset[str] = frozenset()
         self._layers: frozenset[Hashable] = frozenset()
         self._least = 0.0
-        self._habits: dict[Hashable, Habits] = {}
+        self._habits: OrderedDict[Hashable, Habits] = OrderedDict()
         self._ran: WeakSet[Graph] = WeakSet()
         self._written = WeakTensorKeyDictionary()
         self._watches = 0
@@ -125,7 +132,12 @@ class Relay:
     def begin(self, forward: Forward) -> Run:
         """What drives a forward that begins."""
         forward.habits = self._habits.setdefault(forward.layout, Habits())
+        self._habits.move_to_end(forward.layout)
+        if len(self._habits) > MAX_LAYOUTS:
+            self._habits.popitem(last=False)
         forward.habits.see(forward.inputs, forward.keys, forward.telling)
+        if self._watched is not None and not self._watched[0].over:  # in another thread
+            return ComputingRun()
         self._learn()
         if self.enabled or self.refusal is not None:
             return PlainRun(self)
@@ -315,6 +327,8 @@ class RelayRun:
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         self._settled = self._relay.ran(graph, args) and self._settled
+        if any(not forward.made(args[i]) for i in graph.facts.written):
+            self._lost = self._lost or WRITES
         if not self._legs:
             outputs = graph.compute(*args)
         else:
@@ -332,6 +346,8 @@ class RelayRun:
         if leg.begins(graph, family, args, self._calls[family] + 1):
             if self._branch is None:
                 self._branch = relay.open(forward)
+            if forward.writes:
+                self._lost = self._lost or WRITES
             assert relay.store is not None
             leg.decide(
                 relay.store,

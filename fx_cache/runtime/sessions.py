@@ -29,6 +29,9 @@ MAX_RECORDS = 64
 MAX_BRANCHES = 8
 """Branches that are taken for those of one request because they began together."""
 
+MAX_PASSES = 32
+"""Passes of one named session that are told apart by what they are given; each call may be given something new."""
+
 MAX_PENDING = 128
 """Steps that may pass before schedule values on a device are read although nobody needs them."""
 
@@ -172,9 +175,9 @@ class Store:
         if named is None:
             base = (program, given.form, given.identity, heard)
         elif named.branch is None:
-            base = (named.key, given.identity, heard)
+            base = (program, named.key, given.identity, heard)
         else:
-            base, controls = (named.key, ()), ()
+            base, controls = (program, named.key, ()), ()
         key = (base, controls)
         branch = self._branches.get(key) or self._with_other_controls(base, key, given, named)
         if branch is None and heard is not None:
@@ -193,6 +196,7 @@ class Store:
             self._purge()
             branch = Branch(key, form, _hold(given, named), spans, config)
             branch.owner = None if named is None else named.name
+            branch.apart = named is not None and named.branch is not None
             branch.unheard = unheard
             self._branches[key] = branch
         self._branches.move_to_end(branch.key)
@@ -210,8 +214,15 @@ class Store:
         return branch
 
     def _make_room(self, branch: Branch) -> None:
-        """Discards the sessions used longest ago, but not that of `branch`, until no more than allowed are left."""
+        """Discards what was used longest ago until no more is left than allowed: sessions, and passes without a name.
+
+        Neither `branch` nor its session is among it.
+        """
         limit = self.config.max_sessions
+        if branch.owner is not None:
+            passes = [b for b in self._of(branch.owner) if not (b.apart or b.busy or b is branch)]
+            for other in passes[: max(0, len(passes) - MAX_PASSES)]:
+                self.discard(other)
         if len(self._branches) <= limit:
             return
         used = {id(b.session): b.session for b in reversed(self._branches.values())}
@@ -398,6 +409,7 @@ class Store:
             self.sessions.append(home)
         record.name = (named.branch if named else None) or f"branch-{len(home.branches)}"
         home.branches.append(record)
+        del home.branches[:-MAX_RECORDS]
         return home
 
     def _purge(self) -> None:

@@ -172,10 +172,10 @@ class Branch:
         pending: what its calls show and was not read yet, since some of it lies on a device; one for each step.
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
+        apart: whether somebody names it within that.
         session: the present session, as statistics.
         unheard: whether it began with a call before which nobody listened to what the pipeline says.
         heard: what the pipeline calls it, or None.
-        said: number of its present step as the pipeline gives it, or None.
         busy: whether a call of it is running.
         aliases: where inputs of its present call were made anew, by the key of each that of the one it began with.
     """
@@ -184,10 +184,10 @@ class Branch:
         self.key = key
         self.config = config
         self.owner: str | None = None
+        self.apart = False
         self.session: SessionRecord | None = None
         self.unheard = False
         self.heard: str | None = None
-        self.said: int | None = None
         self.busy = False
         self.aliases: dict[Hashable, Hashable] = {}
         self.form = form
@@ -212,7 +212,9 @@ class Branch:
 
     def drop(self, why: str | None = None) -> None:
         """Lets go of what is cached and kept."""
-        self.record.kept, self.record.held = None, 0
+        self.record.kept = None
+        if why is None:  # the branch is over; else it goes on, and is known by its copies
+            self.record.held = 0
         for slot in self.slots:
             slot.control = None
             if slot.tensors:
