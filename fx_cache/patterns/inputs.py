@@ -135,6 +135,8 @@ def _is_size(node: fx.Node) -> bool:
 
 def _looks_like_time(node: fx.Node) -> bool:
     value = value_of(node)
+    if value.is_complex() or value.is_quantized:
+        return False
     return value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
 
 

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
+from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.habits import Habits, Shape, fitting
 from fx_cache.runtime.identity import SMALL, identity_key, signature
@@ -295,9 +296,7 @@ class Forward:
     @property
     def telling(self) -> frozenset[int]:
         """The inputs that tell the time, but for those of which that is only learned."""
-        looks = {
-            i for i, v in enumerate(self.inputs) if _stored(v) and v.ndim < 2 and (v.ndim == 0 or v.is_floating_point())
-        }
+        looks = {i for i, v in enumerate(self.inputs) if _stored(v) and is_counted(v) and _looks_like_time(v)}
         return self.habits.told | looks
 
 
@@ -414,6 +413,10 @@ def _contents(value: Any, depth: int = 0) -> list[Any]:
         else:
             found += [type(leaf).__name__, *_contents(held, depth + 1)]
     return found
+
+
+def _looks_like_time(value: torch.Tensor) -> bool:
+    return value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
 
 
 def _stored(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fx_cache.patterns.inputs import differs_in_channels
-from fx_cache.runtime.clock import is_counted
+from fx_cache.runtime.clock import is_counted, shown
 from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.moves import HISTORY, Call, Learner, Moves, has_few_values
 
@@ -190,5 +190,5 @@ def _number(value: Any) -> tuple[float, ...] | None:
         return None
     if not value.numel() or not has_few_values(value, DISTINCT):
         return None
-    found = value.aminmax()
-    return float(found.min), float(found.max)
+    least, largest, _ = shown(value).tolist()
+    return least, largest

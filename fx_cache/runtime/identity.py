@@ -66,7 +66,7 @@ class StorageHold:
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         self.identity = identity_key(inputs)
-        tensors = {i: v for i, v in enumerate(inputs) if not _by_value(v)}
+        tensors = {i: v for i, v in enumerate(inputs) if not _by_value(v) and v.layout is torch.strided}
         self._references = {i: StorageWeakRef(t.untyped_storage()) for i, t in tensors.items()}
 
     def expired(self) -> bool:
@@ -95,7 +95,7 @@ class ContentHold(StorageHold):
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__(inputs)
         large = sum(v.nbytes for v in inputs if isinstance(v, torch.Tensor)) > MAX_HELD
-        tensors = {} if large else {i: v for i, v in enumerate(inputs) if not _by_value(v)}
+        tensors = {} if large else {i: inputs[i] for i in self._references}
         self.inputs = {i: t.detach().clone() for i, t in tensors.items()}
 
     def expired(self) -> bool:
@@ -143,12 +143,16 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 
 
 def _by_value(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or (value.is_cpu and value.numel() <= SMALL)
+    if not isinstance(value, torch.Tensor):
+        return True
+    return value.is_cpu and value.layout is torch.strided and value.numel() <= SMALL
 
 
 def _key(value: Any, own: OwnWrites | None = None) -> Hashable:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__, value
+    if value.layout is not torch.strided:
+        return object()  # what it holds cannot be told: it is another one at every call
     if _by_value(value):
         # Bit by bit: NaN differs from itself, 0.0 does not from -0.0.
         return value.shape, value.dtype, marshal.dumps(value.tolist(), _NO_REFERENCES)

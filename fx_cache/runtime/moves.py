@@ -120,8 +120,8 @@ class Call:
         self._hold = StorageHold(known)  # so that no other tensor has a key of these
         large = [i for i, v in enumerate(known) if _is_large_float(v) and i not in self._schedule]
         self._looks = {i: Look([values[i]]) for i in (latents or large)}
-        self._extents = {i: extent for i, v in enumerate(known) if (extent := _extent(v)) is not None}
         self._times = {i for i, v in enumerate(known) if i in self._schedule or _may_tell_time(v)}
+        self._extents = {i: extent for i in self._times if (extent := _extent(known[i])) is not None}
         self._fitting: frozenset[int] = frozenset()
 
     def came_out(self, outputs: Sequence[Any]) -> None:
@@ -209,5 +209,5 @@ def _may_tell_time(value: Any) -> bool:
 def has_few_values(value: torch.Tensor, most: int) -> bool:
     """Whether a tensor holds no more than so many different values; a few elements tell it of most tensors."""
     flat = value.detach().reshape(-1)
-    few = flat[:: max(1, flat.numel() // SAMPLED)]
-    return few.unique().numel() <= most and flat.unique().numel() <= most
+    few = flat[:: max(1, flat.numel() // SAMPLED)].to(torch.float64)
+    return few.unique().numel() <= most and flat.to(torch.float64).unique().numel() <= most
