@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -298,3 +299,153 @@ def test_no_schedule_is_told() -> None:
     r = random(1)
     found = fx_cache.explain(compile_cached(Straight()), r(1, 16, 16), torch.tensor([900]), r(1, 7, 24))
     assert "schedule: none seen" in str(found)
+
+
+class Guided(Dit):
+    """Beside the time a guidance scale goes through the same sinusoid, and a float through none."""
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor, guidance: Tensor, scale: Any = 1.0) -> Tensor:
+        e = self.embedded(t) + self.embedded(guidance) + scale * self.embedded(0.1 * t)
+        x = torch.cat([self.text(text), self.patch(latent)], 1)
+        for block in self.blocks:
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+
+@pytest.mark.parametrize("threshold", [0.9, 10.0])
+@pytest.mark.parametrize("name", [None, "request"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [(3.5, 1.0), (1.0, 1.0)],
+        [(1.0, 1.0), (3.0, 1.0), (5.0, 1.0)],
+        [(3.5, 1.0), (3.5, 0.3)],
+        [(3.5, 0.2), (3.5, 0.4), (3.5, 0.6), (3.5, 0.8)],
+    ],
+)
+def test_passes_that_differ_in_a_number_alone(passes: list, name: str | None, threshold: float) -> None:
+    """One prompt, one latent, one timestep: guidance, or a float, that moves is no step. All compute."""
+    model = Guided().eval()
+    compiled = compile_cached(model, residual_diff_threshold=threshold, max_warmup_steps=1)
+    text, x = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
+    for i in range(STEPS):
+        t, outputs = torch.tensor([0.9 - 0.1 * i]), []
+        for guidance, scale in passes:
+            inputs = x, t, text, torch.tensor([guidance]), torch.tensor(scale)
+            with fx_cache.session(name) if name else contextlib.nullcontext():
+                outputs.append(compiled(*inputs))
+            assert torch.equal(outputs[-1], model(*inputs))
+        x = x - 0.1 * outputs[0]
+
+
+class Boxed(Dit):
+    """Boxes are embedded as the time is."""
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor, boxes: Tensor, mask: Tensor) -> Tensor:
+        e = self.embedded(t) + self.embedded(boxes.flatten()).mean(0, keepdim=True)
+        words = self.text(text) * mask[None, :, None] + self.embedded(boxes.flatten())[None]
+        x = torch.cat([words, self.patch(latent)], 1)
+        for block in self.blocks:
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+
+@pytest.mark.parametrize("name", [None, "request"])
+@pytest.mark.parametrize("changed", ["boxes", "mask"])
+def test_numbers_that_change_places_on_the_way(changed: str, name: str | None) -> None:
+    """The least and the largest stay: what is embedded as a time, or looks like one, is known by all of it."""
+    model = Boxed().eval()
+    compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=1)
+    given = {"boxes": torch.linspace(0.0, 1.0, 6), "mask": torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])}
+    text, x = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
+    hits = []
+    for i in range(STEPS):
+        if i == 4:
+            given[changed] = given[changed].flip(0)
+        inputs = x, torch.tensor([0.9 - 0.1 * i]), text, given["boxes"], given["mask"]
+        with fx_cache.session(name) if name else contextlib.nullcontext():
+            output = compiled(*inputs)
+        hits += [] if torch.equal(output, model(*inputs)) else [i]
+        x = x - 0.1 * output
+    assert 3 in hits and 4 not in hits and 7 in hits
+
+
+class Placed(Dit):
+    """A window of a video, told apart by where it begins; the time goes through a table, or there are graph breaks."""
+
+    def __init__(self, table: bool, broken: bool) -> None:
+        super().__init__()
+        self.places, self.table = nn.Embedding(64, 32), nn.Embedding(1000, 32) if table else None
+        self.broken = broken
+
+    def begin(self, latent: Tensor, t: Tensor, text: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        e = self.embedded(t.float() / 1000) if self.table is None else self.table(t)
+        return torch.cat([self.text(text), self.patch(latent) + self.places(torch.arange(32) // 8 + offset)], 1), e
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor, offset: int) -> Tensor:
+        x, e = self.begin(latent, t, text, offset)
+        for block in self.blocks:
+            if self.broken:
+                torch._dynamo.graph_break()
+            x = block(x, e)
+        return self.last(x[:, 6:])
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("name", [None, "video"])
+@pytest.mark.parametrize(("table", "broken"), [(False, False), (True, False), (False, True)])
+def test_windows_that_look_alike(table: bool, broken: bool, name: str | None) -> None:
+    """Where they begin rises from window to window at one timestep. What a window reuses is its own, or it computes."""
+    model = Placed(table, broken).eval()
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
+    residuals: dict[int, Tensor] = {}
+    with torch._dynamo.config.patch(recompile_limit=64):
+        compiled = torch.compile(model, backend="dit_cache", options=options)
+        text, base = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
+        windows = [0.9 * base + 0.4 * torch.randn(1, 32, 16) for _ in range(4)]
+        for i in range(6):
+            t = torch.tensor([900 - 100 * i]) if table else torch.tensor([900.0 - 100 * i])
+            for k, x in enumerate(windows):
+                inputs = x, t, text, 4 * k
+                with fx_cache.session(name) if name else contextlib.nullcontext():
+                    output = compiled(*inputs)
+                h, e = model.begin(*inputs)
+                first = last = model.blocks[0](h, e)
+                for block in model.blocks[1:]:
+                    last = block(last, e)
+                if torch.equal(output, model(*inputs)):
+                    residuals[k] = last - first
+                else:
+                    assert torch.allclose(output, model.last((first + residuals[k])[:, 6:]), atol=1e-5)
+                windows[k] = x - 0.1 * output
+
+
+@pytest.mark.parametrize("steps", [(50, 20), (20, 8), (50, 10)])
+def test_given_up_and_begun_again_with_one_seed_and_prompt(steps: tuple[int, int]) -> None:
+    """The first one is given up at its second call or later; the next one begins where the time would have gone on."""
+    model = Dit().eval()
+    compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=1)
+    text, first = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
+    for count, calls in zip(steps, (3, 5), strict=True):
+        x = first
+        for i in range(calls):
+            inputs = x, torch.tensor([1.0 - (i + 1) / count]), text
+            output = compiled(*inputs)
+            if i == 0:
+                assert torch.equal(output, model(*inputs))
+            x = x - output / count
+
+
+def test_a_model_whose_weights_change_at_every_call_is_told_of() -> None:
+    class Set(Dit):
+        def forward(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            return super().forward(latent, t, text) * self.scale
+
+    model = Set().eval()
+    model.scale = torch.tensor([1.0])
+    compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=1)
+    text, x = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
+    with pytest.warns(fx_cache.CacheWarning, match="weights or tensors of the model that others were set in"):
+        for i in range(12):
+            model.scale = torch.tensor([1.0 + 0.1 * i])
+            x = x - 0.1 * compiled(x, torch.tensor([0.99 - 0.05 * i]), text)

@@ -15,6 +15,9 @@ ENOUGH = 8
 MAX_BEGUN = 64
 """Calls in a row each of which began a request, before that is worth a word."""
 
+MAX_CHANGED = 8
+"""Calls in a row before each of which the weights had changed, before that is worth a word."""
+
 CHOSEN = {"threshold <= 0", "max_cached_steps", "max_continuous_cached_steps"}
 """Reasons of misses that the user has chosen."""
 
@@ -30,6 +33,12 @@ NOT_APART = (
 )
 
 
+_CHANGING = (
+    f"the last {MAX_CHANGED} calls: got weights or tensors of the model that others were set in, or written to, before "
+    "each; expected the same ones over the steps of a request; hand what changes to the forward as an input."
+)
+
+
 class Complaints:
     """What there is to say of one model's requests. Only the first thing is said, and only once."""
 
@@ -37,6 +46,13 @@ class Complaints:
         self._text: str | None = None
         self._said = False
         self._begun = 0
+        self._changed = 0
+
+    def weights(self, changed: bool) -> None:
+        """Whether the weights had changed before a call."""
+        self._changed = self._changed + 1 if changed else 0
+        if self._changed == MAX_CHANGED:
+            self._note(_CHANGING)
 
     def began(self) -> None:
         """A call has begun a request."""

@@ -10,6 +10,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fx_cache.config import CacheConfig
+from fx_cache.errors import FxCacheError
 from fx_cache.runtime.contexts import listen
 from fx_cache.runtime.sessions import Store
 
@@ -44,7 +45,16 @@ def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any, compil
 
 
 def stores(model: torch.nn.Module | None = None) -> Iterator[Store]:
-    """The stores of a model (compiled or not), or of all models."""
+    """The stores of a model (compiled or not), or of all models.
+
+    Raises:
+        FxCacheError: it is no module.
+    """
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise FxCacheError(
+            f"model: got {type(model).__name__}; expected a torch.nn.Module; pass the module that it calls, "
+            "or nothing, which stands for all models."
+        )
     if model is None:
         for known in list(_by_weight.values()):
             yield from [store for _, store in known]

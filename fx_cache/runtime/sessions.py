@@ -129,13 +129,13 @@ class Store:
         """Whether a program's weights, or numbers, are not those of its last call. Then everything is forgotten."""
         with self._lock:
             known = self._weights.get(program)
-            if known is not None and known.same(weights, numbers):
-                return False
-            self._weights[program] = Weights(weights, numbers)
-            if known is None:
-                return False
-            self.reset()
-            return True
+            changed = known is not None and not known.same(weights, numbers)
+            self._complaints.weights(changed)
+            if known is None or changed:
+                self._weights[program] = Weights(weights, numbers)
+            if changed:
+                self.reset()
+            return changed
 
     def forget(self, branch: Branch) -> None:
         """Discards a branch, and its statistics."""
