@@ -13,7 +13,7 @@ from torch import fx
 
 from fx_cache.errors import Refusal
 from fx_cache.patterns.chains import Chain, StackReport, chains
-from fx_cache.patterns.graph import value_of, writes_too
+from fx_cache.patterns.graph import value_of
 from fx_cache.patterns.inputs import InputRoles, with_latents_from
 from fx_cache.patterns.values import form_inputs
 from fx_cache.patterns.work import Work
@@ -23,14 +23,13 @@ class Influence:
     """Which of some inputs the value of each node depends on, as the bits of a number."""
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
-        reads = writes_too(graph)
         self._bits = {n: 1 << i for i, n in enumerate(inputs)}
         for node in graph.nodes:
             if node.op == "placeholder":
                 continue
             form = form_inputs(node)
             found = 0
-            for a in reads(node):
+            for a in node.all_input_nodes:
                 found |= 0 if a in form else self._bits.get(a, 0)
             if found:
                 self._bits[node] = found

@@ -17,7 +17,6 @@ from fx_cache.patterns.graph import (
     positions,
     same_shape,
     value_of,
-    writes_too,
 )
 from fx_cache.patterns.inputs import InputRoles, token_sources
 from fx_cache.patterns.repeats import ALIKE_AT_END, alike, find_repeats
@@ -125,7 +124,7 @@ def _report(graph: fx.Graph, streams: StackStreams, roles: InputRoles) -> StackR
 
 def _reads_tokens(node: fx.Node, inputs: list[fx.Node], roles: InputRoles) -> bool:
     """Whether a value is floating-point and made from conditioning: an encoder's token sequence."""
-    made_from = ancestors(node, reads=writes_too(node.graph))
+    made_from = ancestors(node)
     return bool(value_of(node).is_floating_point()) and any(inputs[i] in made_from for i in roles.conditioning)
 
 
@@ -141,12 +140,11 @@ def _main_stream(graph: fx.Graph, streams: StackStreams, roles: InputRoles) -> i
     inputs = list(graph.find_nodes(op="placeholder"))
     latents = {inputs[i] for i in roles.latents}
     conditioning = {inputs[i] for i in roles.conditioning}
-    reads = writes_too(graph)
 
     def key(i: int) -> tuple[bool, bool, int]:
         first = streams.streams[i].values[0]
         assert first is not None
-        made_from = token_sources(first, reads)
+        made_from = token_sources(first)
         return not made_from & latents, bool(made_from & conditioning), -_numel(first)
 
     return min(full, key=key)
@@ -208,15 +206,10 @@ def _adjacent(graph: fx.Graph, before: Chain, after: StackReport, between: Seque
     firsts = [s.values[0] for s in after.streams.streams if s.full]
     if not made or not firsts:
         return False
-    reads = writes_too(graph)
     own = descendants(graph, [v for s in before[0].streams.streams if (v := s.values[0]) is not None])
     for first in firsts:
         assert first is not None
-        reached = {
-            n
-            for n in ancestors(first, stop=inside, reads=reads)
-            if order[n] < end and is_tensor(n) and not is_weight(n)
-        }
+        reached = {n for n in ancestors(first, stop=inside) if order[n] < end and is_tensor(n) and not is_weight(n)}
         # A tensor of the stream's own shape is added to it, as ControlNets do; others are joined with it, but for what
         # the stacks have made themselves.
         others = [n for n in reached - made if value_of(n).ndim >= 3 and not same_shape(n, first) and n not in own]

@@ -130,12 +130,6 @@ def _inputs(node: fx.Node) -> Iterable[fx.Node]:
     return node.all_input_nodes
 
 
-def writes_too(graph: fx.Graph) -> Reads:
-    """What a node depends on: its inputs. What was written before is among them, as a version (`fx_cache.versions`)."""
-    del graph
-    return _inputs
-
-
 def descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
     """Every node that depends on one of `roots`, and the roots."""
     reached = set(roots)

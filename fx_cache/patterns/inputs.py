@@ -22,7 +22,6 @@ from torch._dynamo.source import TensorPropertySource
 from torch.utils._pytree import tree_leaves
 
 from fx_cache.patterns.graph import (
-    Reads,
     ancestors,
     descendants,
     hinted_shape,
@@ -31,7 +30,6 @@ from fx_cache.patterns.graph import (
     operation,
     same_shape,
     value_of,
-    writes_too,
 )
 from fx_cache.patterns.values import form_inputs
 
@@ -95,8 +93,7 @@ def with_latents_from(roles: InputRoles, graph: fx.Graph, streams: Sequence[fx.N
     if roles.latents:
         return roles
     inputs = list(graph.find_nodes(op="placeholder"))
-    reads = writes_too(graph)
-    held = {i for s in streams for i in roles.conditioning if inputs[i] in token_sources(s, reads)}
+    held = {i for s in streams for i in roles.conditioning if inputs[i] in token_sources(s)}
     held = {i for i in held if value_of(inputs[i]).is_floating_point()}
     if len(held) != 1:
         return roles
@@ -116,9 +113,8 @@ def with_controls(
     """
     inputs = list(graph.find_nodes(op="placeholder"))
     skipped = {n: k for k, span in enumerate(spans) for n in span}
-    reads = writes_too(graph)
-    seen = {n for probe in probes for n in ancestors(probe, reads=reads)}
-    seen |= ancestors(next(iter(graph.find_nodes(op="output"))), stop=set(skipped), reads=reads)
+    seen = {n for probe in probes for n in ancestors(probe)}
+    seen |= ancestors(next(iter(graph.find_nodes(op="output"))), stop=set(skipped))
     controls: list[list[int]] = [[] for _ in spans]
     for i in roles.conditioning:
         if inputs[i] not in seen:
@@ -222,10 +218,10 @@ def differs_in_channels(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(different) == 1 and different[0] in ({len(a) - 1} if len(a) <= 3 else {1, 2, len(a) - 1})
 
 
-def token_sources(node: fx.Node, reads: Reads) -> set[fx.Node]:
+def token_sources(node: fx.Node) -> set[fx.Node]:
     """The graph inputs whose tokens a value holds.
 
-    Follows the data flow backwards by `reads`; where a slice is taken out of a concatenation, only the operand that
+    Follows the data flow backwards; where a slice is taken out of a concatenation, only the operand that
     fills it.
     """
 
@@ -234,7 +230,7 @@ def token_sources(node: fx.Node, reads: Reads) -> set[fx.Node]:
         if part is not None:
             return [part]
         form = form_inputs(n)
-        return [a for a in reads(n) if a not in form] if form else reads(n)
+        return [a for a in n.all_input_nodes if a not in form]
 
     return {n for n in ancestors(node, reads=holds) if n.op == "placeholder"}
 

@@ -18,7 +18,7 @@ from torch._guards import CompileContext
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
-from fx_cache.patterns.graph import draws_random, source_of, storage_key, writes_too, written_storages
+from fx_cache.patterns.graph import draws_random, source_of, storage_key, written_storages
 from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
 from fx_cache.patterns.programs import PROGRAMS
@@ -84,11 +84,10 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
     roles = classify_inputs(graph)
     roles = replace(roles, latents=(), conditioning=(*roles.latents, *roles.conditioning))
     inputs = list(graph.find_nodes(op="placeholder"))
-    reads = writes_too(graph)
     outputs = next(iter(graph.find_nodes(op="output"))).args[0]
     tokens = []
     for output in outputs:
-        sources = token_sources(output, reads) if isinstance(output, fx.Node) else set()
+        sources = token_sources(output) if isinstance(output, fx.Node) else set()
         tokens.append(tuple(i for i in roles.conditioning if inputs[i] in sources))
     written = written_storages(graph.nodes)
     work = Work(graph).total

@@ -24,7 +24,7 @@ from fx_cache.ops import version
 from fx_cache.patterns.boundaries import GLUE, MIN_ATOM, Boundaries
 from fx_cache.patterns.contexts import Range, boundary, find_contexts
 from fx_cache.patterns.graph import is_tensor_sequence, is_weight
-from fx_cache.patterns.operations import Ancestry, Life, Operations, find_cuts, is_operation, within_blocks
+from fx_cache.patterns.operations import Ancestry, Life, Operations, find_cuts, within_blocks
 from fx_cache.patterns.stacks import MIN_BLOCKS, Block, Stack
 
 REFINEMENTS = 2
@@ -451,19 +451,3 @@ def alike(a: Sequence[Any], b: Sequence[Any]) -> float:
     common = sum(min(count, right[x]) for x, count in left.items() if x in right) if a != b else len(a)
     union = len(a) + len(b) - common
     return common / union if union else 1.0
-
-
-def same_boundaries(graph: fx.Graph, one: Sequence[Stack], other: Sequence[Stack]) -> bool:
-    """Whether two readings of a graph cut it at the same places, however they group the blocks into stacks."""
-    return _places(graph, one) == _places(graph, other)
-
-
-def _places(graph: fx.Graph, stacks: Sequence[Stack]) -> list[int]:
-    ops = [i for i, n in enumerate(graph.nodes) if is_operation(n)]
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    places = set()
-    for stack in stacks:
-        for block in stack.blocks:
-            places.add(bisect.bisect_left(ops, order[block.nodes[0]]))
-        places.add(bisect.bisect_right(ops, order[stack.blocks[-1].nodes[-1]]))
-    return sorted(places)

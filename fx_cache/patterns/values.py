@@ -22,12 +22,6 @@ _ASKED |= {"sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "is_cont
 """What is asked of a tensor's form."""
 
 
-def value_inputs(node: fx.Node) -> list[fx.Node]:
-    """The inputs whose values a node's value is made of."""
-    form = form_inputs(node)
-    return [a for a in node.all_input_nodes if a not in form] if form else node.all_input_nodes
-
-
 def form_inputs(node: fx.Node) -> set[fx.Node]:
     """The inputs of which a node reads nothing but the form: shape, dtype, device."""
     name = operation(node)

@@ -67,11 +67,6 @@ class Look:
         return alone
 
     @property
-    def bytes(self) -> int:
-        """What it keeps."""
-        return sum(row.nbytes for rows in self._rows for row in rows)
-
-    @property
     def sizes(self) -> tuple[int, ...]:
         """How many vectors `since` of the next call compares, for each latent."""
         return tuple(len(rows) + 1 for rows in self._rows)
