@@ -41,10 +41,7 @@ class Boundaries:
                 places[0] = places[1] - size
         size = places[-1] - places[-2]
         if self._operations.equal(places[-2], places[-1], size):
-            # So may more blocks behind it: where from then on ever fewer tensors are alive, no cut shows the last one.
-            while self._operations.equal(places[-2], places[-1], places[-1] - places[-2]):
-                places.append(2 * places[-1] - places[-2])
-            return places
+            return self._with_more(places)
         glue = stretches[-2][: len(stretches[-2]) - lead]
         end = cuts[-1]
         place = self._behind(end.first, cuts[-2].first)
@@ -53,7 +50,16 @@ class Boundaries:
                 break
             glue = glue[glue.index(letter) + 1 :]
             place += 1
-        return [*places, place + self._missing(places, place)]
+        return self._with_more([*places, place + self._missing(places, place)])
+
+    def _with_more(self, places: list[int]) -> list[int]:
+        """The same with more blocks just like the last one.
+
+        Where from then on ever fewer tensors are alive, no cut shows them.
+        """
+        while self._operations.equal(places[-2], places[-1], places[-1] - places[-2]):
+            places.append(2 * places[-1] - places[-2])
+        return places
 
     def _missing(self, places: Sequence[int], end: int) -> int:
         """Operations behind the last block that the one before ends with: it lacks what nobody reads any more."""
