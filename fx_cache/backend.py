@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fx_cache.compiling import Compiler, compile_pieces, inner_compiler, uses_cuda_graphs, weights_stay
 from fx_cache.config import CacheConfig, split_options
-from fx_cache.errors import CacheWarning, Failure, Refusal, StageError, stage
+from fx_cache.errors import Failure, Refusal, StageError, say_uncached, stage
 from fx_cache.passes import PIPELINE
 from fx_cache.passes.dump import Dump
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
@@ -84,7 +83,7 @@ def dit_cache(
             facts = None if facts is None else replace(facts, span_work=0)
     compiled = compiler(gm, list(example_inputs))
     if reading.whole or isinstance(refusal, Failure):
-        warnings.warn(f"dit_cache runs this graph uncached. {refusal}", CacheWarning, stacklevel=2)
+        say_uncached(refusal)
     if reading.whole or facts is None:
         return compiled
     return ObservedForward(compiled, facts, config, _relays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,3 +106,8 @@ def stage(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise StageError(name, error) from error
+
+
+def say_uncached(refusal: Refusal) -> None:
+    """Warns that something runs uncached, and why."""
+    warnings.warn(f"dit_cache runs this graph uncached. {refusal}", CacheWarning, stacklevel=3)

@@ -15,6 +15,7 @@ import fx_cache
 from fx_cache import backend, compiling
 from fx_cache.passes import PIPELINE, runner
 from fx_cache.patterns import candidates, relays, spans
+from fx_cache.runtime import clock, forwards, given, relay, sessions
 from tests.running import compile_cached
 
 WIDTH = 8
@@ -228,3 +229,32 @@ def test_a_forward_in_several_graphs(
     assert found.graphs == (2 if breaks == "before" else 1)
     if function != "compile_pieces":  # which `explain` does not ask for
         assert found.spans or (f"{place}: got Broken: on purpose" in str(found.reason)) == needed
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(given.Reader, "__call__"), (sessions.Store, "begin"), (sessions.Store, "changed"), (clock.Clock, "move")],
+)
+def test_who_a_call_belongs_to(module: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found out at each call: behind an error nothing is reused, or remembered."""
+    monkeypatch.setattr(module, function, fail)
+    assert_plain("begin")
+
+
+@pytest.mark.parametrize("breaks", ["before", "each"])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(relay.Relay, "begin"), (forwards.Forward, "see_schedule"), (forwards, "identity_key"), (forwards, "spread")],
+)
+def test_who_a_forward_in_several_graphs_belongs_to(
+    module: Any, function: str, breaks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, function, fail)
+    model = Model(breaks)
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
+    compiled = torch.compile(model, backend="dit_cache", options=options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for step in steps():
+            assert torch.equal(compiled(*step), model(*step))
+    assert any("got Broken: on purpose" in text for text in said_of(caught))

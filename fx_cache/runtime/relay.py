@@ -21,7 +21,7 @@ from torch._dynamo import config as dynamo_config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import CacheWarning, Refusal
+from fx_cache.errors import CacheWarning, Failure, FxCacheError, Refusal, StageError, say_uncached, stage
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE
 from fx_cache.runtime.forwards import Forward, family_of, surroundings
@@ -90,13 +90,21 @@ class Relays:
 
     def call(self, graph: Graph, config: CacheConfig, args: Sequence[Any]) -> Any:
         """Runs a graph that is a part of a forward, as the forward's other graphs ask for it."""
-        around = surroundings()
-        forward = around.forward
+        around, forward = surroundings(), None
+        try:
+            with stage("begin"):
+                forward = around.forward
+                if forward is not None:
+                    forward.run = forward.run or self.of(forward.compilation, config).begin(forward)
+                    forward.see_schedule(graph.facts.roles, args)
+        except StageError as error:
+            if isinstance(error.cause, FxCacheError | Warning):  # it is meant for the caller
+                raise error.cause from None
+            say_uncached(Failure.of(error, None))
+            if forward is not None:
+                forward.run = ComputingRun()
         if forward is None:
             return graph.compute(*args)
-        if forward.run is None:
-            forward.run = self.of(forward.compilation, config).begin(forward)
-        forward.see_schedule(graph.facts.roles, args)
         return forward.run.call(forward, graph, family_of(around.innermost, graph.facts), args)
 
 

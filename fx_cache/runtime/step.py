@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fx_cache.config import CacheConfig
+from fx_cache.errors import Failure, FxCacheError, StageError, say_uncached, stage
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.relays import GraphFacts
 from fx_cache.runtime.batches import Separation
@@ -86,21 +87,21 @@ class CachedForward:
         self._keeps = keeps
         self._copied = _clone if overwritten else _same
         self._graph = object()
+        self._failed = False
         self._last: tuple[weakref.ref[Any] | None, weakref.ref[Any] | None, Store] | None = None
 
     def __call__(self, *args: Any) -> Any:
         # A graph that was a whole forward when it was compiled may serve as a part of another one.
         around = surroundings() if self._whole else None
         if around is not None and (around.compiled_call is None or around.depth <= 1):
-            store = self._store(args, around)
-            return self._run(store, self._reader(args, lambda: store.learner(self._program)), args)[1]
+            return self._run(args, around, lambda s: self._reader(args, lambda: s.learner(self._program)))[1]
         return self._relays.call(self, self._config, args)
 
     def step(self, forward: Forward, args: Sequence[Any]) -> Any:
         """One step as a part of a forward: requests and branches are told apart by what that was given."""
-        store = self._store(args, forward)
-        branch, outputs = self._run(store, forward.given(self._latents, self._spans), args)
-        forward.branches[self.facts.program] = store, branch
+        begun, outputs = self._run(args, forward, lambda _: forward.given(self._latents, self._spans))
+        if begun is not None:
+            forward.branches[self.facts.program] = begun
         return outputs
 
     def compute(self, *args: Any) -> Any:
@@ -110,15 +111,36 @@ class CachedForward:
             state += [_never, []]
         return self._rewritten(*args, *state)[0]
 
-    def _run(self, store: Store, given: Given, args: Sequence[Any]) -> tuple[Branch, Any]:
-        numbers = [args[i] for i in self._numbers]
-        lost = CHANGED if store.changed(self._program, self._weights(args), numbers) else None
-        branch = store.begin(self._program, self._spans, given, lost)
+    def _run(
+        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store], Given]
+    ) -> tuple[tuple[Store, Branch] | None, Any]:
+        """The branch that a call belonged to, and its outputs. Behind an error of ours no call belongs to any."""
+        begun = None if self._failed else self._begin(args, within, read)
+        if begun is None:
+            return None, self.compute(*args)
+        store, branch, given = begun
         try:
             with self._reader.writing(args):
-                return branch, self._compute_or_reuse(store, branch, given, args)
+                return (store, branch), self._compute_or_reuse(store, branch, given, args)
         finally:
             store.release(branch)
+
+    def _begin(
+        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store], Given]
+    ) -> tuple[Store, Branch, Given] | None:
+        try:
+            with stage("begin"):
+                store = self._store(args, within)
+                given = read(store)
+                numbers = [args[i] for i in self._numbers]
+                lost = CHANGED if store.changed(self._program, self._weights(args), numbers) else None
+                return store, store.begin(self._program, self._spans, given, lost), given
+        except StageError as error:
+            if isinstance(error.cause, FxCacheError | Warning):  # it is meant for the caller
+                raise error.cause from None
+            self._failed = True
+            say_uncached(Failure.of(error, None))
+            return None
 
     def _compute_or_reuse(self, store: Store, branch: Branch, given: Given, args: Sequence[Any]) -> Any:
         gates = [
