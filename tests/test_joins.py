@@ -365,3 +365,53 @@ def test_streams_that_glue_alone_reads_go_on_by_residuals(form: type[Hyper], bn:
     outputs, hits = run(form(), calls, Bn_compute_blocks=bn)
     assert hits == [[1, 2, 3]]
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))
+
+
+class Routed(Model):
+    """Blocks in the middle see half of the tokens: what they make of these is put back among the others."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0, 10)
+
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        return torch.cat([part, x[:, TOKENS // 2 :]], 1)
+
+    def forward(self, latent: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        x, _, time = self.begin(latent, t, prompt)
+        return self.finish(self.run(x, time, 0), time)
+
+    def run(self, x: Tensor, time: Tensor, first: int) -> Tensor:
+        for single in self.singles[first:2]:
+            x = single(x, time)
+        part = x[:, : TOKENS // 2]
+        for single in self.singles[2:8]:
+            part = single(part, time)
+        x = self.put(x, part)
+        for single in self.singles[8:]:
+            x = single(x, time)
+        return x
+
+
+class RoutedWritten(Routed):
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, : TOKENS // 2] = part
+        return x
+
+
+class RoutedScattered(Routed):
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        return torch.slice_scatter(x, part, 1, 0, TOKENS // 2)
+
+
+@pytest.mark.parametrize("form", [Routed, RoutedWritten, RoutedScattered])
+def test_tokens_that_go_past_a_stack_go_on_by_residuals(form: type[Routed]) -> None:
+    model, calls, expected, added = form(), steps(4), [], None
+    for latent, t, prompt in calls:
+        x, _, time = model.begin(latent, t, prompt)
+        x = model.singles[0](x, time)
+        added = model.run(x.clone(), time, 1) - x if added is None else added
+        expected.append(model.finish(x + added, time))
+    outputs, hits = run(form(), calls)
+    assert hits == [[1, 2, 3]]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))

@@ -35,7 +35,8 @@ _FORMS |= {"squeeze", "unsqueeze", "expand", "expand_as", "view_as", "reshape_as
 _PICKS = {"index_select", "gather", "take_along_dim"}
 _BUFFERS = {"empty", "zeros", "new_empty", "new_zeros", "empty_like", "zeros_like"}
 _FILLS = {"setitem", "copy_"}
-LAYOUT = _JOINS | _DIVIDES | _COPIES | _FORMS | _PICKS | _BUFFERS | _FILLS
+_PUTS = {"slice_scatter", "select_scatter"}
+LAYOUT = _JOINS | _DIVIDES | _COPIES | _FORMS | _PICKS | _BUFFERS | _FILLS | _PUTS
 """Operations that put elements in other places and leave them as they are, beside ``getitem``."""
 
 
@@ -153,7 +154,10 @@ class _Trace:
             k, boundary = at
             streams = self._group[k].streams.streams
             stream = next((s for s in streams if s.values[boundary] is value), None)
-            if stream is None:
+            if stream is None and k > self._to[0] and self._order[value] < self._group[k].streams.starts[0]:
+                # It has gone past this stack.
+                self._made[value] = self._over_joint(k, value)
+            elif stream is None:
                 self._made[value] = None  # until it is known
                 self._made[value] = self._put_together(at, value) or self._near(at, value)
             elif k == self._to[0]:
