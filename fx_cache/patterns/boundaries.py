@@ -57,8 +57,9 @@ class Boundaries:
 
         Where from then on ever fewer tensors are alive, no cut shows them.
         """
-        while self._operations.equal(places[-2], places[-1], places[-1] - places[-2]):
-            places.append(2 * places[-1] - places[-2])
+        size = places[-1] - places[-2]
+        while size and self._operations.equal(places[-1] - size, places[-1], size):
+            places.append(places[-1] + size)
         return places
 
     def _missing(self, places: Sequence[int], end: int) -> int:
