@@ -169,7 +169,6 @@ def _cached_forward(reading: Reading, compiler: Compiler, overwritten: bool, con
         compiled,
         plan.roles,
         len(spans),
-        facts.program,
         tuple((s.stacks, tuple(s.blocks.values()), tuple(lo.rule for lo in s.live_outs)) for s in spans),
         _anchor(gm, plan),
         *_guarded(gm, plan),

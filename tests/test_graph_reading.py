@@ -13,7 +13,7 @@ from fx_cache.passes.name_inputs import readable
 from fx_cache.passes.runner import RewriteContext, run_passes
 from fx_cache.passes.separate_sequences import separate_sequences
 from fx_cache.patterns.graph import structure, written_inputs
-from fx_cache.patterns.programs import PROGRAMS
+from fx_cache.patterns.programs import Program
 from fx_cache.patterns.stacks import module_path
 
 
@@ -124,7 +124,7 @@ def test_structure_knows_equal_runs_from_others() -> None:
     x, _, first, second, third, _ = graph.nodes
     keys = [structure([n], [x]) for n in (first, second, third)]
     assert keys[0] == keys[1] != keys[2]
-    assert PROGRAMS.of(graph_of(calls[0])) == PROGRAMS.of(graph_of(calls[1]))
-    assert PROGRAMS.of(graph_of(calls[0])) != PROGRAMS.of(graph_of(calls[2]))
+    assert Program.of(graph_of(calls[0])) == Program.of(graph_of(calls[1]))
+    assert Program.of(graph_of(calls[0])) != Program.of(graph_of(calls[2]))
     index = [("call_function", operator.getitem, ("x", k), {}) for k in (0, 1)]
-    assert PROGRAMS.of(graph_of(index[0])) != PROGRAMS.of(graph_of(index[1]))
+    assert Program.of(graph_of(index[0])) != Program.of(graph_of(index[1]))

@@ -404,7 +404,48 @@ class RoutedScattered(Routed):
         return torch.slice_scatter(x, part, 1, 0, TOKENS // 2)
 
 
-@pytest.mark.parametrize("form", [Routed, RoutedWritten, RoutedScattered])
+class RoutedCopied(Routed):
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        return x.index_copy(1, torch.arange(TOKENS // 2), part)
+
+
+class RoutedInPlaces(Routed):
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        return x.index_put((torch.zeros(1, dtype=torch.int64), torch.arange(TOKENS // 2)), part[0])
+
+
+class RoutedScatteredByIndex(Routed):
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        places = torch.arange(TOKENS // 2)[None, :, None].expand_as(part)
+        return x.clone().scatter_(1, places, part)
+
+
+class RoutedChosen(Routed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("chosen", torch.arange(TOKENS)[None, :, None] < TOKENS // 2)
+
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        return torch.where(self.chosen, torch.cat([part, part], 1), x)
+
+
+class RoutedMasked(RoutedChosen):
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        return x.masked_scatter(self.chosen, part)
+
+
+class RoutedIndexed(Routed):
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, torch.arange(TOKENS // 2)] = part
+        return x[:, torch.arange(TOKENS)]
+
+
+FORMS = [Routed, RoutedWritten, RoutedScattered, RoutedCopied, RoutedInPlaces, RoutedScatteredByIndex]
+FORMS += [RoutedChosen, RoutedMasked, RoutedIndexed]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_tokens_that_go_past_a_stack_go_on_by_residuals(form: type[Routed]) -> None:
     model, calls, expected, added = form(), steps(4), [], None
     for latent, t, prompt in calls:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fx_cache
+from fx_cache.patterns.programs import Program, Programs, Symbol
 from tests.running import compile_cached, last_branch
 
 WIDTH = 16
@@ -39,7 +40,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor) -> tuple[Tensor]:
         time = self.time(torch.stack([timestep.sin(), timestep.cos()], -1))
-        x = self.embed(x)
+        x = self.embed(x).view(*x.shape[:2], WIDTH)  # sizes among the arguments
         for block in self.blocks:
             x = block(x, time, text, pooled)
         return (self.out(x),)
@@ -78,3 +79,24 @@ def test_sizes_make_no_other_program() -> None:
                 compiled(x, torch.tensor([0.9 - 0.1 * i]), text, pooled)
     spans = [b["spans"][0] for s in fx_cache.summary(compiled).to_dict()["sessions"] for b in s["branches"]]
     assert [span["hits"] for span in spans] == [[1, 2, 3, 4]] * 3
+
+
+def test_what_else_runs_in_the_process_makes_no_other_program() -> None:
+    """The static graph of another model, at another size, is not told apart from a dynamic one."""
+    other = compile_cached(Model(), residual_diff_threshold=10.0, max_warmup_steps=1)
+    other(torch.randn(1, 20, 4), torch.tensor([0.9]), torch.randn(1, 20, WIDTH), torch.randn(1, 20, WIDTH))
+    torch._dynamo.reset()
+    test_sizes_make_no_other_program()
+
+
+def test_programs_that_fit_each_other_share_a_name() -> None:
+    def program(*numbers: int | Symbol) -> Program:
+        return Program("wiring", numbers)
+
+    programs, size = Programs(), Symbol(1)
+    first = programs.name_of(program(size, 1))
+    assert first == programs.name_of(program(1, 1)) == programs.name_of(program(1, size))
+    # It fits the first, but not the second.
+    assert programs.name_of(program(2, 1)) != first
+    assert programs.name_of(program(size, 2)) != first
+    assert programs.name_of(Program("other wiring", (1, 1))) != first

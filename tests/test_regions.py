@@ -16,7 +16,7 @@ import fx_cache
 from fx_cache.backend import rewrite
 from fx_cache.config import CacheConfig
 from fx_cache.patterns.graph import value_of
-from fx_cache.patterns.programs import PROGRAMS
+from fx_cache.patterns.programs import Program
 from fx_cache.regions import written_out
 from tests.models import walk
 from tests.running import REUSING, compile_cached, hits_of, run_cached, shallow
@@ -63,7 +63,7 @@ def test_marked_blocks_are_seen_as_unmarked_ones(name, stack, monkeypatch):
 
     flat = written_out(marked)
     assert regions(flat) == 0
-    assert PROGRAMS.of(flat.graph) == PROGRAMS.of(plain.graph)
+    assert Program.of(flat.graph) == Program.of(plain.graph)
     one, other = (rewrite(gm, CacheConfig(Fn_compute_blocks=1)) for gm in (marked, plain))
     assert names(one.gm) == names(other.gm)
     assert [s.stacks for s in one.plan.spans] == [s.stacks for s in other.plan.spans]

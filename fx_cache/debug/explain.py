@@ -54,7 +54,7 @@ def explain_with(config: CacheConfig, model: torch.nn.Module, *args: Any, **kwar
         plan = found.plan if found.refusal is None else replace(found.plan, spans=(), refusal=found.refusal)
         plans.append(plan)
         names.append({} if found.rewritten is None else _names(found.rewritten.gm, plan))
-        programs.append("" if found.facts is None else found.facts.program)
+        programs.append("" if found.facts is None else found.facts.program.wiring)
         whole.append(found.whole)
         if found.facts is None:
             return gm.forward

@@ -32,10 +32,11 @@ _DIVIDES = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "nar
 _COPIES = {"contiguous", "clone"}
 _FORMS = {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "swapaxes", "swapdims", "t"}
 _FORMS |= {"squeeze", "unsqueeze", "expand", "expand_as", "view_as", "reshape_as", "stack", "flip", "roll", "pad", "mT"}
+_FORMS |= {"repeat", "repeat_interleave", "tile"}
 _PICKS = {"index_select", "gather", "take_along_dim"}
-_BUFFERS = {"empty", "zeros", "new_empty", "new_zeros", "empty_like", "zeros_like"}
-_FILLS = {"setitem", "copy_"}
-_PUTS = {"slice_scatter", "select_scatter"}
+_BUFFERS = {"arange", "empty", "zeros", "new_empty", "new_zeros", "empty_like", "zeros_like"}
+_FILLS = {"setitem", "copy_", "index_copy_", "index_put_", "scatter_", "masked_scatter_"}
+_PUTS = {"slice_scatter", "select_scatter", "index_copy", "index_put", "scatter", "masked_scatter", "where"}
 LAYOUT = _JOINS | _DIVIDES | _COPIES | _FORMS | _PICKS | _BUFFERS | _FILLS | _PUTS
 """Operations that put elements in other places and leave them as they are, beside ``getitem``."""
 
@@ -235,14 +236,27 @@ def _is_layout(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return is_tensor_sequence(node.args[0]) or cut_of(node) is not None or _indexed(node)  # type: ignore[arg-type]
     if written_inputs(node):
-        return operation(node) in _FILLS
-    return operation(node) in LAYOUT
+        return operation(node) in _FILLS and not _adds(node)
+    return operation(node) in LAYOUT and not _adds(node)
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether what is put somewhere is added to what is there."""
+    flags = {"index_put": "accumulate", "index_put_": "accumulate", "scatter": "reduce", "scatter_": "reduce"}
+    flag = flags.get(operation(node))
+    return flag is not None and (len(node.args) > 3 + (flag == "reduce") or bool(node.kwargs.get(flag)))
 
 
 def _indexed(node: fx.Node) -> bool:
-    """Whether an element or a slice is taken, or dimensions are added; not elements that a tensor says."""
+    """Whether elements or a slice are taken, or dimensions are added; not as many as a mask says."""
     items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    return all(isinstance(i, int | slice) or i is None or i is Ellipsis for i in items)
+    return all(
+        isinstance(i, int | slice)
+        or i is None
+        or i is Ellipsis
+        or (isinstance(i, fx.Node) and is_tensor(i) and value_of(i).dtype is torch.int64)
+        for i in items
+    )
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,49 +12,71 @@ from torch import fx
 
 from fx_cache.patterns.graph import attribute_of, is_scalar, is_tensor, operation, source_of, value_of
 
-Numbers = tuple[Any, ...]
-"""The integers among the arguments of a graph's operations, in order; where one is computed, or given, a `_Symbol`."""
+
+@dataclass(frozen=True)
+class Symbol:
+    """An integer that is computed, or given: which one in the order of the graph."""
+
+    number: int
 
 
-class _Symbol(int):
-    """The number of a node that computes an integer, or is given one."""
+@dataclass(frozen=True)
+class Program:
+    """What a captured graph computes, but for its sizes.
+
+    Attributes:
+        wiring: digest of its operations and of what each takes; not of integers.
+        numbers: the integers among the arguments, in order.
+    """
+
+    wiring: str
+    numbers: tuple[int | Symbol, ...]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Program:
+        """The program of a graph.
+
+        Another one for graphs that compute from other tensors, in another order, with other Python values, or in
+        another precision (autocast).
+        """
+        digest = hashlib.sha256()
+        numbers: list[int | Symbol] = []
+        for part in _parts(graph, numbers):
+            digest.update(repr(part).encode())
+        return cls(digest.hexdigest(), tuple(numbers))
+
+    def __hash__(self) -> int:
+        return hash(self.wiring)
+
+    def fits(self, other: Program) -> bool:
+        """Whether both may be of one forward, a static and a dynamic graph of it, or of two sizes.
+
+        An integer fits a symbol in its place, which may be a size, but not another integer.
+        """
+        return self is other or (
+            self.wiring == other.wiring
+            and all(a == b or type(a) is not type(b) for a, b in zip(self.numbers, other.numbers, strict=True))
+        )
 
 
 class Programs:
-    """The programs of a process: graphs that may go on with each other's requests are of one program."""
+    """The programs of one model: those that fit each other go on with each other's requests."""
 
     def __init__(self) -> None:
-        self._known: dict[str, list[list[Numbers]]] = {}
-        self._lock = threading.Lock()
+        self._known: dict[str, list[list[Program]]] = {}
 
-    def of(self, graph: fx.Graph) -> str:
-        """The name of the program that a captured graph is of.
-
-        Equal for the static and the dynamic graph of one forward. Different for graphs that compute from other tensors,
-        in another order, with other Python values, or in another precision (autocast). An integer is the same as a
-        symbol in its place, which may be a size, but not as another integer.
-        """
-        digest = hashlib.sha256()
-        numbers: list[Any] = []
-        for part in _parts(graph, numbers):
-            digest.update(repr(part).encode())
-        name, own = digest.hexdigest(), tuple(numbers)
-        with self._lock:
-            groups = self._known.setdefault(name, [])
-            for number, group in enumerate(groups):
-                if all(_compatible(own, other) for other in group):
-                    if own not in group:
-                        group.append(own)
-                    return f"{name}-{number}"
-            groups.append([own])
-            return f"{name}-{len(groups) - 1}"
+    def name_of(self, program: Program) -> str:
+        """The name that a program has together with those that it fits."""
+        groups = self._known.setdefault(program.wiring, [])
+        number = next((i for i, group in enumerate(groups) if all(map(program.fits, group))), len(groups))
+        if number == len(groups):
+            groups.append([])
+        if program not in groups[number]:
+            groups[number].append(program)
+        return f"{program.wiring}-{number}"
 
 
-def _compatible(one: Numbers, other: Numbers) -> bool:
-    return all(a == b if type(a) is type(b) else True for a, b in zip(one, other, strict=True))
-
-
-def _parts(graph: fx.Graph, numbers: list[Any]) -> Iterator[tuple[Any, ...]]:
+def _parts(graph: fx.Graph, numbers: list[int | Symbol]) -> Iterator[tuple[Any, ...]]:
     """What is to be equal of two graphs; integers go to `numbers`."""
     index: dict[fx.Node, Any] = {}
     symbols: dict[fx.Node, int] = {}
@@ -82,7 +104,7 @@ def _parts(graph: fx.Graph, numbers: list[Any]) -> Iterator[tuple[Any, ...]]:
 def _leaves(value: Any, index: dict[fx.Node, Any], symbols: dict[fx.Node, int], numbers: list[Any]) -> Iterator[Any]:
     if isinstance(value, fx.Node):
         if value in symbols:
-            numbers.append(_Symbol(symbols[value]))
+            numbers.append(Symbol(symbols[value]))
             yield "number"
         else:
             yield "node", index[value]
@@ -103,7 +125,3 @@ def _leaves(value: Any, index: dict[fx.Node, Any], symbols: dict[fx.Node, int], 
         yield value
     else:
         yield type(value).__name__
-
-
-PROGRAMS = Programs()
-"""Those of this process."""

@@ -21,7 +21,7 @@ from fx_cache.errors import Failure, Refusal, StageError, stage
 from fx_cache.patterns.graph import draws_random, source_of, storage_key, written_storages
 from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
-from fx_cache.patterns.programs import PROGRAMS
+from fx_cache.patterns.programs import Program
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE, Ranges, random_refusal
 from fx_cache.patterns.stacks import MIN_BLOCKS
 from fx_cache.patterns.work import Work
@@ -38,7 +38,7 @@ class GraphFacts:
     """What is known of one captured graph.
 
     Attributes:
-        program: digest of what it computes.
+        program: what it computes.
         roles: the roles of its inputs; none is a latent, since what is denoised only the end of the forward shows.
         names: where each input comes from, in the terms of the captured code; the same in every graph of that code.
         tokens: for each output, the inputs whose tokens it holds.
@@ -52,7 +52,7 @@ class GraphFacts:
         groups: names of the process groups whose ranks compute it together.
     """
 
-    program: str
+    program: Program
     roles: InputRoles
     names: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -93,7 +93,7 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
     work = Work(graph).total
     compile_id = CompileContext.current_compile_id()
     return GraphFacts(
-        program=PROGRAMS.of(graph),
+        program=Program.of(graph),
         roles=roles,
         names=tuple(map(source_of, inputs)),
         tokens=tuple(tokens),

@@ -25,6 +25,7 @@ from torch.nn.modules import module
 from torch.utils._pytree import tree_leaves
 
 from fx_cache.patterns.inputs import InputRoles
+from fx_cache.patterns.programs import Program
 from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.given import Control, Given
@@ -106,7 +107,7 @@ class Forward:
         self.calls: list[Call] = []
         self.habits = Habits()
         self.weight: torch.Tensor | None = None
-        self.branches: dict[str, tuple[Any, Any]] = {}
+        self.branches: dict[Program, tuple[Any, Any]] = {}
         self.run: Any = None
         self.caught = caught
         self._owners: dict[int, str] = {}

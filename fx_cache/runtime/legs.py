@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from fx_cache.ops import residual_diff, residual_sums
+from fx_cache.patterns.programs import Program
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, RelayStream
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined
@@ -51,22 +52,28 @@ class Called:
     """Which call of a forward it was: of what code, with tensors of which shapes, and for which weights.
 
     Attributes:
-        what: the code, what the graph computes, and the forms of all inputs but weights.
+        program: what the graph computes.
+        what: its code, and the forms of all inputs but weights.
         weights: those that it was given, as they were.
     """
 
+    program: Program
     what: Hashable
     weights: Given
 
     @classmethod
     def of(cls, graph: Graph, family: Hashable, args: Sequence[Any]) -> Called:
-        roles = graph.facts.roles
-        forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
-        return cls((family, graph.facts.program, forms), Given(_weights(graph, args)))
+        return cls(graph.facts.program, _what(graph, family, args), Given(_weights(graph, args)))
 
     def same(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        return self.weights.same(_weights(graph, args)) and self.what == Called.of(graph, family, args).what
+        same = self.program.fits(graph.facts.program) and self.what == _what(graph, family, args)
+        return same and self.weights.same(_weights(graph, args))
+
+
+def _what(graph: Graph, family: Hashable, args: Sequence[Any]) -> Hashable:
+    weights = graph.facts.roles.weights
+    return family, signature([a for i, a in enumerate(args) if i not in weights])
 
 
 def _weights(graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:

@@ -113,7 +113,7 @@ class Relay:
 
     Attributes:
         plans: spans over several graphs.
-        enabled: programs of the graphs that hold a stack worth caching by themselves.
+        enabled: wirings of the graphs that hold a stack worth caching by themselves.
         refusal: why nothing is cached; None while that is not known.
         misfits: forwards since one ran as planned.
         settled: whether the last of those that did ran no graph for the first time: the next one may reuse.
@@ -165,14 +165,14 @@ class Relay:
         forward = self._watched[0]
         plans, refusal = plan_relays(forward.calls, self.config)
         total = sum(c.facts.work for c in forward.calls)
-        own = {c.facts.program: w for c in forward.calls if (w := c.facts.span_work) >= MIN_SHARE * total > 0}
+        own = {c.facts.program.wiring: w for c in forward.calls if (w := c.facts.span_work) >= MIN_SHARE * total > 0}
         most = max(own.values(), default=0)
         if own and most >= max(((p.share or 0.0) * total for p in plans), default=0.0):
             self.plans = ()
-            self._seen = frozenset(c.facts.program for c in forward.calls)
+            self._seen = frozenset(c.facts.program.wiring for c in forward.calls)
             self._least = max(MIN_SHARE * total, MIN_OTHER_WORK * most)
             self.enabled = frozenset(p for p, work in own.items() if work >= MIN_OTHER_WORK * most)
-            self._layers = frozenset(c.facts.layers for c in forward.calls if c.facts.program in self.enabled)
+            self._layers = frozenset(c.facts.layers for c in forward.calls if c.facts.program.wiring in self.enabled)
         else:
             self.plans, self.refusal = plans, refusal
         return forward
@@ -183,8 +183,8 @@ class Relay:
         At another pass of a request, or another size, there may be other graphs than the forward had that was watched:
         such a one does if it is made of the same layers, or if it is as much work as those that do.
         """
-        if not self.enabled or facts.program in self._seen:
-            return facts.program in self.enabled
+        if not self.enabled or facts.program.wiring in self._seen:
+            return facts.program.wiring in self.enabled
         return facts.span_work > 0 and (facts.layers in self._layers or facts.span_work >= self._least)
 
     def _learn(self) -> None:
@@ -195,7 +195,7 @@ class Relay:
         (_, run, context), self._watched = self._watched, None
         forward.may_come_back()
         for program, (store, branch) in forward.branches.items():
-            if program not in self.enabled:
+            if program.wiring not in self.enabled:
                 store.forget(branch)
         if self.enabled:
             return

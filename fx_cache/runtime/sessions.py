@@ -12,6 +12,7 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import SessionError
+from fx_cache.patterns.programs import Program, Programs
 from fx_cache.runtime.clock import Move, Sign, read_schedule
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
@@ -55,9 +56,15 @@ class Store:
         self._branches: OrderedDict[Hashable, Branch] = OrderedDict()
         self._learners: dict[Hashable, Learner] = {}
         self._weights: dict[Hashable, Weights] = {}
+        self._programs = Programs()
         self._count = 0
         self._complaints = Complaints()
         self._lock = threading.RLock()
+
+    def name_of(self, program: Program) -> str:
+        """A name for a program and those that go on with its requests."""
+        with self._lock:
+            return self._programs.name_of(program)
 
     def learner(self, program: Hashable) -> Learner:
         """What is learned of a program whose graph does not show which input is denoised."""

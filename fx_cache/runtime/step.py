@@ -36,7 +36,6 @@ class CachedForward:
         rewritten: Callable[..., Any],
         roles: InputRoles,
         spans: int,
-        program: str,
         layout: Hashable,
         anchor: int | None,
         guarded: Sequence[int],
@@ -56,7 +55,6 @@ class CachedForward:
                 gate and its state, [probe, cached values]; returns (outputs, new state of each span).
             roles: the roles of the graph's inputs.
             spans: how many spans there are.
-            program: digest of what the graph computes, but for its sizes.
             layout: what is cached where; state fits only a graph of the same layout.
             anchor: position of an input that is a weight of the model, or None.
             guarded: positions of the weights that the graph does not write to itself.
@@ -74,7 +72,7 @@ class CachedForward:
         self._reader = Reader(roles, facts.written)
         self._spans = spans
         self._separations = [Separation(fewer) for _ in range(spans)]
-        self._program = (program, layout)
+        self._layout = layout
         self._anchor = anchor
         # Of two or more a tuple; for large models this is faster than anything that runs in Python.
         self._weights = operator.itemgetter(*guarded) if len(guarded) > 1 else lambda args: [args[i] for i in guarded]
@@ -88,18 +86,18 @@ class CachedForward:
         self._copied = _clone if overwritten else _same
         self._graph = object()
         self._failed = False
-        self._last: tuple[weakref.ref[Any] | None, weakref.ref[Any] | None, Store] | None = None
+        self._last: tuple[weakref.ref[Any] | None, weakref.ref[Any] | None, Store, Hashable] | None = None
 
     def __call__(self, *args: Any) -> Any:
         # A graph that was a whole forward when it was compiled may serve as a part of another one.
         around = surroundings() if self._whole else None
         if around is not None and (around.compiled_call is None or around.depth <= 1):
-            return self._run(args, around, lambda s: self._reader(args, lambda: s.learner(self._program)))[1]
+            return self._run(args, around, lambda s, p: self._reader(args, lambda: s.learner(p)))[1]
         return self._relays.call(self, self._config, args)
 
     def step(self, forward: Forward, args: Sequence[Any]) -> Any:
         """One step as a part of a forward: requests and branches are told apart by what that was given."""
-        begun, outputs = self._run(args, forward, lambda _: forward.given(self._latents, self._spans))
+        begun, outputs = self._run(args, forward, lambda *_: forward.given(self._latents, self._spans))
         if begun is not None:
             forward.branches[self.facts.program] = begun
         return outputs
@@ -112,7 +110,7 @@ class CachedForward:
         return self._rewritten(*args, *state)[0]
 
     def _run(
-        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store], Given]
+        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store, Hashable], Given]
     ) -> tuple[tuple[Store, Branch] | None, Any]:
         """The branch that a call belonged to, and its outputs. Behind an error of ours no call belongs to any."""
         begun = None if self._failed else self._begin(args, within, read)
@@ -126,15 +124,15 @@ class CachedForward:
             store.release(branch)
 
     def _begin(
-        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store], Given]
+        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store, Hashable], Given]
     ) -> tuple[Store, Branch, Given] | None:
         try:
             with stage("begin"):
-                store = self._store(args, within)
-                given = read(store)
+                store, program = self._store(args, within)
+                given = read(store, program)
                 numbers = [args[i] for i in self._numbers]
-                lost = CHANGED if store.changed(self._program, self._weights(args), numbers) else None
-                return store, store.begin(self._program, self._spans, given, lost), given
+                lost = CHANGED if store.changed(program, self._weights(args), numbers) else None
+                return store, store.begin(program, self._spans, given, lost), given
         except StageError as error:
             if isinstance(error.cause, FxCacheError | Warning):  # it is meant for the caller
                 raise error.cause from None
@@ -166,20 +164,22 @@ class CachedForward:
             gate.record()
         return outputs
 
-    def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> Store:
+    def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> tuple[Store, Hashable]:
         anchor = None if self._anchor is None else args[self._anchor]
         compilation = within.compilation
         if self._last is not None:
-            weight, made, store = self._last
+            weight, made, store, program = self._last
             if (weight is None or weight() is anchor) and (made is None or made() is compilation):
-                return store
+                return store, program
         store = store_of(anchor, self._config, within.root, compilation)
+        program = store.name_of(self.facts.program), self._layout
         self._last = (
             None if anchor is None else weakref.ref(anchor),
             None if compilation is None else weakref.ref(compilation),
             store,
+            program,
         )
-        return store
+        return store, program
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
