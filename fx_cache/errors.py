@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 
@@ -98,14 +99,39 @@ class StageError(FxCacheError):
 def stage(name: str) -> Iterator[None]:
     """Lets what is raised within say where: as a `StageError`, the innermost name first.
 
-    By some of its errors Dynamo asks itself to capture anew: those go through.
+    By some of its errors Dynamo asks itself to capture anew: those go through, and so does what is no error of ours.
     """
     try:
         yield
-    except (StageError, RestartAnalysis, SkipFrame):
+    except (StageError, RestartAnalysis, SkipFrame, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise StageError(name, error) from error
+
+
+@dataclass
+class Guard:
+    """What became of something that a call does beside the model's own.
+
+    Attributes:
+        failure: the error that it ended with, if it did.
+    """
+
+    failure: Failure | None = None
+
+
+@contextlib.contextmanager
+def guarded(name: str) -> Iterator[Guard]:
+    """An error of ours within is a warning, and the call computes; what is meant for the caller is raised."""
+    guard = Guard()
+    try:
+        with stage(name):
+            yield guard
+    except StageError as error:
+        if isinstance(error.cause, FxCacheError | Warning):
+            raise error.cause from None
+        guard.failure = Failure.of(error, None)
+        say_uncached(guard.failure)
 
 
 def say_uncached(refusal: Refusal) -> None:

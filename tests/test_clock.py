@@ -33,7 +33,7 @@ def at(*times: float, left: float | None = None, back: float | None = None, **to
     values = tuple(v for t in times for v in (t, t, 0.0))
     if left is None:
         return Sign(values, **told)
-    return Sign(values, grams(left), (2,), back=None if back is None else grams(back), **told)
+    return Sign(values, grams(left), (2,), back=() if back is None else (grams(back),), **told)
 
 
 def grams(sine: float) -> tuple[float, ...]:
@@ -147,7 +147,8 @@ def test_what_a_call_shows(name: str, late: bool) -> None:
     for sign in row.calls:
         if late:  # what lay on a device is read, and shows the same
             values = torch.tensor(sign.values, dtype=torch.float64)
-            grams, back = (None if g is None else torch.tensor(g, dtype=torch.float64) for g in (sign.grams, sign.back))
+            grams = None if sign.grams is None else torch.tensor(sign.grams, dtype=torch.float64)
+            back = tuple(torch.tensor(g, dtype=torch.float64) for g in sign.back)
             there = replace(sign, values=values, grams=grams, back=back)
             sign = there.read(iter([v for part in there.late for v in part.tolist()]))
         moves.append(clock.move(sign))

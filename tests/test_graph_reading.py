@@ -124,7 +124,7 @@ def test_structure_knows_equal_runs_from_others() -> None:
     x, _, first, second, third, _ = graph.nodes
     keys = [structure([n], [x]) for n in (first, second, third)]
     assert keys[0] == keys[1] != keys[2]
-    assert Program.of(graph_of(calls[0])) == Program.of(graph_of(calls[1]))
-    assert Program.of(graph_of(calls[0])) != Program.of(graph_of(calls[2]))
+    assert Program.of(graph_of(calls[0])).at(()) == Program.of(graph_of(calls[1])).at(())
+    assert Program.of(graph_of(calls[0])).at(()) != Program.of(graph_of(calls[2])).at(())
     index = [("call_function", operator.getitem, ("x", k), {}) for k in (0, 1)]
-    assert Program.of(graph_of(index[0])) != Program.of(graph_of(index[1]))
+    assert Program.of(graph_of(index[0])).at(()) != Program.of(graph_of(index[1])).at(())

@@ -237,6 +237,19 @@ def test_one_that_was_not_to_reuse_is_not() -> None:
     fx_cache.reset(compiled)
 
 
+def test_passes_that_cannot_be_told_apart_are_told_of_at_once() -> None:
+    compiled = compile_cached(build("dit"), **REUSING)
+    told = []
+    for i, step in enumerate(walk("dit", 12)):
+        for _ in range(2):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                compiled(**step)
+            told += [(i, str(w.message)) for w in caught]
+    ((i, text),) = told
+    assert i < 8 and "same timestep twice" in text and "name it and its passes" in text
+
+
 def test_conditioning_made_anew_at_every_step_is_told_of() -> None:
     compiled = compile_cached(build("flux"), **REUSING)
     prompt = conditioning("flux")

@@ -441,8 +441,27 @@ class RoutedIndexed(Routed):
         return x[:, torch.arange(TOKENS)]
 
 
+class RoutedAdded(Routed):
+    """What the blocks make of the tokens is added to them; the rule is the same."""
+
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        return x.index_add(1, torch.arange(TOKENS // 2), part)
+
+
+class RoutedSorted(RoutedChosen):
+    """Tokens are put back in an order that is made where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1)))
+
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        back = torch.argsort(self.order)
+        return torch.cat([part, x[:, TOKENS // 2 :]], 1).gather(1, back[None, :, None].expand_as(x))
+
+
 FORMS = [Routed, RoutedWritten, RoutedScattered, RoutedCopied, RoutedInPlaces, RoutedScatteredByIndex]
-FORMS += [RoutedChosen, RoutedMasked, RoutedIndexed]
+FORMS += [RoutedChosen, RoutedMasked, RoutedIndexed, RoutedAdded, RoutedSorted]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -451,8 +470,9 @@ def test_tokens_that_go_past_a_stack_go_on_by_residuals(form: type[Routed]) -> N
     for latent, t, prompt in calls:
         x, _, time = model.begin(latent, t, prompt)
         x = model.singles[0](x, time)
-        added = model.run(x.clone(), time, 1) - x if added is None else added
-        expected.append(model.finish(x + added, time))
+        same = model.put(x, x[:, : TOKENS // 2])  # as if no block had added anything
+        added = model.run(x.clone(), time, 1) - same if added is None else added
+        expected.append(model.finish(same + added, time))
     outputs, hits = run(form(), calls)
     assert hits == [[1, 2, 3]]
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected, outputs, strict=True))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fx_cache
-from fx_cache.patterns.programs import Program, Programs, Symbol
-from tests.running import compile_cached, last_branch
+from fx_cache.patterns.programs import Program
+from tests.running import compile_cached, hits_of, last_branch
 
 WIDTH = 16
 
@@ -69,6 +71,79 @@ def test_a_model_that_computes_otherwise_from_a_step_on(changed: dict, named: bo
     assert last_branch(compiled)["spans"][0]["hits"]
 
 
+@pytest.mark.parametrize("branch", [None, "only"])
+def test_a_request_that_was_given_up_in_another_program(branch: str | None) -> None:
+    """Its name is given to another request, which comes to that program too."""
+    model = Model()
+    compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=1)
+    text, pooled = torch.randn(1, 8, WIDTH), torch.randn(1, 8, WIDTH)
+    for request in range(3):
+        x = torch.randn(1, 8, 4)
+        for i in range(6 if request == 0 else 8):
+            for block in model.blocks[2:]:
+                block.gain = 3 if i >= 5 else 1
+            with fx_cache.session("request", branch=branch):
+                inputs = x, torch.tensor([0.9 - (0.1 + 0.003 * request) * i]), text, pooled
+                output = compiled(*inputs)[0]
+            if i in (0, 5):
+                assert torch.equal(output, model(*inputs)[0])
+            x = x - 0.1 * output
+        spans = [b["spans"][0] for b in fx_cache.summary(compiled).to_dict()["sessions"][-1]["branches"]]
+        assert any(span["hits"] for span in spans)
+
+
+@torch.library.custom_op("fx_cache_test_one::mix", mutates_args=())
+def mix_one(x: Tensor) -> Tensor:
+    return x.tanh()
+
+
+@torch.library.custom_op("fx_cache_test_other::mix", mutates_args=())
+def mix_other(x: Tensor) -> Tensor:
+    return x.relu() * 3
+
+
+for op in (mix_one, mix_other):
+    op.register_fake(torch.empty_like)
+
+
+def test_operators_of_one_name_in_two_libraries() -> None:
+    names = set()
+    for mix in (torch.ops.fx_cache_test_one.mix, torch.ops.fx_cache_test_other.mix):
+        graph = fx.Graph()
+        graph.output(graph.call_function(mix, (graph.placeholder("x"),)))
+        names.add(Program.of(graph).at([torch.randn(2)]))
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("changed", [(4, 2), (3, 5)])
+def test_a_number_that_only_skipped_blocks_read(changed: tuple[int, int], named: bool) -> None:
+    """It is a symbol from its second value on; a step with another one computes."""
+
+    class Scaled(Model):
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor, k: int) -> tuple[Tensor]:
+            time = self.time(torch.stack([timestep.sin(), timestep.cos()], -1))
+            x = self.embed(x)
+            for i, block in enumerate(self.blocks):
+                x = block(x, time, text, text)
+                x = x + k * self.embed(text[..., :4]) if 1 < i < 5 else x
+            return (self.out(x),)
+
+    model = Scaled()
+    compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=1)
+    text = torch.randn(1, 8, WIDTH)
+    for request in range(2):
+        x = torch.randn(1, 8, 4)
+        for i in range(8):
+            inputs = x, torch.tensor([0.9 - 0.1 * i]), text, 7 if i < 4 else changed[i == 7]
+            with fx_cache.session(f"{request}", branch="only") if named else contextlib.nullcontext():
+                output = compiled(*inputs)[0]
+            if i in (0, 4, 7):
+                assert torch.equal(output, model(*inputs)[0])
+            x = x - 0.1 * output
+    assert hits_of(compiled)
+
+
 def test_sizes_make_no_other_program() -> None:
     """A request that began in the static graph goes on in the dynamic one."""
     compiled = compile_cached(Model(), residual_diff_threshold=10.0, max_warmup_steps=1)
@@ -89,14 +164,51 @@ def test_what_else_runs_in_the_process_makes_no_other_program() -> None:
     test_sizes_make_no_other_program()
 
 
-def test_programs_that_fit_each_other_share_a_name() -> None:
-    def program(*numbers: int | Symbol) -> Program:
-        return Program("wiring", numbers)
+class Sized(nn.Module):
+    """Computes with sizes, and with numbers that are none."""
 
-    programs, size = Programs(), Symbol(1)
-    first = programs.name_of(program(size, 1))
-    assert first == programs.name_of(program(1, 1)) == programs.name_of(program(1, size))
-    # It fits the first, but not the second.
-    assert programs.name_of(program(2, 1)) != first
-    assert programs.name_of(program(size, 2)) != first
-    assert programs.name_of(Program("other wiring", (1, 1))) != first
+    def __init__(self, divisor: int = 2, added: int = 0) -> None:
+        super().__init__()
+        self.divisor, self.added = divisor, added
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        n = x.shape[1] // self.divisor
+        return torch.cat([x[:, :n], y], 1).reshape(x.shape[0], -1) * (y.shape[1] + self.added)
+
+
+def at(model: nn.Module, sizes: tuple[int, int], dynamic: Sequence[int] = ()) -> str:
+    """The name of what runs at these sizes, in a static graph or one in which the sizes of some inputs are dynamic."""
+    names: list[str] = []
+
+    def look(gm: fx.GraphModule, example_inputs: list) -> Callable:
+        del example_inputs
+        program = Program.of(gm.graph)
+
+        def run(*args: Any) -> Any:
+            names.append(program.at(args))
+            return gm(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=look, fullgraph=True, dynamic=None if dynamic else False)
+    for first, second in [(20, 30), sizes] if dynamic else [sizes]:
+        inputs = torch.randn(2, first, 3), torch.randn(2, second, 3)
+        for i in dynamic:
+            torch._dynamo.mark_dynamic(inputs[i], 1)
+        compiled(*inputs)
+    return names[-1]
+
+
+def test_the_name_of_a_program_is_that_of_its_static_graph() -> None:
+    for sizes in [(8, 12), (12, 8), (16, 6)]:
+        assert at(Sized(), sizes, (0, 1)) == at(Sized(), sizes)
+    assert at(Sized(), (8, 30), (0,)) == at(Sized(), (8, 30))
+    assert at(Sized(), (20, 8), (1,)) == at(Sized(), (20, 8))
+    assert at(Sized(), (8, 12)) != at(Sized(), (12, 8))
+
+
+@pytest.mark.parametrize("other", [Sized(divisor=4), Sized(added=1)], ids=["divisor", "summand"])
+def test_other_computations_with_sizes_are_other_programs(other: Sized) -> None:
+    names = {at(model, (8, 12), dynamic) for model in (Sized(), other) for dynamic in ((), (0, 1))}
+    assert len(names) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fx_cache
+from fx_cache.runtime import legs
+from fx_cache.runtime.forwards import Forward
+from fx_cache.runtime.relay import Relay
+from fx_cache.runtime.sessions import Store
 from tests import models
 from tests.running import last_branch, relative_error
 
@@ -267,6 +272,80 @@ def test_what_a_forward_writes_to_is_written_once() -> None:
                 assert torch.equal(seen, before + 1.0)
 
 
+class Noting(Counting):
+    """Notes in a cache that it is given, in code of its own, and only then runs its first graph."""
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, seen: Any) -> tuple[Tensor]:
+        torch._dynamo.graph_break()
+        seen.note()
+        torch._dynamo.graph_break()
+        x, time = self.begin(latent, timestep)
+        for i, block in enumerate(self.blocks):
+            x, text = block(x, text, time)
+            if self.detour and i == 3:
+                torch._dynamo.graph_break()
+                x = self.blocks[0](x, text, time)[0]
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.count = torch.zeros(3)
+        self.written = True
+
+    @torch._dynamo.disable
+    def note(self) -> None:
+        if self.written:
+            self.count += 1.0
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_what_code_of_a_forward_writes_to_is_written_once(written: bool) -> None:
+    model, seen = Noting().eval(), Notes()
+    seen.written = written
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    with torch.no_grad():
+        for request in range(2):
+            for i, step in enumerate(walk(request)):
+                model.detour = request == 1 and i == 5
+                with fx_cache.session(f"request-{request}", branch="only"):
+                    compiled(**step, seen=seen)
+        assert torch.equal(seen.count, torch.full((3,), 2.0 * STEPS * written))
+    assert bool(last_branch(compiled)["spans"][0]["hits"]) is not written
+
+
+class Controlled(Model):
+    """Only the blocks in the middle read what is added."""
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, added: Any) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for i, block in enumerate(self.blocks):
+            x, text = block(x, text, time)
+            if 0 < i < BLOCKS - 1:
+                torch._dynamo.graph_break()
+                x = x + added
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(2, 5), (1.0, 3.0), (torch.ones(1, TOKENS, WIDTH), torch.full((1, TOKENS, WIDTH), 3.0))],
+    ids=["int", "float", "tensor"],
+)
+def test_what_only_skipped_blocks_are_given(values: tuple[Any, Any]) -> None:
+    """In a branch that has a name: a step with another value computes."""
+    model = Controlled().eval()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    with torch.no_grad():
+        for request in range(3):
+            for i, step in enumerate(walk(request)):
+                with fx_cache.session(f"request-{request}", branch="only"):
+                    output = compiled(**step, added=values[i >= 5])[0]
+                if i == 5:
+                    assert torch.equal(output, model(**step, added=values[1])[0])
+    assert {3, 6} <= set(last_branch(compiled)["spans"][0]["hits"])
+
+
 @pytest.mark.parametrize("first", [1, 3, BLOCKS - 1])
 @pytest.mark.parametrize("how", ["written to", "replaced"])
 def test_weights_of_blocks_that_change_in_the_middle(how: str, first: int) -> None:
@@ -290,6 +369,55 @@ def test_weights_of_blocks_that_change_in_the_middle(how: str, first: int) -> No
     # What has changed ends the request; the next one has to warm up, and learn which way the time goes.
     assert before["hits"] == [2, 3, 4]
     assert behind["hits"] == [2]
+
+
+class Broken(Exception):
+    """What is raised on purpose."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "function"),
+    [
+        (Store, "begin"),
+        (Relay, "open"),
+        (Relay, "ran"),
+        (legs.Leg, "decide"),
+        (legs.Leg, "take"),
+        (legs.Script, "add"),
+        (legs.Script, "goes_on"),
+        (legs.WatchRun, "_before"),
+        (legs.WatchRun, "_behind"),
+        (Forward, "note"),
+        (Forward, "came_back"),
+        (Forward, "see_schedule"),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_an_error_of_ours(kind: type, function: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first call on, or once in the middle of a step that is reused: that step is the model's own."""
+    model, plain = Model().eval(), getattr(kind, function)
+    failed, here = [0], [False]
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        here[0] += late and step_is_reused
+        if not late or here[0] == 5:
+            failed[0] += 1
+            raise Broken("on purpose")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(kind, function, broken)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i, step in enumerate(walk(0)):
+            step_is_reused, before = i == 5, failed[0]
+            with fx_cache.session("request", branch="only"):
+                output = compiled(**step)[0]
+            if function != "came_back" and (not late or failed[0] > before):  # by that it only learns
+                assert torch.equal(output, model(**step)[0])
+    said = [str(w.message) for w in caught if issubclass(w.category, fx_cache.CacheWarning)]
+    assert bool(failed[0]) == any("got Broken: on purpose" in text for text in said)
+    assert failed[0] or (late and function in ("begin", "open", "decide", "add", "came_back", "_before", "_behind"))
 
 
 def test_explain_names_the_block_list_and_its_share() -> None:

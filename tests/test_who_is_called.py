@@ -328,14 +328,15 @@ def test_passes_that_differ_in_a_number_alone(passes: list, name: str | None, th
     model = Guided().eval()
     compiled = compile_cached(model, residual_diff_threshold=threshold, max_warmup_steps=1)
     text, x = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
-    for i in range(STEPS):
-        t, outputs = torch.tensor([0.9 - 0.1 * i]), []
-        for guidance, scale in passes:
-            inputs = x, t, text, torch.tensor([guidance]), torch.tensor(scale)
-            with fx_cache.session(name) if name else contextlib.nullcontext():
-                outputs.append(compiled(*inputs))
-            assert torch.equal(outputs[-1], model(*inputs))
-        x = x - 0.1 * outputs[0]
+    with pytest.warns(fx_cache.CacheWarning, match="name it and its passes"):
+        for i in range(STEPS):
+            t, outputs = torch.tensor([0.9 - 0.1 * i]), []
+            for guidance, scale in passes:
+                inputs = x, t, text, torch.tensor([guidance]), torch.tensor(scale)
+                with fx_cache.session(name) if name else contextlib.nullcontext():
+                    outputs.append(compiled(*inputs))
+                assert torch.equal(outputs[-1], model(*inputs))
+            x = x - 0.1 * outputs[0]
 
 
 class Boxed(Dit):
@@ -434,6 +435,21 @@ def test_given_up_and_begun_again_with_one_seed_and_prompt(steps: tuple[int, int
             if i == 0:
                 assert torch.equal(output, model(*inputs))
             x = x - output / count
+
+
+@pytest.mark.parametrize("step", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("again", [0, 1])
+def test_given_up_and_begun_again_behind_two_calls_at_one_time(again: int, step: float) -> None:
+    """Heun's method calls twice at a time; the next request begins with the latent of its first call, or the second."""
+    model = Dit().eval()
+    compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=1)
+    text, first = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
+    one = compiled(first, torch.tensor([0.6]), text)
+    second = first - step * one
+    x = first - step / 2 * (one + compiled(second, torch.tensor([0.6]), text))
+    compiled(x, torch.tensor([0.55]), text)
+    inputs = (first, second)[again], torch.tensor([0.3]), text
+    assert torch.equal(compiled(*inputs), model(*inputs))
 
 
 def test_a_model_whose_weights_change_at_every_call_is_told_of() -> None:

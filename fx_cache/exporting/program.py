@@ -16,7 +16,7 @@ from fx_cache.errors import ExportError, OptionError
 from fx_cache.exporting.capture import Capture, Constant, Leaf, Result, Weight, capture
 from fx_cache.exporting.policy import Counts, decide
 from fx_cache.ops import Branch, Handed, Measure
-from fx_cache.patterns.graph import value_of
+from fx_cache.patterns.graph import is_tensor, value_of
 from fx_cache.runtime.policy import UNMEASURED
 
 conditional = torch.ops.higher_order.cond
@@ -116,7 +116,7 @@ class _StatefulForward(nn.Module):
             for k, slot in enumerate(output.args[0][1])
         ]
         self._controls = [
-            {f"{inputs[i].name}_{k}": i for i in controls}
+            {f"{inputs[i].name}_{k}": i for i in controls if is_tensor(inputs[i])}
             for k, controls in enumerate(found.rewritten.plan.roles.controls)
         ]
         self._remembered = {

@@ -46,8 +46,8 @@ class InputRoles:
         latents: change at every step.
         schedule: small inputs that are compared by value; the timestep among them moves one way within a request.
         conditioning: stay the same objects within a request and branch.
-        controls: for each span, the conditioning that reaches nothing but spans (ControlNet samples, inputs of single
-            layers): a step with others computes, since no probe shows them.
+        controls: for each span, the conditioning and the numbers that reach nothing but spans (ControlNet samples,
+            inputs of single layers): a step with others computes, since no probe shows them.
         scalars: host numbers, compared by value; not the sizes of other inputs.
         weights: belong to the module.
         certain: whether the graph leaves no doubt which inputs are the latents.
@@ -116,7 +116,7 @@ def with_controls(
     seen = {n for probe in probes for n in ancestors(probe)}
     seen |= ancestors(next(iter(graph.find_nodes(op="output"))), stop=set(skipped))
     controls: list[list[int]] = [[] for _ in spans]
-    for i in roles.conditioning:
+    for i in (*roles.conditioning, *roles.scalars):
         if inputs[i] not in seen:
             for k in {skipped[n] for n in descendants(graph, [inputs[i]]) if n in skipped}:
                 controls[k].append(i)

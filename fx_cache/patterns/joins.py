@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fx_cache.ops import version
 from fx_cache.patterns.chains import StackReport
 from fx_cache.patterns.graph import (
+    draws_random,
     is_scalar,
     is_tensor,
     is_tensor_sequence,
@@ -35,10 +36,11 @@ _FORMS |= {"squeeze", "unsqueeze", "expand", "expand_as", "view_as", "reshape_as
 _FORMS |= {"repeat", "repeat_interleave", "tile"}
 _PICKS = {"index_select", "gather", "take_along_dim"}
 _BUFFERS = {"arange", "empty", "zeros", "new_empty", "new_zeros", "empty_like", "zeros_like"}
-_FILLS = {"setitem", "copy_", "index_copy_", "index_put_", "scatter_", "masked_scatter_"}
+_FILLS = {"setitem", "copy_", "index_copy_", "index_put_", "index_add_", "scatter_", "scatter_add_", "masked_scatter_"}
 _PUTS = {"slice_scatter", "select_scatter", "index_copy", "index_put", "scatter", "masked_scatter", "where"}
+_PUTS |= {"index_add", "scatter_add"}
 LAYOUT = _JOINS | _DIVIDES | _COPIES | _FORMS | _PICKS | _BUFFERS | _FILLS | _PUTS
-"""Operations that put elements in other places and leave them as they are, beside ``getitem``."""
+"""Operations that put elements in other places, or add them to what is there, beside ``getitem``."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class _Trace:
         if value.target is version:
             whole, write = (self._of(at, a) for a in value.all_input_nodes)
             return None if whole is None or write is None else whole
-        if not (_is_layout(value) or is_scalar(value)):
+        if not (_is_layout(value) or is_scalar(value) or self._says_where(value)):
             return None
         inputs: dict[fx.Node, Any] = {}
         for node in value.all_input_nodes:
@@ -208,6 +210,15 @@ class _Trace:
             picked = self._form.node_copy(value, inputs.__getitem__)
             picked.meta = {"example_value": value_of(value)}
         return picked
+
+    def _says_where(self, node: fx.Node) -> bool:
+        """Whether it says where elements go, computed of values from before the boundary without a stream."""
+        dtype = value_of(node).dtype if is_tensor(node) else torch.float32
+        if dtype.is_floating_point or dtype.is_complex or written_inputs(node) or draws_random(node):
+            return False
+        return all(
+            self._order[a] < self._start or not is_tensor(a) or self._says_where(a) for a in node.all_input_nodes
+        )
 
     def _part(self, node: fx.Node) -> fx.Node | None:
         """An input of the new graph; a host value from before the boundary is computed again."""
@@ -236,15 +247,14 @@ def _is_layout(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return is_tensor_sequence(node.args[0]) or cut_of(node) is not None or _indexed(node)  # type: ignore[arg-type]
     if written_inputs(node):
-        return operation(node) in _FILLS and not _adds(node)
-    return operation(node) in LAYOUT and not _adds(node)
+        return operation(node) in _FILLS and not _reduces(node)
+    return operation(node) in LAYOUT and not _reduces(node)
 
 
-def _adds(node: fx.Node) -> bool:
-    """Whether what is put somewhere is added to what is there."""
-    flags = {"index_put": "accumulate", "index_put_": "accumulate", "scatter": "reduce", "scatter_": "reduce"}
-    flag = flags.get(operation(node))
-    return flag is not None and (len(node.args) > 3 + (flag == "reduce") or bool(node.kwargs.get(flag)))
+def _reduces(node: fx.Node) -> bool:
+    """Whether what is put somewhere is multiplied with what is there, or the like."""
+    reduce = node.kwargs.get("reduce", node.args[4] if len(node.args) > 4 else None)
+    return operation(node) in ("scatter", "scatter_") and reduce not in (None, "add")
 
 
 def _indexed(node: fx.Node) -> bool:

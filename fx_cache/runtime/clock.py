@@ -72,12 +72,13 @@ class Sign:
             device, None: nothing does.
         sizes: what that is made of.
         times: numbers of the schedule inputs that are known to tell the time, beside others; none: that is not known.
-        back: the same as `grams` of the first call of the request.
+        back: the same as `grams` of each latent that the request may have begun with.
         look: what is to be remembered of its latents, or None.
         said: number of the step as somebody gives it, or None.
         named: whether somebody says to which request the call belongs.
         apart: whether somebody says to which pass of the request it belongs.
         begins: whether it is known to be the first call of a request.
+        forward: what all graphs of one forward have in common.
         step: number of the step where the caller counts; then nothing else is looked at.
     """
 
@@ -90,13 +91,14 @@ class Sign:
     begins: bool = False
     step: int | None = None
     times: tuple[int, ...] = ()
-    back: tuple[float, ...] | torch.Tensor | None = None
+    back: tuple[tuple[float, ...] | torch.Tensor, ...] = ()
     look: Look | None = None
+    forward: object | None = None
 
     @property
     def late(self) -> list[torch.Tensor]:
         """What of it lies on a device."""
-        return [part.reshape(-1) for part in (self.values, self.grams, self.back) if isinstance(part, torch.Tensor)]
+        return [part.reshape(-1) for part in (self.values, self.grams, *self.back) if isinstance(part, torch.Tensor)]
 
     def read(self, numbers: Iterator[float]) -> Sign:
         """The same with what lies on a device as numbers, which come in the order of `late`."""
@@ -104,7 +106,7 @@ class Sign:
         def host(part: Any) -> Any:
             return tuple(next(numbers) for _ in range(part.numel())) if isinstance(part, torch.Tensor) else part
 
-        return replace(self, values=host(self.values), grams=host(self.grams), back=host(self.back))
+        return replace(self, values=host(self.values), grams=host(self.grams), back=tuple(map(host, self.back)))
 
     @cached_property
     def strayed(self) -> float | None:
@@ -120,9 +122,9 @@ class Sign:
 
     @cached_property
     def apart_from_start(self) -> float | None:
-        """The part of the latent that is not a multiple of the one that the request began with; None: unknown."""
-        assert not isinstance(self.back, torch.Tensor)
-        return None if self.back is None else strayed(self.back, [2] * (len(self.back) // 4))
+        """The part of the latent that is not a multiple of one that the request began with; None: unknown."""
+        found = [strayed(b, [2] * (len(b) // 4)) for b in self.back if not isinstance(b, torch.Tensor)]
+        return min(found, default=None)
 
 
 @dataclass
@@ -206,6 +208,16 @@ class Clock:
         if not sign.named and self._passes(step, values):
             return Move.EITHER
         return Move.FIRST if self._moves == 0 and not self._trusts(sign, step) else Move.NEXT
+
+    @property
+    def tried(self) -> bool:
+        """Whether the call before the request's first one was at the same time: the request may have begun with it."""
+        return self._tried and self._moves == 0
+
+    @property
+    def doubts(self) -> bool:
+        """Whether the rest of the request computes."""
+        return self._lasting is not None
 
     @property
     def _unproven(self) -> bool:
@@ -293,7 +305,7 @@ def read_schedule(inputs: Sequence[torch.Tensor]) -> Values | torch.Tensor:
     """
     if all(t.numel() == 1 and t.is_cpu for t in inputs):
         return tuple(v for t in inputs for x in t.reshape(-1).tolist() for v in (float(x), float(x), 0.0))
-    parts = [shown(t) for t in inputs if t.numel()]
+    parts = [shown(t) for t in inputs]
     if all(p.is_cpu for p in parts):
         return tuple(float(v) for p in parts for v in p.tolist())
     device = next(p.device for p in parts if not p.is_cpu)
@@ -310,6 +322,8 @@ def is_counted(value: torch.Tensor) -> bool:
 def shown(value: torch.Tensor) -> torch.Tensor:
     """What a schedule input is known by: least, largest, and how all are arranged; shape [PARTS], in float64."""
     flat = value.detach().reshape(-1).to(torch.float64)
+    if flat.numel() <= 1:
+        return torch.nn.functional.pad(flat.expand(2) if flat.numel() else flat, (0, PARTS - 2 * flat.numel()))
     least, largest = flat.aminmax()
     weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device).sin()
     return torch.stack([least, largest, ((flat - least) * weights).sum()])

@@ -7,12 +7,13 @@ from collections import Counter
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import CacheWarning
+from fx_cache.runtime.clock import EITHER, REPEATED, RESTED, STEP_REPEATED
 from fx_cache.runtime.slots import BranchRecord
 
 ENOUGH = 8
 """Steps behind the warm-up that a request has at least, for its having no hit to be worth a word."""
 
-MAX_BEGUN = 64
+MAX_BEGUN = 16
 """Calls in a row each of which began a request, before that is worth a word."""
 
 MAX_CHANGED = 8
@@ -25,6 +26,7 @@ REMEDIES = {
     "diff >= threshold": "raise residual_diff_threshold",
     "probe not finite": "look at the model's inputs for NaN and Inf",
     "max_bytes": "raise max_bytes",
+    **dict.fromkeys((REPEATED, RESTED, STEP_REPEATED, EITHER), "name it and its passes with fx_cache.session"),
 }
 
 NOT_APART = (
@@ -64,9 +66,21 @@ class Complaints:
         """A call has gone on with a request."""
         self._begun = 0
 
+    def too_many_passes(self, name: str, limit: int) -> None:
+        """A pass of a named session had to go, since it has more than are kept."""
+        self._note(
+            f"session {name!r}: got more than {limit} passes that are known by their inputs alone, or inputs that are "
+            f"others at every step; expected at most {limit} passes; name them: fx_cache.session(name, branch=...)."
+        )
+
     def ended(self, record: BranchRecord, config: CacheConfig) -> None:
         """A request is over."""
         self._note(_without_hits(record, config))
+
+    def lasts(self, record: BranchRecord, config: CacheConfig) -> None:
+        """What a request is in doubt of lasts until it is over."""
+        if self._text is None:
+            self.ended(record, config)
 
     def not_apart(self) -> None:
         """Samples of a batch are to be decided one by one, and cannot be."""

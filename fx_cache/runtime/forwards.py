@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,16 +21,18 @@ from torch._dynamo import convert_frame, eval_frame
 from torch.fx import graph_module
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
-from torch.utils._pytree import tree_leaves
 
+from fx_cache.errors import guarded
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.programs import Program
 from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.runtime.clock import is_counted
+from fx_cache.runtime.contents import PLAIN, contents
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.habits import Habits, Shape, fitting
 from fx_cache.runtime.identity import SMALL, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT
+from fx_cache.runtime.named import named_session
 from fx_cache.runtime.net import Versions, plain, spread, versions_at_begin
 
 _KEPT_AS = "__fx_cache_forward__"
@@ -43,12 +44,6 @@ _MACHINERY = (
     str(Path(__file__).parents[1]),
 )
 """Where frames lie that belong neither to the model nor to who calls it."""
-
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, Enum)
-"""Types of inputs that are compared by value."""
-
-_MAX_DEPTH = 4
-"""How deep the inputs of a forward are looked into, in objects within objects."""
 
 _COMPILED_CALL = f"{eval_frame._TorchDynamoContext.__name__}.__call__.<locals>."
 
@@ -93,11 +88,12 @@ class Forward:
         caught: bool = False,
         versions: Versions | None = None,
     ) -> None:
-        inputs = _contents((args, kwargs))
+        inputs = contents((args, kwargs))
         self._root = weakly(root)
         self._compilation = weakly(compilation)
         self._thread = threading.get_ident()
         self._frame: Callable[[], Any] = _nothing
+        self._token = object()
         self.layout = (len(args), tuple(kwargs), tuple(type(v).__name__ for v in inputs))
         self.inputs = list(inputs)
         # Now, since whoever gave them may write to them before they are asked for.
@@ -226,7 +222,7 @@ class Forward:
 
     def came_back(self, result: Any) -> None:
         """Takes notice of what the model returns."""
-        shapes = [tuple(t.shape) for t in _contents(result) if _stored(t) and t.is_floating_point()]
+        shapes = [tuple(t.shape) for t in contents(result) if _stored(t) and t.is_floating_point()]
         self.habits.came_back(self._untimed, shapes)
 
     def may_come_back(self) -> None:
@@ -242,7 +238,8 @@ class Forward:
 
     def end(self, result: Any) -> bool:
         """It is over; returns whether the result counts."""
-        self.came_back(result)
+        with guarded("came_back"):
+            self.came_back(result)
         return self.run is None or bool(self.run.end())
 
     @property
@@ -280,14 +277,26 @@ class Forward:
             doubt = f"an input of type {opaque[0]}: whether it changed is not known"
         return Given(
             tuple((i, self.keys[i]) for i in others),
-            tuple(Control.of([]) for _ in range(spans)),
+            (self._control(others),) * spans,
             signature([t for t in self.inputs if _stored(t)]),
             schedule,
             fixed,
             doubt,
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
+            forward=self._token,
         )
+
+    def _control(self, others: Sequence[int]) -> Control:
+        """What may feed nothing but a span, by the conditioning: all of it, where that does not name the pass already.
+
+        Which graphs read it, and which the code between them does, is not known.
+        """
+        named = named_session()
+        if named is None or named.branch is None:
+            return Control.of([])
+        keys = {i: key for i in others if (key := self.keys[i]) is not None}
+        return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key))
 
     @property
     def timed(self) -> frozenset[int]:
@@ -403,19 +412,6 @@ def _root_of(local: Mapping[str, Any]) -> Any:
     return getattr(called, "__self__", called)
 
 
-def _contents(value: Any, depth: int = 0) -> list[Any]:
-    """The leaves of a value, with what plain objects in it hold (a KV cache, say) in their place."""
-    found: list[Any] = []
-    for leaf in tree_leaves(value):
-        held = getattr(leaf, "__dict__", None)
-        opaque = isinstance(leaf, (*_PLAIN, torch.Tensor, torch.nn.Module)) or callable(leaf)
-        if opaque or not isinstance(held, dict) or depth >= _MAX_DEPTH:
-            found.append(leaf)
-        else:
-            found += [type(leaf).__name__, *_contents(held, depth + 1)]
-    return found
-
-
 def _looks_like_time(value: torch.Tensor) -> bool:
     return value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
 
@@ -426,7 +422,7 @@ def _stored(value: Any) -> bool:
 
 def comparable(value: Any) -> bool:
     """Whether it can be said of an input that it is the same as before."""
-    return isinstance(value, _PLAIN) or _stored(value)
+    return isinstance(value, PLAIN) or _stored(value)
 
 
 def _view(value: torch.Tensor) -> tuple[Any, ...]:

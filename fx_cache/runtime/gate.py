@@ -10,7 +10,7 @@ import torch
 
 from fx_cache.runtime.batches import MixedHit, Separation
 from fx_cache.runtime.given import Control
-from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
+from fx_cache.runtime.identity import ContentHold
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
 from fx_cache.runtime.ranks import agree
 from fx_cache.runtime.sessions import Store
@@ -93,12 +93,10 @@ class SpanGate:
 
     def remember_control(self) -> None:
         """Notes what the span was computed from: nothing that is known, if that was written to meanwhile."""
-        slot, inputs = self._branch.slots[self._span], self._control.inputs
-        if identity_key(inputs) != self._control.identity:
-            slot.control = None
-        elif slot.control is None or self._control_changed:  # none: meanwhile it was seen that a request begins here
-            by_content = self._branch.owner is not None and slot.made_anew is not False
-            slot.control = (ContentHold if by_content else StorageHold)(inputs)
+        slot = self._branch.slots[self._span]
+        found = self._control.hold(by_content=self._branch.owner is not None and slot.made_anew is not False)
+        if found is None or slot.control is None or self._control_changed:
+            slot.control = found  # none was known: meanwhile it was seen that a request begins here
 
     @cached_property
     def _control_changed(self) -> bool:

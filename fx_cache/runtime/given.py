@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fx_cache.patterns.inputs import InputRoles
-from fx_cache.runtime.identity import OwnWrites, identity_key, signature
+from fx_cache.runtime.identity import ContentHold, OwnWrites, StorageHold, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT, Call, Learner, Moves
 
 
@@ -24,6 +24,16 @@ class Control:
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> Control:
         return cls(inputs, identity_key(inputs))
+
+    def hold(self, by_content: bool) -> StorageHold | None:
+        """What remembers them; None where they were written to meanwhile.
+
+        Args:
+            by_content: whether others may be the same though they were made anew.
+        """
+        if identity_key(self.inputs) != self.identity:
+            return None
+        return (ContentHold if by_content else StorageHold)(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Given:
         doubt: why a request cannot be told from another one by this, or None.
         latents: what is denoised, as far as that is known.
         times: numbers of those of the schedule that are known to tell the time, beside others.
+        forward: what all graphs of one forward have in common; None: it is the only one.
         call: what is still to be told of the call, where something is learned from it.
     """
 
@@ -51,6 +62,7 @@ class Given:
     latents: tuple[torch.Tensor, ...] = ()
     times: tuple[int, ...] = ()
     call: Call | None = None
+    forward: object | None = None
 
 
 class Reader:

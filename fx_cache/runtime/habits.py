@@ -58,7 +58,8 @@ class Habits:
             timed: those of which it is known that they tell the time, by more than that they change.
         """
         self._count += 1
-        self._learned = self._learner.see(Call(inputs, keys, schedule=timed)) or Moves()
+        if self._learner.moves is None:
+            self._learned = self._learner.see(Call(inputs, keys, schedule=timed)) or Moves()
         seen = _Seen(inputs, keys)
         for before in self._history:
             self._compare(seen, before, timed)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
-from fx_cache.patterns.programs import Program
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, RelayStream
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined
@@ -43,8 +43,8 @@ class Graph(Protocol):
         """Runs it, and caches nothing."""
 
 
-class Misfit(Exception):
-    """A forward does not go as planned. Nothing was skipped in it: it computes on."""
+class Misfit(BaseException):
+    """A forward does not go as planned. Nothing was skipped in it: it computes on. No error, as `Astray` is none."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,26 @@ class Called:
     """Which call of a forward it was: of what code, with tensors of which shapes, and for which weights.
 
     Attributes:
-        program: what the graph computes.
-        what: its code, and the forms of all inputs but weights.
+        what: the code, what the graph computes, and the forms of all inputs but weights.
         weights: those that it was given, as they were.
     """
 
-    program: Program
     what: Hashable
     weights: Given
 
     @classmethod
     def of(cls, graph: Graph, family: Hashable, args: Sequence[Any]) -> Called:
-        return cls(graph.facts.program, _what(graph, family, args), Given(_weights(graph, args)))
+        return cls(_what(graph, family, args), Given(_weights(graph, args)))
 
     def same(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        same = self.program.fits(graph.facts.program) and self.what == _what(graph, family, args)
-        return same and self.weights.same(_weights(graph, args))
+        return self.what == _what(graph, family, args) and self.weights.same(_weights(graph, args))
 
 
 def _what(graph: Graph, family: Hashable, args: Sequence[Any]) -> Hashable:
-    weights = graph.facts.roles.weights
-    return family, signature([a for i, a in enumerate(args) if i not in weights])
+    roles = graph.facts.roles
+    forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
+    return family, graph.facts.program.at(args, roles.scalars), forms
 
 
 def _weights(graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -233,32 +231,58 @@ def _joined_to(made: torch.Tensor, value: torch.Tensor) -> tuple[int, int] | Non
 
 
 class WatchRun:
-    """A forward that is watched: computes, and remembers everything that a span may turn out to need."""
+    """A forward that is watched: computes, and remembers everything that a span may turn out to need.
+
+    Attributes:
+        failure: an error of ours that ended that.
+    """
 
     reusing = False
 
     def __init__(self) -> None:
+        self.failure: Failure | None = None
         self._called: list[Called] = []
         self._through: list[list[str | None]] = []
         self._outputs: list[tuple[Any, ...]] = []
         self._began: list[dict[str, torch.Tensor]] = []
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
+        began: dict[str, torch.Tensor] = {}
+        with guarded("watch") as before:
+            began = self._before(forward, graph, family, args)
+        outputs = graph.step(forward, args)
+        with guarded("watch") as behind:
+            if self.failure is None and before.failure is None:
+                self._behind(forward, graph, family, args, outputs, began)
+        self.failure = self.failure or before.failure or behind.failure
+        return outputs
+
+    def _before(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Remembers a call; what it is given that no call made, as it is now."""
         facts = graph.facts
-        began = {
+        self._called.append(Called.of(graph, family, args))
+        return {
             name: a.detach().clone()
             for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
             if isinstance(a, torch.Tensor) and i not in facts.roles.weights and self._is_new(forward, a)
         }
-        self._called.append(Called.of(graph, family, args))
-        outputs = graph.step(forward, args)
+
+    def _behind(
+        self,
+        forward: Forward,
+        graph: Graph,
+        family: Hashable,
+        args: Sequence[Any],
+        outputs: Sequence[Any],
+        began: dict[str, torch.Tensor],
+    ) -> None:
+        """Remembers what came of a call."""
         self._through.append(handed_through(graph, args, outputs))
         joined = {name: found for name, a in began.items() if (found := self._holds(a)) is not None}
-        forward.trace(family, facts, args, outputs, joined)
-        forward.note(facts, args, outputs)
+        forward.trace(family, graph.facts, args, outputs, joined)
+        forward.note(graph.facts, args, outputs)
         self._began.append(began)
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
-        return outputs
 
     def end(self) -> bool:
         return True
@@ -326,6 +350,7 @@ class Leg:
         self._at = 0
         self._ended: set[int] = set()
         self._hit = False
+        self._called: Called | None = None
 
     @property
     def _block(self) -> int:
@@ -367,6 +392,7 @@ class Leg:
         store: Store,
         branch: Branch,
         batch: int,
+        controls: Sequence[Control],
         graph: Graph,
         family: Hashable,
         args: Sequence[Any],
@@ -379,6 +405,7 @@ class Leg:
             store: where the branch is kept.
             branch: what the forward belongs to.
             batch: number of samples; 0: that is not known.
+            controls: for each span, what may feed nothing but it.
             graph, family, args: the call with which the span begins.
             before: the code that was called before that.
             lost: why nothing that was cached before may be reused; None: it may.
@@ -396,7 +423,7 @@ class Leg:
         if slot.tensors and (lost is not None or not fits or slot.tensors[0].shape != self._probe.shape):
             slot.forget(lost or OTHER_CALLS)
             slot.open = True
-        self._gate = SpanGate(store, branch, self._number, Control.of([]), Separation(fewer=False))
+        self._gate = SpanGate(store, branch, self._number, controls[self._number], Separation(fewer=False))
         probe = self._probe
         samples = batch if batch and probe.shape[0] % batch == 0 else 1
 
@@ -410,30 +437,36 @@ class Leg:
         self._hit = self._gate(measure, samples, ranks=(groups, probe.device) if groups else None) is True
         self._script = slot.script if self._hit else Script(len(self._plan.streams), before)
 
-    def call(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
-        """Runs a graph, or gives back what it made when the span was computed."""
+    def skip(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> Sequence[Any] | None:
+        """What a call made when the span was computed; None: it is to be run now."""
+        self._called = None
         if self._script is None or self.over:
-            return graph.compute(*args)
-        assert self._branch is not None and self._gate is not None and self._probe is not None
-        if self._hit:
-            if not self._script.goes_on(self._at, graph, family, args):
-                raise Astray
-            outputs = self._script.outputs(self._at, graph, args, self._starts)
-            self._ended |= self._script.ended(self._at)
-            self._at += 1
-        else:
-            called = Called.of(graph, family, args)
+            return None
+        if not self._hit:
+            self._called = Called.of(graph, family, args)
+            return None
+        if not self._script.goes_on(self._at, graph, family, args):
+            raise Astray
+        outputs: Sequence[Any] = self._script.outputs(self._at, graph, args, self._starts)
+        self._ended |= self._script.ended(self._at)
+        self._at += 1
+        return outputs
+
+    def take(self, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Takes notice of what came of a call, skipped or run; keeps what was made when the span is over."""
+        if self._called is not None:
+            assert self._script is not None
             ends = _ends(self._plan, family) if self._block == self._plan.ranges[1][1] else {}
-            outputs = graph.compute(*args)
             made = [o for o in outputs if isinstance(o, torch.Tensor)]
             ends = {i: k for i, k in ends.items() if i < len(made) and made[i].shape == self._starts[k].shape}
-            self._script.add(called, handed_through(graph, args, outputs), outputs, ends, self._starts)
+            self._script.add(self._called, handed_through(graph, args, outputs), outputs, ends, self._starts)
             self._ended |= set(ends.values())
         if self.over:
+            assert self._branch is not None and self._gate is not None
+            assert self._script is not None and self._probe is not None
             slot = self._branch.slots[self._number]
             if not self._hit:
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
                 self._gate.remember_control()
             self._gate.record()
             slot.open = False
-        return outputs

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch._dynamo import disable
 from torch._dynamo.eval_frame import skip_code
-from torch.utils._pytree import tree_leaves
+
+from fx_cache.runtime.contents import contents
 
 _CALLED = "fn"
 """What a compiled call's frame has for the code that it runs."""
@@ -30,7 +31,7 @@ Versions = list[tuple[torch.Tensor, int]]
 
 def versions(value: Any) -> Versions:
     """The tensors in a value, with their versions; without those made in inference mode, which have none."""
-    found = (v for v in tree_leaves(value) if isinstance(v, torch.Tensor))
+    found = (v for v in contents(value) if isinstance(v, torch.Tensor))
     return [(v, v._version) for v in found if not v.is_inference()]
 
 

@@ -14,25 +14,28 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context, copy_context
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch._dynamo import config as dynamo_config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import CacheWarning, Failure, FxCacheError, Refusal, StageError, say_uncached, stage
+from fx_cache.errors import CacheWarning, Refusal, guarded
 from fx_cache.patterns.relays import GraphFacts, RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE
 from fx_cache.runtime.forwards import Forward, family_of, surroundings
+from fx_cache.runtime.given import Control
 from fx_cache.runtime.habits import Habits
-from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.legs import Graph, Leg, Misfit, WatchRun
+from fx_cache.runtime.net import Astray
 from fx_cache.runtime.policy import decide
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
 from fx_cache.runtime.weights import CHANGED, weights_of
+
+T = TypeVar("T")
 
 MAX_MISFITS = 2
 """Forwards in a row that may run otherwise than planned before the model is watched again."""
@@ -52,6 +55,7 @@ MAX_STRAYS = 3
 NOT_SETTLED = "whether forwards go as planned is not known yet"
 STRAYED = "the forward went another way than the step that it was to reuse"
 WRITES = "the forward writes to tensors from outside before the span, and could not be begun anew"
+FAILED = "an error of dit_cache"
 WAYWARD = "the forward went another way than planned"
 
 
@@ -91,18 +95,15 @@ class Relays:
     def call(self, graph: Graph, config: CacheConfig, args: Sequence[Any]) -> Any:
         """Runs a graph that is a part of a forward, as the forward's other graphs ask for it."""
         around, forward = surroundings(), None
-        try:
-            with stage("begin"):
-                forward = around.forward
-                if forward is not None:
-                    forward.run = forward.run or self.of(forward.compilation, config).begin(forward)
-                    forward.see_schedule(graph.facts.roles, args)
-        except StageError as error:
-            if isinstance(error.cause, FxCacheError | Warning):  # it is meant for the caller
-                raise error.cause from None
-            say_uncached(Failure.of(error, None))
+        with guarded("begin") as guard:
+            forward = around.forward
             if forward is not None:
-                forward.run = ComputingRun()
+                forward.run = forward.run or self.of(forward.compilation, config).begin(forward)
+                forward.see_schedule(graph.facts.roles, args)
+        if guard.failure is not None and forward is not None:
+            if forward.reusing:
+                raise Astray
+            forward.run = ComputingRun()
         if forward is None:
             return graph.compute(*args)
         return forward.run.call(forward, graph, family_of(around.innermost, graph.facts), args)
@@ -163,6 +164,9 @@ class Relay:
         if self._watched is None:
             return None
         forward = self._watched[0]
+        if self._watched[1].failure is not None:
+            self.plans, self.refusal = (), self._watched[1].failure
+            return forward
         plans, refusal = plan_relays(forward.calls, self.config)
         total = sum(c.facts.work for c in forward.calls)
         own = {c.facts.program.wiring: w for c in forward.calls if (w := c.facts.span_work) >= MIN_SHARE * total > 0}
@@ -218,12 +222,13 @@ class Relay:
                 self._say()
         if self.plans:
             self.store = self.store or store_of(forward.weight, self.config, forward.root, forward.compilation)
-            branch = context.run(self.open, forward)  # in the session that it ran in, whichever is open now
-            for slot, (_, found) in zip(branch.slots, kept, strict=True):
+            # In the session that it ran in, whichever is open now.
+            branch, controls = context.run(self.open, forward)
+            for slot, control, (_, found) in zip(branch.slots, controls, kept, strict=True):
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
                 assert found is not None
                 slot.tensors, slot.script = found
-                slot.control, slot.open = StorageHold(()), False
+                slot.control, slot.open = control.hold(by_content=branch.owner is not None), False
                 slot.counters.record(branch.record.step, verdict.reason or "nothing cached")
 
     def _say(self) -> None:
@@ -266,8 +271,8 @@ class Relay:
             self.refusal = self._unsteady()
             self._say()
 
-    def open(self, forward: Forward) -> Branch:
-        """The branch that a forward belongs to; counts the step."""
+    def open(self, forward: Forward) -> tuple[Branch, tuple[Control, ...]]:
+        """The branch that a forward belongs to, and what may feed nothing but each span; counts the step."""
         assert self.store is not None
         given = forward.given((), len(self.plans))
         # Code between the graphs has weights too, which no graph is given.
@@ -280,7 +285,7 @@ class Relay:
         for slot in branch.slots:
             slot.open = True
         branch.busy = False  # its forward is many calls: what marks one that is broken off is `open`
-        return branch
+        return branch, given.controls
 
     @property
     def program(self) -> Hashable:
@@ -312,7 +317,10 @@ class PlainRun(ComputingRun):
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         del family
         outputs = graph.step(forward, args) if self._relay.caches(graph.facts) else graph.compute(*args)
-        forward.note(graph.facts, args, outputs)
+        with guarded("note") as guard:
+            forward.note(graph.facts, args, outputs)
+        if guard.failure is not None:
+            forward.run = ComputingRun()
         return outputs
 
 
@@ -323,10 +331,12 @@ class RelayRun:
         self._relay = relay
         self._legs = [Leg(plan, k) for k, plan in enumerate(relay.plans)]
         self._branch: Branch | None = None
+        self._controls: tuple[Control, ...] = ()
         self._lost = None if relay.settled and forward.caught else NOT_SETTLED
         self._calls: Counter[Hashable] = Counter()
         self._settled = True
         self._reused = False
+        self._failed = False
 
     @property
     def reusing(self) -> bool:
@@ -334,26 +344,40 @@ class RelayRun:
         return any(leg.reusing for leg in self._legs)
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
-        self._settled = self._relay.ran(graph, args) and self._settled
+        outputs = self._ours(lambda: self._skip(forward, graph, family, args))
+        if outputs is None:
+            outputs = graph.compute(*args)
+        self._ours(lambda: self._take(forward, graph, family, args, outputs))
+        return outputs
+
+    def _ours(self, what: Callable[[], T]) -> T | None:
+        """Does what is not the model's. Behind an error of ours, or where it goes another way, the forward computes."""
+        if self._failed:
+            return None
+        try:
+            with guarded("relay") as guard:
+                return what()
+        except Misfit:  # nothing was computed for this call yet
+            self._give_up(WAYWARD)
+        if guard.failure is not None:
+            self._failed, self._relay.refusal = True, guard.failure
+            if self.reusing:
+                raise Astray
+            self._give_up(FAILED)
+        return None
+
+    def _skip(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Sequence[Any] | None:
+        """What a call made at another step, if it is skipped."""
+        relay = self._relay
+        self._settled = relay.ran(graph, args) and self._settled
         if any(not forward.made(args[i]) for i in graph.facts.written):
             self._lost = self._lost or WRITES
         if not self._legs:
-            outputs = graph.compute(*args)
-        else:
-            try:
-                outputs = self._call(self._legs[0], forward, graph, family, args)
-            except Misfit:  # nothing was computed for this call yet
-                self._give_up(WAYWARD)
-                outputs = graph.compute(*args)
-        self._calls[family] += 1
-        forward.note(graph.facts, args, outputs)
-        return outputs
-
-    def _call(self, leg: Leg, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
-        relay = self._relay
+            return None
+        leg = self._legs[0]
         if leg.begins(graph, family, args, self._calls[family] + 1):
             if self._branch is None:
-                self._branch = relay.open(forward)
+                self._branch, self._controls = relay.open(forward)
             if forward.writes:
                 self._lost = self._lost or WRITES
             assert relay.store is not None
@@ -361,20 +385,30 @@ class RelayRun:
                 relay.store,
                 self._branch,
                 forward.batch(),
+                self._controls,
                 graph,
                 family,
                 args,
                 self._calls.keys(),
                 self._lost,
             )
-        outputs = leg.call(graph, family, args)
-        if leg.over:
-            self._reused = self._reused or leg.hit
-            self._legs.pop(0)
-            if not self._legs:
-                assert relay.store is not None and self._branch is not None
-                relay.store.release(self._branch)
-        return outputs
+        return leg.skip(graph, family, args)
+
+    def _take(
+        self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any]
+    ) -> None:
+        """Takes notice of what came of a call."""
+        if self._legs:
+            leg, store = self._legs[0], self._relay.store
+            leg.take(graph, family, args, outputs)
+            if leg.over:
+                self._reused = self._reused or leg.hit
+                self._legs.pop(0)
+                if not self._legs:
+                    assert store is not None and self._branch is not None
+                    store.release(self._branch)
+        self._calls[family] += 1
+        forward.note(graph.facts, args, outputs)
 
     def end(self) -> bool:
         if self.reusing:

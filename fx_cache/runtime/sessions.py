@@ -7,12 +7,12 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import SessionError
-from fx_cache.patterns.programs import Program, Programs
 from fx_cache.runtime.clock import Move, Sign, read_schedule
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
@@ -21,7 +21,7 @@ from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
 from fx_cache.runtime.moves import Learner
 from fx_cache.runtime.named import NamedSession, named_session
-from fx_cache.runtime.slots import Branch, BranchRecord, SessionRecord, Slot
+from fx_cache.runtime.slots import Branch, BranchRecord, Pass, SessionRecord, Slot
 from fx_cache.runtime.weights import Weights
 
 MAX_RECORDS = 64
@@ -54,22 +54,17 @@ class Store:
         self.listener = listener
         self.sessions: deque[SessionRecord] = deque(maxlen=MAX_RECORDS)
         self._branches: OrderedDict[Hashable, Branch] = OrderedDict()
+        self._passes: WeakValueDictionary[Hashable, Pass] = WeakValueDictionary()
         self._learners: dict[Hashable, Learner] = {}
         self._weights: dict[Hashable, Weights] = {}
-        self._programs = Programs()
         self._count = 0
         self._complaints = Complaints()
         self._lock = threading.RLock()
 
-    def name_of(self, program: Program) -> str:
-        """A name for a program and those that go on with its requests."""
+    def learner(self, wiring: Hashable) -> Learner:
+        """What is learned of the inputs of graphs that do not show which of them is denoised."""
         with self._lock:
-            return self._programs.name_of(program)
-
-    def learner(self, program: Hashable) -> Learner:
-        """What is learned of a program whose graph does not show which input is denoised."""
-        with self._lock:
-            return self._learners.setdefault(program, Learner())
+            return self._learners.setdefault(wiring, Learner())
 
     def reset(self) -> None:
         """Forgets everything that could be reused. Statistics stay."""
@@ -132,14 +127,14 @@ class Store:
                 self._branches[key].drop(MAX_BYTES)
                 total -= size
 
-    def changed(self, program: Hashable, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> bool:
-        """Whether a program's weights, or numbers, are not those of its last call. Then everything is forgotten."""
+    def changed(self, wiring: Hashable, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> bool:
+        """Whether weights, or numbers, are not those of the last call of these graphs. Then everything is forgotten."""
         with self._lock:
-            known = self._weights.get(program)
+            known = self._weights.get(wiring)
             changed = known is not None and not known.same(weights, numbers)
             self._complaints.weights(changed)
             if known is None or changed:
-                self._weights[program] = Weights(weights, numbers)
+                self._weights[wiring] = Weights(weights, numbers)
             if changed:
                 self.reset()
             return changed
@@ -206,6 +201,7 @@ class Store:
             branch.apart = named is not None and named.branch is not None
             branch.unheard = unheard
             self._branches[key] = branch
+            self._share(branch, (base[1:], controls))
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
         branch.unclear = None
@@ -220,6 +216,14 @@ class Store:
         branch.busy = True
         return branch
 
+    def _share(self, branch: Branch, key: Hashable) -> None:
+        """Lets a branch know of other programs that compute the same pass."""
+        found = self._passes.get(key)
+        if found is None:
+            self._passes[key] = branch.shared
+        else:
+            branch.shared, found.several = found, True
+
     def _make_room(self, branch: Branch) -> None:
         """Discards what was used longest ago until no more is left than allowed: sessions, and passes without a name.
 
@@ -229,6 +233,7 @@ class Store:
         if branch.owner is not None:
             passes = [b for b in self._of(branch.owner) if not (b.apart or b.busy or b is branch)]
             for other in passes[: max(0, len(passes) - MAX_PASSES)]:
+                self._complaints.too_many_passes(branch.owner, MAX_PASSES)
                 self.discard(other)
         if len(self._branches) <= limit:
             return
@@ -349,6 +354,13 @@ class Store:
 
     def read_pending(self, branch: Branch, diffs: torch.Tensor | None = None) -> list[float] | None:
         """One copy to the host: what the calls since the last reading show, and diffs, shape [samples]."""
+        if branch.shared.several:  # another program may have seen that a request began
+            for other in [b for b in self._branches.values() if b.shared is branch.shared and b is not branch]:
+                if other.pending:
+                    self._read(other)
+        return self._read(branch, diffs)
+
+    def _read(self, branch: Branch, diffs: torch.Tensor | None = None) -> list[float] | None:
         signs, read = _on_host(branch.pending, diffs)
         branch.pending.clear()
         with self._lock:
@@ -364,13 +376,20 @@ class Store:
         """
         began: int | None = None
         for i, sign in enumerate(signs):
-            move = branch.clock.move(sign)
+            begins = branch.clock.preview(sign) in (Move.START, Move.LATE)
+            behind = branch.request not in (None, branch.shared.request) and sign is signs[-1]
+            move = branch.clock.move(replace(sign, begins=True) if behind else sign)
             if move in (Move.START, Move.LATE):
-                branch.start = sign.look if move is Move.START else branch.last
+                again = branch.starts if branch.clock.tried else []
+                first = sign.look if move is Move.START else branch.last
+                branch.starts = [*again[:1], *([] if first is None else [first])]
                 began = i if move is Move.START else i - 1
+                branch.request = branch.shared.request if behind and not begins else branch.shared.begin(sign.forward)
             else:
                 self._complaints.went_on()
             branch.last = sign.look
+        if branch.clock.doubts:
+            self._complaints.lasts(branch.record, branch.config)
         record, given = branch.record, signs[-1].step
         since = 0 if began is None else len(signs) - 1 - began
         if began is not None and record.step - since > record.began:
@@ -429,12 +448,24 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
     """What a call shows of its place in a branch; where the step is given, nothing but that is looked at."""
     apart = named is not None and named.branch is not None
     if named is not None and named.step is not None:
-        return Sign(step=named.step, said=named.step, named=True, apart=apart)
+        return Sign(step=named.step, said=named.step, named=True, apart=apart, forward=given.forward)
     values = read_schedule(given.schedule) if given.schedule else ()
-    grams, back = (None if look is None else _since(look, before) for before in (branch.look, branch.start))
+    grams = None if look is None else _since(look, branch.look)
+    back = tuple(found for s in branch.starts if look is not None and (found := _since(look, s)) is not None)
     sizes = () if branch.look is None else branch.look.sizes
     start = None if look is None else look.start()
-    return Sign(values, grams, sizes, None, named is not None, apart, times=given.times, back=back, look=start)
+    return Sign(
+        values,
+        grams,
+        sizes,
+        None,
+        named is not None,
+        apart,
+        times=given.times,
+        back=back,
+        look=start,
+        forward=given.forward,
+    )
 
 
 def _since(look: Look, before: Look | None) -> tuple[float, ...] | torch.Tensor | None:

@@ -160,6 +160,31 @@ class SessionRecord:
     refreshed: bool = False
 
 
+class Pass:
+    """What the programs that compute one pass of a request know together: which request it is.
+
+    Attributes:
+        request: its number.
+        several: whether there are several programs.
+    """
+
+    def __init__(self) -> None:
+        self.request = 0
+        self.several = False
+        self._forward: object | None = None
+
+    def begin(self, forward: object | None) -> int:
+        """The number of a request that begins with a call of one program.
+
+        Args:
+            forward: what the calls of one forward have in common; one of them begins the request for all.
+        """
+        if forward is None or forward is not self._forward:
+            self.request += 1
+        self._forward = forward
+        return self.request
+
+
 class Branch:
     """A pass of a request that goes on from call to call, and its slots.
 
@@ -168,7 +193,10 @@ class Branch:
         clock: where it is in its request, as far as what its calls show was read.
         unclear: why nothing that its present call shows would tell where it belongs; None: it would.
         look: the latents of its last call, and what was returned.
-        start: the latents of the request's first call, as far as is known; `last`: of the last call that was read.
+        starts: the latents of the request's first call, as far as is known, and of a second one at the same time.
+        last: those of the last call that was read.
+        shared: what it shares with other programs of this pass.
+        request: number of the request that it goes on with.
         pending: what its calls show and was not read yet, since some of it lies on a device; one for each step.
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
@@ -197,7 +225,9 @@ class Branch:
         self.record = BranchRecord(key, "", [])
         self.unclear: str | None = None
         self.look: Look | None = None
-        self.start: Look | None = None
+        self.starts: list[Look] = []
+        self.shared = Pass()
+        self.request: int | None = None
         self.last: Look | None = None
         self.pending: list[Sign] = []
 

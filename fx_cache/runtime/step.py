@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import Failure, FxCacheError, StageError, say_uncached, stage
+from fx_cache.errors import guarded
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.relays import GraphFacts
 from fx_cache.runtime.batches import Separation
@@ -73,6 +73,8 @@ class CachedForward:
         self._spans = spans
         self._separations = [Separation(fewer) for _ in range(spans)]
         self._layout = layout
+        self._wiring = facts.program.wiring, layout
+        self._inputs = facts.program.wiring, facts.names  # a dynamic graph has others than a static one
         self._anchor = anchor
         # Of two or more a tuple; for large models this is faster than anything that runs in Python.
         self._weights = operator.itemgetter(*guarded) if len(guarded) > 1 else lambda args: [args[i] for i in guarded]
@@ -86,18 +88,18 @@ class CachedForward:
         self._copied = _clone if overwritten else _same
         self._graph = object()
         self._failed = False
-        self._last: tuple[weakref.ref[Any] | None, weakref.ref[Any] | None, Store, Hashable] | None = None
+        self._last: tuple[weakref.ref[Any] | None, weakref.ref[Any] | None, Store] | None = None
 
     def __call__(self, *args: Any) -> Any:
         # A graph that was a whole forward when it was compiled may serve as a part of another one.
         around = surroundings() if self._whole else None
         if around is not None and (around.compiled_call is None or around.depth <= 1):
-            return self._run(args, around, lambda s, p: self._reader(args, lambda: s.learner(p)))[1]
+            return self._run(args, around, lambda s: self._reader(args, lambda: s.learner(self._inputs)))[1]
         return self._relays.call(self, self._config, args)
 
     def step(self, forward: Forward, args: Sequence[Any]) -> Any:
         """One step as a part of a forward: requests and branches are told apart by what that was given."""
-        begun, outputs = self._run(args, forward, lambda *_: forward.given(self._latents, self._spans))
+        begun, outputs = self._run(args, forward, lambda _: forward.given(self._latents, self._spans))
         if begun is not None:
             forward.branches[self.facts.program] = begun
         return outputs
@@ -110,7 +112,7 @@ class CachedForward:
         return self._rewritten(*args, *state)[0]
 
     def _run(
-        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store, Hashable], Given]
+        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store], Given]
     ) -> tuple[tuple[Store, Branch] | None, Any]:
         """The branch that a call belonged to, and its outputs. Behind an error of ours no call belongs to any."""
         begun = None if self._failed else self._begin(args, within, read)
@@ -124,21 +126,16 @@ class CachedForward:
             store.release(branch)
 
     def _begin(
-        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store, Hashable], Given]
+        self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store], Given]
     ) -> tuple[Store, Branch, Given] | None:
-        try:
-            with stage("begin"):
-                store, program = self._store(args, within)
-                given = read(store, program)
-                numbers = [args[i] for i in self._numbers]
-                lost = CHANGED if store.changed(program, self._weights(args), numbers) else None
-                return store, store.begin(program, self._spans, given, lost), given
-        except StageError as error:
-            if isinstance(error.cause, FxCacheError | Warning):  # it is meant for the caller
-                raise error.cause from None
-            self._failed = True
-            say_uncached(Failure.of(error, None))
-            return None
+        with guarded("begin"):
+            store = self._store(args, within)
+            given = read(store)
+            numbers = [args[i] for i in self._numbers]
+            lost = CHANGED if store.changed(self._wiring, self._weights(args), numbers) else None
+            return store, store.begin((self.facts.program.at(args), self._layout), self._spans, given, lost), given
+        self._failed = True
+        return None
 
     def _compute_or_reuse(self, store: Store, branch: Branch, given: Given, args: Sequence[Any]) -> Any:
         gates = [
@@ -164,22 +161,20 @@ class CachedForward:
             gate.record()
         return outputs
 
-    def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> tuple[Store, Hashable]:
+    def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> Store:
         anchor = None if self._anchor is None else args[self._anchor]
         compilation = within.compilation
         if self._last is not None:
-            weight, made, store, program = self._last
+            weight, made, store = self._last
             if (weight is None or weight() is anchor) and (made is None or made() is compilation):
-                return store, program
+                return store
         store = store_of(anchor, self._config, within.root, compilation)
-        program = store.name_of(self.facts.program), self._layout
         self._last = (
             None if anchor is None else weakref.ref(anchor),
             None if compilation is None else weakref.ref(compilation),
             store,
-            program,
         )
-        return store, program
+        return store
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
