@@ -88,7 +88,8 @@ class Forward:
         caught: bool = False,
         versions: Versions | None = None,
     ) -> None:
-        inputs = contents((args, kwargs))
+        self._given = args, kwargs
+        inputs = contents(self._given)
         self._root = weakly(root)
         self._compilation = weakly(compilation)
         self._thread = threading.get_ident()
@@ -240,7 +241,15 @@ class Forward:
         """It is over; returns whether the result counts."""
         with guarded("came_back"):
             self.came_back(result)
+            self._see_writes()
         return self.run is None or bool(self.run.end())
+
+    def _see_writes(self) -> None:
+        """Takes notice of what it has written to, or put in another's place, among what it was given."""
+        now = contents(self._given)
+        if len(now) == len(self.inputs):
+            keys = enumerate(zip(now, self.keys, strict=True))
+            self.habits.own |= {i for i, (v, key) in keys if key is not None and identity_key([v]) != key}
 
     @property
     def reusing(self) -> bool:
@@ -288,14 +297,14 @@ class Forward:
         )
 
     def _control(self, others: Sequence[int]) -> Control:
-        """What may feed nothing but a span, by the conditioning: all of it, where that does not name the pass already.
+        """What may feed nothing but a span: all the conditioning, where the pass is not known by that already.
 
-        Which graphs read it, and which the code between them does, is not known.
+        Which graphs read it, and which the code between them does, is not known. What forwards write to is left out.
         """
         named = named_session()
         if named is None or named.branch is None:
             return Control.of([])
-        keys = {i: key for i in others if (key := self.keys[i]) is not None}
+        keys = {i: key for i in others if i not in self.habits.own and (key := self.keys[i]) is not None}
         return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key))
 
     @property

@@ -33,10 +33,12 @@ class Habits:
 
     Attributes:
         told: those that a graph takes for the timestep or the like.
+        own: those that forwards write to themselves.
     """
 
     def __init__(self) -> None:
         self.told: frozenset[int] = frozenset()
+        self.own: frozenset[int] = frozenset()
         self._learned = Moves()
         self._learner = Learner()
         self._history: deque[_Seen] = deque(maxlen=HISTORY)
