@@ -250,6 +250,9 @@ class Counting(Model):
 
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, seen: Tensor) -> tuple[Tensor]:
         seen += 1.0
+        return self.denoised(latent, timestep, text, seen)
+
+    def denoised(self, latent: Tensor, timestep: Tensor, text: Tensor, seen: Tensor | float = 0.0) -> tuple[Tensor]:
         x, time = self.begin(latent, timestep)
         for i, block in enumerate(self.blocks):
             x, text = block(x, text, time)
@@ -279,13 +282,7 @@ class Noting(Counting):
         torch._dynamo.graph_break()
         seen.note()
         torch._dynamo.graph_break()
-        x, time = self.begin(latent, timestep)
-        for i, block in enumerate(self.blocks):
-            x, text = block(x, text, time)
-            if self.detour and i == 3:
-                torch._dynamo.graph_break()
-                x = self.blocks[0](x, text, time)[0]
-        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+        return self.denoised(latent, timestep, text)
 
 
 class Notes:

@@ -94,9 +94,10 @@ class SpanGate:
     def remember_control(self) -> None:
         """Notes what the span was computed from: nothing that is known, if that was written to meanwhile."""
         slot = self._branch.slots[self._span]
-        found = self._control.hold(by_content=self._branch.owner is not None and slot.made_anew is not False)
-        if found is None or slot.control is None or self._control_changed:
-            slot.control = found  # none was known: meanwhile it was seen that a request begins here
+        if self._control.written:
+            slot.control = None
+        elif slot.control is None or self._control_changed:  # none: meanwhile it was seen that a request begins here
+            slot.control = self._control.hold(self._branch.owner is not None and slot.made_anew is not False)
 
     @cached_property
     def _control_changed(self) -> bool:

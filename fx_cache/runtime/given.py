@@ -25,14 +25,17 @@ class Control:
     def of(cls, inputs: Sequence[Any]) -> Control:
         return cls(inputs, identity_key(inputs))
 
-    def hold(self, by_content: bool) -> StorageHold | None:
-        """What remembers them; None where they were written to meanwhile.
+    @property
+    def written(self) -> bool:
+        """Whether they were written to meanwhile."""
+        return identity_key(self.inputs) != self.identity
+
+    def hold(self, by_content: bool) -> StorageHold:
+        """What remembers them.
 
         Args:
             by_content: whether others may be the same though they were made anew.
         """
-        if identity_key(self.inputs) != self.identity:
-            return None
         return (ContentHold if by_content else StorageHold)(self.inputs)
 
 

@@ -228,7 +228,8 @@ class Relay:
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
                 assert found is not None
                 slot.tensors, slot.script = found
-                slot.control, slot.open = control.hold(by_content=branch.owner is not None), False
+                slot.control = None if control.written else control.hold(branch.owner is not None)
+                slot.open = False
                 slot.counters.record(branch.record.step, verdict.reason or "nothing cached")
 
     def _say(self) -> None:

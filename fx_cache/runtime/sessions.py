@@ -376,15 +376,15 @@ class Store:
         """
         began: int | None = None
         for i, sign in enumerate(signs):
-            begins = branch.clock.preview(sign) in (Move.START, Move.LATE)
             behind = branch.request not in (None, branch.shared.request) and sign is signs[-1]
-            move = branch.clock.move(replace(sign, begins=True) if behind else sign)
+            told = behind and branch.clock.preview(sign) not in (Move.START, Move.LATE)  # by another program alone
+            move = branch.clock.move(replace(sign, begins=True) if told else sign)
             if move in (Move.START, Move.LATE):
                 again = branch.starts if branch.clock.tried else []
                 first = sign.look if move is Move.START else branch.last
                 branch.starts = [*again[:1], *([] if first is None else [first])]
                 began = i if move is Move.START else i - 1
-                branch.request = branch.shared.request if behind and not begins else branch.shared.begin(sign.forward)
+                branch.request = branch.shared.request if told else branch.shared.begin(sign.forward)
             else:
                 self._complaints.went_on()
             branch.last = sign.look
