@@ -19,9 +19,9 @@ from fx_cache.errors import Failure, Refusal, StageError, say_uncached, stage
 from fx_cache.passes import PIPELINE
 from fx_cache.passes.dump import Dump
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
+from fx_cache.patterns.calls import GraphFacts, read_facts
 from fx_cache.patterns.explanation import Explanation
 from fx_cache.patterns.graph import hinted_shape, is_tensor, is_weight, storage_key, value_of, written_storages
-from fx_cache.patterns.relays import GraphFacts, read_facts
 from fx_cache.patterns.samples import fewer_allowed
 from fx_cache.patterns.spans import Plan
 from fx_cache.regions import written_out

@@ -138,7 +138,7 @@ class Explanation:
 
 def _relay(plan: RelayPlan) -> StackExplanation:
     streams = tuple(
-        StreamExplanation("carried" if i else "main", _argument(s.name), tuple(map(str, s.form[0])), s.form[1][6:])
+        StreamExplanation("carried" if i else "main", _argument(s.name), tuple(map(str, s.form[0])), str(s.form[1])[6:])
         for i, s in enumerate(plan.streams)
     )
     return StackExplanation(

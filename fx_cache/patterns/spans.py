@@ -38,9 +38,6 @@ MIN_SHARE = 0.05
 MIN_OTHER_GAIN = 0.25
 """The part of what a hit still computes that another span must save to be worth a decision of its own."""
 
-MIN_OTHER_WORK = 0.75
-"""The work that a stack over several graphs must hold to get a span, as a part of what the one with most work holds."""
-
 MIN_SUNK = 0.02
 """The part of a cached step's work that must be saved by moving it into a span: one more kind of block is compiled."""
 
@@ -197,6 +194,11 @@ def _groups(chain: Chain, config: CacheConfig) -> Iterator[Chain]:
             yield chain[i : i + count]
 
 
+def least_gain(step: float, others: Sequence[float]) -> float:
+    """The work that a span must save to be worth a decision, beside others that save this much of a step's."""
+    return MIN_OTHER_GAIN * (step - sum(others)) if others else MIN_SHARE * step
+
+
 def _worth_a_decision(
     plan: SpanPlan, others: Sequence[SpanPlan], candidates: Candidates, order: Mapping[fx.Node, int], step: float
 ) -> SpanPlan | Refusal:
@@ -213,7 +215,7 @@ def _worth_a_decision(
     if any(begin <= order[s.nodes[-1]] and order[s.head[0]] <= end for s in others):
         got, expected = "blocks that run among those of another stack", "one stack after another"
         return Refusal(where, got, expected, "nothing is to be done")
-    if plan.share is not None and plan.share < (MIN_OTHER_GAIN * left if others else MIN_SHARE * step):
+    if plan.share is not None and plan.share < least_gain(step, [s.share or 0.0 for s in others]):
         return Refusal(
             where,
             f"{plan.share:.1%} of the forward's FLOPs in the blocks that a hit would skip, of {left:.1%} without them",

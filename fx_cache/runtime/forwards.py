@@ -23,9 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 
 from fx_cache.errors import guarded
+from fx_cache.patterns.calls import Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.programs import Program
-from fx_cache.patterns.relays import Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.contents import PLAIN, contents
 from fx_cache.runtime.given import Control, Given
@@ -194,9 +194,12 @@ class Forward:
         """
 
         def trace(name: str, value: torch.Tensor) -> InputTrace:
-            place, others = joined.get(name, (self.made_by(value), (0, 0)))
+            made_by = self.made_by(value)
+            place, others = joined.get(name, (made_by, (0, 0)))
             tokens = self.tokens_of(value) or self._held.get(place, frozenset())
-            return InputTrace(_form(value), place, tokens, others)
+            notes = self._notes.get(value.untyped_storage()._cdata) if _stored(value) else None
+            memory = notes[0].made_by[0] if notes else None
+            return InputTrace(_form(value), place, tokens, others, place == made_by, memory)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}
@@ -306,6 +309,13 @@ class Forward:
             return Control.of([])
         keys = {i: key for i in others if i not in self.habits.own and (key := self.keys[i]) is not None}
         return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key))
+
+    @property
+    def not_denoised(self) -> frozenset[int]:
+        """The inputs of which it is known that they are not denoised."""
+        latents = self.habits.latents()
+        known = frozenset(range(len(self.inputs))) - latents if latents else self.habits.resting
+        return known | self.telling
 
     @property
     def timed(self) -> frozenset[int]:
@@ -440,4 +450,4 @@ def _view(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _form(value: torch.Tensor) -> Form:
-    return tuple(value.shape), str(value.dtype)
+    return tuple(value.shape), value.dtype

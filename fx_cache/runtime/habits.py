@@ -118,6 +118,11 @@ class Habits:
         return likely or self._alone or self._moves.latents
 
     @property
+    def resting(self) -> frozenset[int]:
+        """The inputs that have rested while the time, and something else, changed."""
+        return frozenset(self._resting)
+
+    @property
     def times(self) -> frozenset[int]:
         """The inputs that are known to tell the time: a graph takes them so, or they look so and have changed."""
         return self.told | self._moving

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,9 @@ import torch
 
 from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
-from fx_cache.patterns.relays import GraphFacts, RelayPlan, RelayStream
+from fx_cache.patterns.calls import GraphFacts
+from fx_cache.patterns.relays import RelayPlan
+from fx_cache.patterns.stretches import RelayStream
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined
 from fx_cache.runtime.gate import SpanGate
@@ -90,6 +93,11 @@ def handed_through(graph: Graph, args: Sequence[Any], outputs: Sequence[Any]) ->
     return [given.get(id(output)) for output in outputs]
 
 
+def written_by(graph: Graph, args: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The inputs that a call has written to, by name."""
+    return {graph.facts.names[i]: a for i in graph.facts.written if isinstance(a := args[i], torch.Tensor)}
+
+
 @dataclass(frozen=True)
 class Entry:
     """What one call in a span gives back.
@@ -98,10 +106,12 @@ class Entry:
         called: which call it was.
         outputs: of each output what it is: the name of an input that is handed through, the number of a stream and
             the strides it has, the number of a stored tensor, or itself.
+        written: inputs that it writes to, by name, and the number of the stored tensor that says what.
     """
 
     called: Called
     outputs: tuple[tuple[str, Any], ...]
+    written: tuple[tuple[str, int], ...]
 
 
 class Script:
@@ -122,6 +132,7 @@ class Script:
         called: Called,
         through: Sequence[str | None],
         outputs: Sequence[Any],
+        written: Mapping[str, torch.Tensor],
         ends: dict[int, int],
         starts: Sequence[torch.Tensor],
     ) -> None:
@@ -131,6 +142,7 @@ class Script:
             called: which call it was.
             through: which of its inputs each output is, if any (`handed_through`).
             outputs: what it made.
+            written: the inputs that it wrote to, by name (`written_by`).
             ends: for tensors among them that end a stream, its number.
             starts: what each stream began with.
         """
@@ -148,22 +160,30 @@ class Script:
                 kept.append(("stream", (stream, output.stride())))
                 self.residuals[stream] = output - starts[stream]
             else:
-                kept.append(("value", len(self.values)))
-                self.values.append(_copied(output))
-        self.entries.append(Entry(called, tuple(kept)))
+                kept.append(("value", self._keep(output)))
+        self.entries.append(Entry(called, tuple(kept), tuple((n, self._keep(v)) for n, v in written.items())))
+
+    def _keep(self, value: torch.Tensor) -> int:
+        self.values.append(_copied(value))
+        return len(self.values) - 1
 
     def goes_on(self, at: int, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
         """Whether a call is that of number `at`."""
         return at < len(self.entries) and self.entries[at].called.same(graph, family, args)
 
     def outputs(self, at: int, graph: Graph, args: Sequence[Any], starts: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """What a call gives back, given what each stream begins with now."""
+        """What a call gives back, given what each stream begins with now; writes what it wrote."""
         outputs: list[Any] = []
+        names = graph.facts.names
+        for name, number in self.entries[at].written:
+            if name not in names:
+                raise Astray
+            args[names.index(name)].copy_(self.values[number])
         for kind, what in self.entries[at].outputs:
             if kind == "input":
-                if what not in graph.facts.names:
+                if what not in names:
                     raise Astray
-                outputs.append(args[graph.facts.names.index(what)])
+                outputs.append(args[names.index(what)])
             elif kind == "stream":
                 stream, strides = what
                 residual = self.residuals[stream]
@@ -201,9 +221,10 @@ def _copied(value: torch.Tensor) -> torch.Tensor:
     return _laid_out(value.clone(), value.stride())
 
 
-def _ends(plan: RelayPlan, family: Hashable) -> dict[int, int]:
-    """Which tensors that a family gives back end which streams, in the last block of a span."""
-    return {s.output: k for k, s in enumerate(plan.streams) if s.maker == family}
+def _ends(plan: RelayPlan, family: Hashable, number: int) -> dict[int, int]:
+    """Which tensors that a call, the one of that number of its family, gives back end which streams of the span."""
+    last = plan.ranges[1][1] - 1
+    return {s.last: k for k, s in enumerate(plan.streams) if s.maker.is_call(family, number, last)}
 
 
 def _probe(stream: RelayStream, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -244,6 +265,7 @@ class WatchRun:
         self._called: list[Called] = []
         self._through: list[list[str | None]] = []
         self._outputs: list[tuple[Any, ...]] = []
+        self._written: list[dict[str, torch.Tensor]] = []
         self._began: list[dict[str, torch.Tensor]] = []
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
@@ -283,6 +305,7 @@ class WatchRun:
         forward.note(graph.facts, args, outputs)
         self._began.append(began)
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
+        self._written.append({name: a.detach().clone() for name, a in written_by(graph, args).items()})
 
     def end(self) -> bool:
         return True
@@ -305,33 +328,33 @@ class WatchRun:
         """Whether a tensor is none of the outputs kept; in inference mode writes to those cannot be seen."""
         return value.is_inference() or forward.made_by(value) is None
 
-    def kept(self, forward: Forward, plan: RelayPlan) -> tuple[list[torch.Tensor], Script] | None:
-        """What the span of a plan would have stored in this forward; None if its streams do not all come to an end."""
-        calls = forward.calls
-        begins = [i for i, c in enumerate(calls) if c.family == plan.family][plan.before :]
-        fn, end = plan.ranges[1]
+    def kept(self, forward: Forward, plan: RelayPlan) -> tuple[list[torch.Tensor], Script]:
+        """What the span of a plan, made of this forward, would have stored in it."""
+        calls, fn = forward.calls, plan.ranges[1][0]
+        places: dict[tuple[Hashable, int], int] = {}
+        counted: Counter[Hashable] = Counter()
+        for i, call in enumerate(calls):
+            counted[call.family] += 1
+            places[call.family, counted[call.family]] = i
 
-        def value(block: int, name: str) -> torch.Tensor:
-            made = calls[begins[block]].inputs[name].made_by
-            began = self._began[begins[block]].get(name)
+        def value(stream: RelayStream, block: int) -> torch.Tensor:
+            at = places[stream.reader.family, stream.reader.number(block)]
+            made = calls[at].inputs[stream.name].made_by
+            began = self._began[at].get(stream.name)
             found = began if began is not None or made is None else self._outputs[made[0]][made[1]]
             assert isinstance(found, torch.Tensor)
             return found
 
-        main = plan.streams[0].name
-        starts = [value(fn, s.name) for s in plan.streams]
-        script = Script(len(plan.streams), (c.family for c in calls[: begins[fn]]))
+        begin = places[plan.begin.family, plan.begin.number(fn)]
+        starts = [value(s, fn) for s in plan.streams]
+        script = Script(len(plan.streams), (c.family for c in calls[:begin]))
         ended: set[int] = set()
-        i = begins[fn]
-        while len(ended) < len(plan.streams):
-            if i == len(calls):
-                return None
-            last = i >= begins[end - 1]
-            ends = _ends(plan, calls[i].family) if last else {}
-            script.add(self._called[i], self._through[i], self._outputs[i], ends, starts)
-            ended |= set(ends.values())
-            i += 1
-        return script.tensors(_probe(plan.streams[0], value(0, main), starts[0])), script
+        for (family, number), i in list(places.items())[begin:]:
+            if len(ended) < len(plan.streams):
+                ends = _ends(plan, family, number)
+                script.add(self._called[i], self._through[i], self._outputs[i], self._written[i], ends, starts)
+                ended |= set(ends.values())
+        return script.tensors(_probe(plan.streams[0], value(plan.streams[0], 0), starts[0])), script
 
 
 class Leg:
@@ -340,8 +363,8 @@ class Leg:
     def __init__(self, plan: RelayPlan, number: int) -> None:
         self._plan = plan
         self._number = number
-        self._seen = 0
         self._head: torch.Tensor | None = None
+        self._came: dict[int, torch.Tensor] = {}
         self._starts: list[torch.Tensor] = []
         self._probe: torch.Tensor | None = None
         self._gate: SpanGate | None = None
@@ -351,11 +374,6 @@ class Leg:
         self._ended: set[int] = set()
         self._hit = False
         self._called: Called | None = None
-
-    @property
-    def _block(self) -> int:
-        """Number of the present block, from 1; below that before the first one."""
-        return self._seen - self._plan.before
 
     @property
     def over(self) -> bool:
@@ -373,19 +391,19 @@ class Leg:
 
     def begins(self, graph: Graph, family: Hashable, args: Sequence[Any], number: int) -> bool:
         """Takes notice of a call, the one of that number of its family, and says whether the span begins with it."""
-        if family != self._plan.family:
-            return False
-        self._seen = number
-        if self._block == 1:
-            self._head = self._stream(graph, args, 0).clone()
-        return self._block == self._plan.ranges[1][0] + 1
+        main = self._plan.streams[0]
+        if main.reader.is_call(family, number, 0):
+            self._head = _argument(graph, args, main.name).clone()
+        return self._plan.begin.is_call(family, number, self._plan.ranges[1][0])
 
-    def _stream(self, graph: Graph, args: Sequence[Any], k: int) -> torch.Tensor:
-        names, name = graph.facts.names, self._plan.streams[k].name
-        value = args[names.index(name)] if name in names else None
-        if not isinstance(value, torch.Tensor):
+    def _start(self, graph: Graph, args: Sequence[Any], k: int) -> torch.Tensor:
+        """What a stream is where the span begins: what that call is given, or what was made for a later one."""
+        stream = self._plan.streams[k]
+        if stream.reader == self._plan.begin:
+            return _argument(graph, args, stream.name)
+        if k not in self._came:
             raise Misfit
-        return value
+        return self._came[k]
 
     def decide(
         self,
@@ -410,11 +428,10 @@ class Leg:
             before: the code that was called before that.
             lost: why nothing that was cached before may be reused; None: it may.
         """
-        assert self._head is not None
         self._branch = branch
         # Copies: the graphs of the blocks, or code between them, may write to them.
-        self._starts = [self._stream(graph, args, k).clone() for k in range(len(self._plan.streams))]
-        if self._head.shape != self._starts[0].shape:
+        self._starts = [self._start(graph, args, k).clone() for k in range(len(self._plan.streams))]
+        if self._head is None or self._head.shape != self._starts[0].shape:
             raise Misfit
         self._probe = _probe(self._plan.streams[0], self._head, self._starts[0])
         slot = branch.slots[self._number]
@@ -437,29 +454,52 @@ class Leg:
         self._hit = self._gate(measure, samples, ranks=(groups, probe.device) if groups else None) is True
         self._script = slot.script if self._hit else Script(len(self._plan.streams), before)
 
-    def skip(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> Sequence[Any] | None:
+    def skip(
+        self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
+    ) -> Sequence[Any] | None:
         """What a call made when the span was computed; None: it is to be run now."""
         self._called = None
         if self._script is None or self.over:
             return None
+        expected = self._takes_what_came(forward, graph, family, args, number)
         if not self._hit:
+            if not expected:
+                raise Misfit
             self._called = Called.of(graph, family, args)
             return None
-        if not self._script.goes_on(self._at, graph, family, args):
+        if not expected or not self._script.goes_on(self._at, graph, family, args):
             raise Astray
         outputs: Sequence[Any] = self._script.outputs(self._at, graph, args, self._starts)
         self._ended |= self._script.ended(self._at)
         self._at += 1
         return outputs
 
-    def take(self, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def _takes_what_came(
+        self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
+    ) -> bool:
+        """Whether a call that takes streams behind the beginning of the span is given what they were there."""
+        for k, came in self._came.items():
+            stream = self._plan.streams[k]
+            if stream.reader.is_call(family, number, self._plan.ranges[1][0]):
+                place = forward.made_by(_argument(graph, args, stream.name))
+                if place is None or place != forward.made_by(came):
+                    return False
+        return True
+
+    def take(self, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any], number: int) -> None:
         """Takes notice of what came of a call, skipped or run; keeps what was made when the span is over."""
+        made = [o for o in outputs if isinstance(o, torch.Tensor)]
+        if self._script is None:
+            for k, s in enumerate(self._plan.streams):
+                fed = s.reader != self._plan.begin and s.maker.is_call(family, number, self._plan.ranges[1][0] - 1)
+                if fed and s.output < len(made):
+                    self._came[k] = made[s.output]
         if self._called is not None:
             assert self._script is not None
-            ends = _ends(self._plan, family) if self._block == self._plan.ranges[1][1] else {}
-            made = [o for o in outputs if isinstance(o, torch.Tensor)]
+            ends = _ends(self._plan, family, number)
             ends = {i: k for i, k in ends.items() if i < len(made) and made[i].shape == self._starts[k].shape}
-            self._script.add(self._called, handed_through(graph, args, outputs), outputs, ends, self._starts)
+            through, written = handed_through(graph, args, outputs), written_by(graph, args)
+            self._script.add(self._called, through, outputs, written, ends, self._starts)
             self._ended |= set(ends.values())
         if self.over:
             assert self._branch is not None and self._gate is not None
@@ -470,3 +510,11 @@ class Leg:
                 self._gate.remember_control()
             self._gate.record()
             slot.open = False
+
+
+def _argument(graph: Graph, args: Sequence[Any], name: str) -> torch.Tensor:
+    names = graph.facts.names
+    value = args[names.index(name)] if name in names else None
+    if not isinstance(value, torch.Tensor):
+        raise Misfit
+    return value

@@ -22,8 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import CacheWarning, Refusal, guarded
-from fx_cache.patterns.relays import GraphFacts, RelayPlan, plan_relays
-from fx_cache.patterns.spans import MIN_OTHER_WORK, MIN_SHARE
+from fx_cache.patterns.calls import GraphFacts
+from fx_cache.patterns.relays import RelayPlan, plan_relays
+from fx_cache.patterns.spans import MIN_SHARE, least_gain
 from fx_cache.runtime.forwards import Forward, family_of, surroundings
 from fx_cache.runtime.given import Control
 from fx_cache.runtime.habits import Habits
@@ -167,15 +168,20 @@ class Relay:
         if self._watched[1].failure is not None:
             self.plans, self.refusal = (), self._watched[1].failure
             return forward
-        plans, refusal = plan_relays(forward.calls, self.config)
+        forward.may_come_back()
+        plans, refusal = plan_relays(forward.calls, self.config, forward.not_denoised)
         total = sum(c.facts.work for c in forward.calls)
         own = {c.facts.program.wiring: w for c in forward.calls if (w := c.facts.span_work) >= MIN_SHARE * total > 0}
         most = max(own.values(), default=0)
         if own and most >= max(((p.share or 0.0) * total for p in plans), default=0.0):
             self.plans = ()
             self._seen = frozenset(c.facts.program.wiring for c in forward.calls)
-            self._least = max(MIN_SHARE * total, MIN_OTHER_WORK * most)
-            self.enabled = frozenset(p for p, work in own.items() if work >= MIN_OTHER_WORK * most)
+            kept: dict[str, int] = {}
+            for program, work in sorted(own.items(), key=lambda p: -p[1]):
+                if work >= least_gain(total, list(kept.values())):
+                    kept[program] = work
+            self._least = max(MIN_SHARE * total, least_gain(total, list(kept.values())))
+            self.enabled = frozenset(kept)
             self._layers = frozenset(c.facts.layers for c in forward.calls if c.facts.program.wiring in self.enabled)
         else:
             self.plans, self.refusal = plans, refusal
@@ -197,22 +203,13 @@ class Relay:
         if forward is None or self._watched is None:
             return
         (_, run, context), self._watched = self._watched, None
-        forward.may_come_back()
         for program, (store, branch) in forward.branches.items():
             if program.wiring not in self.enabled:
                 store.forget(branch)
         if self.enabled:
             return
         kept = [(plan, run.kept(forward, plan)) for plan in self.plans]
-        endless = next((plan for plan, found in kept if found is None), None)
-        if endless is not None:
-            self.refusal = Refusal(
-                f"stack {endless.name}",
-                "a stream that is not to be found in what the graphs of the last block give back",
-                "streams that come out of the last block as they come out of the others",
-                "look for graph breaks in the blocks (TORCH_LOGS=graph_breaks)",
-            )
-        elif self.plans and self._watches > MAX_WATCHES:
+        if self.plans and self._watches > MAX_WATCHES:
             self.refusal = self._unsteady()
         if self.refusal is not None:
             self.plans = ()
@@ -226,7 +223,6 @@ class Relay:
             branch, controls = context.run(self.open, forward)
             for slot, control, (_, found) in zip(branch.slots, controls, kept, strict=True):
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
-                assert found is not None
                 slot.tensors, slot.script = found
                 slot.control = None if control.written else control.hold(branch.owner is not None)
                 slot.open = False
@@ -375,8 +371,8 @@ class RelayRun:
             self._lost = self._lost or WRITES
         if not self._legs:
             return None
-        leg = self._legs[0]
-        if leg.begins(graph, family, args, self._calls[family] + 1):
+        leg, number = self._legs[0], self._calls[family] + 1
+        if leg.begins(graph, family, args, number):
             if self._branch is None:
                 self._branch, self._controls = relay.open(forward)
             if forward.writes:
@@ -393,7 +389,7 @@ class RelayRun:
                 self._calls.keys(),
                 self._lost,
             )
-        return leg.skip(graph, family, args)
+        return leg.skip(forward, graph, family, args, number)
 
     def _take(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any]
@@ -401,7 +397,7 @@ class RelayRun:
         """Takes notice of what came of a call."""
         if self._legs:
             leg, store = self._legs[0], self._relay.store
-            leg.take(graph, family, args, outputs)
+            leg.take(graph, family, args, outputs, self._calls[family] + 1)
             if leg.over:
                 self._reused = self._reused or leg.hit
                 self._legs.pop(0)

@@ -11,8 +11,8 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import guarded
+from fx_cache.patterns.calls import GraphFacts
 from fx_cache.patterns.inputs import InputRoles
-from fx_cache.patterns.relays import GraphFacts
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Surroundings, surroundings
 from fx_cache.runtime.gate import SpanGate

@@ -1,0 +1,138 @@
+"""The calls of one whole forward that was captured in several graphs: what each graph is, and who made what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+from torch._guards import CompileContext
+
+from fx_cache.errors import Refusal
+from fx_cache.patterns.graph import draws_random, source_of, storage_key, written_storages
+from fx_cache.patterns.groups import groups_of
+from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
+from fx_cache.patterns.programs import Program
+from fx_cache.patterns.work import Work
+
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+Place = tuple[int, int]
+"""A call, and one of its outputs."""
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What is known of one captured graph.
+
+    Attributes:
+        program: what it computes.
+        roles: the roles of its inputs; none is a latent, since what is denoised only the end of the forward shows.
+        names: where each input comes from, in the terms of the captured code; the same in every graph of that code.
+        tokens: for each output, the inputs whose tokens it holds.
+        written: inputs that it writes to in place.
+        work: its FLOPs.
+        span_work: those in spans of its own; 0 if it has none.
+        frame: number of the captured code; the same for graphs that it was captured in anew.
+        random: an operation that draws random numbers, or None.
+        broken: place and reason of the graph break that ends it, or None.
+        gradients: why nothing that it makes may be reused, or None.
+        groups: names of the process groups whose ranks compute it together.
+    """
+
+    program: Program
+    roles: InputRoles
+    names: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    written: tuple[int, ...]
+    work: int
+    span_work: int
+    frame: int
+    random: str | None
+    broken: str | None
+    gradients: Refusal | None
+    groups: tuple[str, ...]
+
+    @property
+    def layers(self) -> Hashable:
+        """Captured code and its weights: the same for another pass of a request, and at another size."""
+        return self.frame, frozenset(self.names[i] for i in self.roles.weights)
+
+
+def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None, span_share: float) -> GraphFacts:
+    """Reads a captured graph as a part of a forward.
+
+    Args:
+        gm: the graph as Dynamo captured it.
+        broken: place and reason of the graph break that ends it, or None.
+        gradients: why nothing that it makes may be reused, or None.
+        span_share: the part of its FLOPs in spans of its own.
+    """
+    graph = gm.graph
+    roles = classify_inputs(graph)
+    roles = replace(roles, latents=(), conditioning=(*roles.latents, *roles.conditioning))
+    inputs = list(graph.find_nodes(op="placeholder"))
+    outputs = next(iter(graph.find_nodes(op="output"))).args[0]
+    tokens = []
+    for output in outputs:
+        sources = token_sources(output) if isinstance(output, fx.Node) else set()
+        tokens.append(tuple(i for i in roles.conditioning if inputs[i] in sources))
+    written = written_storages(graph.nodes)
+    work = Work(graph).total
+    compile_id = CompileContext.current_compile_id()
+    return GraphFacts(
+        program=Program.of(graph),
+        roles=roles,
+        names=tuple(map(source_of, inputs)),
+        tokens=tuple(tokens),
+        written=tuple(i for i, n in enumerate(inputs) if storage_key(n) in written),
+        work=work,
+        span_work=round(span_share * work),
+        frame=-1 if compile_id is None or compile_id.frame_id is None else compile_id.frame_id,
+        random=next((n.name for n in graph.nodes if draws_random(n)), None),
+        broken=broken,
+        gradients=gradients,
+        groups=groups_of(graph.nodes),
+    )
+
+
+@dataclass(frozen=True)
+class InputTrace:
+    """One tensor that a graph was called with.
+
+    Attributes:
+        form: shape and dtype.
+        made_by: who made it, or most of it.
+        tokens: the user's inputs whose tokens it holds.
+        others: how many tokens at its beginning and at its end are none of what was made, but were joined to that.
+        whole: whether it is just what was made.
+        memory: the call that made the memory it lies in, whatever has been written there since; None if none did.
+    """
+
+    form: Form
+    made_by: Place | None
+    tokens: frozenset[int]
+    others: tuple[int, int] = (0, 0)
+    whole: bool = True
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a graph within a forward.
+
+    Attributes:
+        family: which code it was; equal for calls of graphs that one function was captured in.
+        facts: the graph.
+        owner: the model's name of the first weight that it was given; empty without one.
+        inputs: its input tensors by name.
+        outputs: forms of its outputs, None for what is no tensor.
+    """
+
+    family: Hashable
+    facts: GraphFacts
+    owner: str
+    inputs: Mapping[str, InputTrace]
+    outputs: tuple[Form | None, ...]
