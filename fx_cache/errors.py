@@ -131,6 +131,9 @@ def guarded(name: str) -> Iterator[Guard]:
         if isinstance(error.cause, FxCacheError | Warning):
             raise error.cause from None
         guard.failure = Failure.of(error, None)
+    except torch.OutOfMemoryError as error:  # of what is done beside the model's own
+        guard.failure = Failure.of(StageError(name, error), None)
+    if guard.failure is not None:
         say_uncached(guard.failure)
 
 

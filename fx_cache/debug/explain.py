@@ -83,8 +83,7 @@ def _names(gm: fx.GraphModule, plan: Plan) -> dict[str, tuple[str, ...]]:
     inputs = [n.name for n in gm.graph.find_nodes(op="placeholder")]
     roles = ("latents", "schedule", "conditioning", "scalars")
     found = {role: tuple(inputs[i] for i in getattr(plan.roles, role)) for role in roles}
-    alone = {i for of_span in plan.roles.controls for i in of_span}
-    return {**found, "controls": tuple(inputs[i] for i in sorted(alone))}
+    return {**found, "controls": tuple(inputs[i] for i in plan.roles.controls)}
 
 
 def _config_of(model: torch.nn.Module) -> CacheConfig:

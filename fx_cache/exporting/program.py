@@ -117,7 +117,7 @@ class _StatefulForward(nn.Module):
         ]
         self._controls = [
             {f"{inputs[i].name}_{k}": i for i in controls if is_tensor(inputs[i])}
-            for k, controls in enumerate(found.rewritten.plan.roles.controls)
+            for k, controls in enumerate(found.rewritten.plan.roles.unseen)
         ]
         self._remembered = {
             name: value_of(inputs[i]) for controls in self._controls for name, i in controls.items()
@@ -192,7 +192,7 @@ class _TensorGate:
         Args:
             config: how it is decided.
             counts: what the state says of the span.
-            controls: of inputs that feed only the span, what was given at the last step and is given now.
+            controls: of inputs that the probe does not show, what was given at the last step and is given now.
         """
         self._config = config
         self._counts = counts

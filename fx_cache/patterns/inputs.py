@@ -46,8 +46,10 @@ class InputRoles:
         latents: change at every step.
         schedule: small inputs that are compared by value; the timestep among them moves one way within a request.
         conditioning: stay the same objects within a request and branch.
-        controls: for each span, the conditioning and the numbers that reach nothing but spans (ControlNet samples,
-            inputs of single layers): a step with others computes, since no probe shows them.
+        unseen: for each span, the inputs that reach it, and not its probe: a step with others computes, since the probe
+            does not show them. What is known to be the time is none of them.
+        controls: the conditioning and the numbers that reach nothing but spans (ControlNet samples, inputs of single
+            layers): with others a pass of a request is still the same.
         scalars: host numbers, compared by value; not the sizes of other inputs.
         weights: belong to the module.
         certain: whether the graph leaves no doubt which inputs are the latents.
@@ -59,7 +61,8 @@ class InputRoles:
     conditioning: tuple[int, ...]
     scalars: tuple[int, ...]
     weights: tuple[int, ...]
-    controls: tuple[tuple[int, ...], ...] = ()
+    unseen: tuple[tuple[int, ...], ...] = ()
+    controls: tuple[int, ...] = ()
     certain: bool = False
     timed: tuple[int, ...] = ()
 
@@ -113,14 +116,17 @@ def with_controls(
     """
     inputs = list(graph.find_nodes(op="placeholder"))
     skipped = {n: k for k, span in enumerate(spans) for n in span}
-    seen = {n for probe in probes for n in ancestors(probe)}
-    seen |= ancestors(next(iter(graph.find_nodes(op="output"))), stop=set(skipped))
-    controls: list[list[int]] = [[] for _ in spans]
-    for i in (*roles.conditioning, *roles.scalars):
-        if inputs[i] not in seen:
-            for k in {skipped[n] for n in descendants(graph, [inputs[i]]) if n in skipped}:
-                controls[k].append(i)
-    return replace(roles, controls=tuple(map(tuple, controls)))
+    output = next(iter(graph.find_nodes(op="output")))
+    shown = [ancestors(probe, stop=set(skipped)) for probe in probes]
+    elsewhere = {n for probe in probes for n in ancestors(probe)} | ancestors(output, stop=set(skipped))
+    unseen: list[list[int]] = [[] for _ in spans]
+    for i in (*roles.conditioning, *roles.scalars, *(i for i in roles.schedule if i not in roles.timed)):
+        for k in sorted({skipped[n] for n in descendants(graph, [inputs[i]]) if n in skipped}):
+            if inputs[i] not in shown[k]:
+                unseen[k].append(i)
+    reaching = {i for of_span in unseen for i in of_span}.difference(roles.schedule)
+    controls = tuple(i for i in sorted(reaching) if inputs[i] not in elsewhere)
+    return replace(roles, unseen=tuple(map(tuple, unseen)), controls=controls)
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -128,7 +128,7 @@ def step_share(graph: fx.Graph, roles: InputRoles, work: Work) -> float:
 
 def _same_at_every_step(graph: fx.Graph, roles: InputRoles) -> dict[fx.Node, None]:
     inputs = list(graph.find_nodes(op="placeholder"))
-    alone = {i for of_span in roles.controls for i in of_span}
+    alone = roles.controls
     given = {inputs[i] for i in (*roles.conditioning, *roles.scalars, *roles.weights) if i not in alone}
     # Sizes are the same as long as the shapes of a branch are.
     given |= {n for n in inputs if isinstance(value_of(n), torch.SymInt)}

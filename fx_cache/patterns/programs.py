@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,10 +39,11 @@ class Program:
         """The program of a graph."""
         digest = hashlib.sha256()
         numbers: list[Any] = []
-        for part in _parts(graph, numbers):
+        made: dict[sympy.Symbol, str] = {}
+        for part in _parts(graph, numbers, made):
             digest.update(repr(part).encode())
         sizes = _sizes(graph)
-        others = _others(graph, numbers, {symbol for symbol, _, _ in sizes})
+        others = _others(graph, numbers, {symbol for symbol, _, _ in sizes}, made)
         numbers = [n.xreplace(others) if isinstance(n, sympy.Basic) else n for n in numbers]
         symbols = {str(symbol): symbol for symbol in others.values()}
         inputs = enumerate(graph.find_nodes(op="placeholder"))
@@ -84,10 +85,10 @@ def _sizes(graph: fx.Graph) -> tuple[tuple[sympy.Symbol, int, int], ...]:
 
 
 def _others(
-    graph: fx.Graph, numbers: Sequence[Any], sizes: Collection[sympy.Symbol]
+    graph: fx.Graph, numbers: Sequence[Any], sizes: Collection[sympy.Symbol], made: Mapping[sympy.Symbol, str]
 ) -> dict[sympy.Symbol, sympy.Symbol]:
-    """What to call the other symbols: a number that is given by its source, one that depends on data by its place."""
-    names: dict[sympy.Symbol, str] = {}
+    """What to call the other symbols: a number that is given by its source, one that depends on data by its maker."""
+    names = dict(made)
     for node in graph.find_nodes(op="placeholder"):
         value = value_of(node)
         if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
@@ -97,7 +98,7 @@ def _others(
         free = sorted(number.free_symbols, key=str) if isinstance(number, sympy.Basic) else ()
         for symbol in free:
             if symbol not in sizes and symbol not in found:
-                found[symbol] = sympy.Symbol(names.get(symbol, f"number {len(found)}"), integer=True)
+                found[symbol] = sympy.Symbol(names.get(symbol, str(symbol)), integer=True)
     return found
 
 
@@ -110,13 +111,26 @@ def _numbers(value: Any) -> list[Any]:
     return [value if isinstance(value, int | float | str) else type(value).__name__]
 
 
-def _parts(graph: fx.Graph, numbers: list[Any]) -> Iterator[tuple[Any, ...]]:
-    """What is to be equal of two graphs; integers go to `numbers`."""
+def _parts(
+    graph: fx.Graph, numbers: list[Any], made: dict[sympy.Symbol, str], within: str = ""
+) -> Iterator[tuple[Any, ...]]:
+    """What is to be equal of two graphs.
+
+    Args:
+        graph: the graph.
+        numbers: takes the integers among the arguments.
+        made: takes, of each symbol that is not given, what makes it.
+        within: where the graph is called.
+    """
     index: dict[fx.Node, Any] = {}
     scalars: set[fx.Node] = set()
     for node in graph.nodes:
         if is_scalar(node) or (node.op == "placeholder" and isinstance(value_of(node), torch.SymInt)):
             scalars.add(node)
+            if node.op != "placeholder":
+                sources = [index[a] for a in node.all_input_nodes if a in index]
+                for symbol in _free(value_of(node)):
+                    made.setdefault(symbol, f"{within}{operation(node)} of {sources}")
             continue
         if "assert" in operation(node):
             continue
@@ -125,13 +139,25 @@ def _parts(graph: fx.Graph, numbers: list[Any]) -> Iterator[tuple[Any, ...]]:
             index[node] = source_of(node)
             continue
         index[node] = len(index)
+        for k, symbol in enumerate(_free(value_of(node))):
+            made.setdefault(symbol, f"{within}{index[node]}, size {k}")
         gm = graph.owning_module
         inner = None if gm is None or node.op != "get_attr" else attribute_of(gm, str(node.target))
         if isinstance(inner, fx.GraphModule):
-            yield "sub-graph", *_parts(inner.graph, numbers)
+            yield "sub-graph", *_parts(inner.graph, numbers, made, f"{within}{index[node]}: ")
             continue
         arguments = [*_leaves(node.args, index, scalars, numbers), *_leaves(node.kwargs, index, scalars, numbers)]
         yield node.op, _name(node.target), arguments, dtype
+
+
+def _free(value: Any) -> list[sympy.Symbol]:
+    """The symbols in a number, or in the sizes of a tensor or of several, in order."""
+    if isinstance(value, torch.Tensor):
+        value = tuple(value.shape)
+    if isinstance(value, list | tuple):
+        return list(dict.fromkeys(symbol for item in value for symbol in _free(item)))
+    expression = value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else None
+    return sorted(expression.free_symbols, key=str) if isinstance(expression, sympy.Basic) else []
 
 
 def _name(target: Any) -> str:
@@ -163,5 +189,7 @@ def _leaves(value: Any, index: dict[fx.Node, Any], scalars: set[fx.Node], number
         yield "number"
     elif value is None or isinstance(value, str | float | bool | complex | torch.dtype | torch.device | torch.layout):
         yield value
+    elif type(value).__repr__ is not object.__repr__:  # of an enum, or the like, its value
+        yield repr(value)
     else:
         yield type(value).__name__

@@ -78,7 +78,6 @@ class Sign:
         named: whether somebody says to which request the call belongs.
         apart: whether somebody says to which pass of the request it belongs.
         begins: whether it is known to be the first call of a request.
-        forward: what all graphs of one forward have in common.
         step: number of the step where the caller counts; then nothing else is looked at.
     """
 
@@ -93,7 +92,6 @@ class Sign:
     times: tuple[int, ...] = ()
     back: tuple[tuple[float, ...] | torch.Tensor, ...] = ()
     look: Look | None = None
-    forward: object | None = None
 
     @property
     def late(self) -> list[torch.Tensor]:
@@ -208,6 +206,11 @@ class Clock:
         if not sign.named and self._passes(step, values):
             return Move.EITHER
         return Move.FIRST if self._moves == 0 and not self._trusts(sign, step) else Move.NEXT
+
+    @property
+    def first(self) -> bool:
+        """Whether it has taken no call yet."""
+        return self._last is None
 
     @property
     def tried(self) -> bool:

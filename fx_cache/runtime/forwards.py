@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -94,7 +95,6 @@ class Forward:
         self._compilation = weakly(compilation)
         self._thread = threading.get_ident()
         self._frame: Callable[[], Any] = _nothing
-        self._token = object()
         self.layout = (len(args), tuple(kwargs), tuple(type(v).__name__ for v in inputs))
         self.inputs = list(inputs)
         # Now, since whoever gave them may write to them before they are asked for.
@@ -112,6 +112,7 @@ class Forward:
         self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if _stored(t)}
         self._notes: dict[int, list[_Note]] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
+        self._origins: dict[int, tuple[int, int]] = {}
 
     @property
     def root(self) -> Any:
@@ -247,12 +248,24 @@ class Forward:
             self._see_writes()
         return self.run is None or bool(self.run.end())
 
+    def know(self, habits: Habits) -> None:
+        """Takes what other forwards have shown: what only they have written to is what it was."""
+        self.habits = habits
+        begun = {id(v): version for v, version in self._versions}
+        for i, v in enumerate(self.inputs):
+            if _stored(v) and not v.is_inference():
+                version = begun.get(id(v), v._version)
+                self._origins[i] = version, habits.writes.origin(v, version)
+        for i in habits.own & self._origins.keys():
+            key = self.keys[i]
+            if key is not None and isinstance(key[0], tuple) and key[0][-1] == self.inputs[i]._version:
+                self.keys[i] = ((*key[0][:-1], self._origins[i][1]),)
+
     def _see_writes(self) -> None:
-        """Takes notice of what it has written to, or put in another's place, among what it was given."""
-        now = contents(self._given)
-        if len(now) == len(self.inputs):
-            keys = enumerate(zip(now, self.keys, strict=True))
-            self.habits.own |= {i for i, (v, key) in keys if key is not None and identity_key([v]) != key}
+        """Takes notice of what it has written to among what it was given."""
+        written = [i for i, (version, _) in self._origins.items() if self.inputs[i]._version != version]
+        self.habits.own |= set(written)
+        self.habits.writes.wrote([self.inputs[i] for i in written], [self._origins[i][1] for i in written])
 
     @property
     def reusing(self) -> bool:
@@ -290,25 +303,26 @@ class Forward:
         return Given(
             tuple((i, self.keys[i]) for i in others),
             (self._control(others),) * spans,
+            (),
             signature([t for t in self.inputs if _stored(t)]),
             schedule,
             fixed,
             doubt,
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
-            forward=self._token,
         )
 
     def _control(self, others: Sequence[int]) -> Control:
         """What may feed nothing but a span: all the conditioning, where the pass is not known by that already.
 
-        Which graphs read it, and which the code between them does, is not known. What forwards write to is left out.
+        Which graphs read it, and which the code between them does, is not known.
         """
         named = named_session()
         if named is None or named.branch is None:
             return Control.of([])
-        keys = {i: key for i in others if i not in self.habits.own and (key := self.keys[i]) is not None}
-        return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key))
+        keys = {i: key for i in others if (key := self.keys[i]) is not None}
+        own = frozenset(k for k, i in enumerate(keys) if i in self.habits.own)
+        return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key), own)
 
     @property
     def not_denoised(self) -> frozenset[int]:
@@ -316,6 +330,11 @@ class Forward:
         latents = self.habits.latents()
         known = frozenset(range(len(self.inputs))) - latents if latents else self.habits.resting
         return known | self.telling
+
+    @cached_property
+    def counts(self) -> frozenset[int]:
+        """The time, where it is given as an integer, as far as it is known when that is asked first."""
+        return frozenset(v for i in self.timed if type(v := self.inputs[i]) is int)
 
     @property
     def timed(self) -> frozenset[int]:

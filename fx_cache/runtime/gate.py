@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from fx_cache.errors import guarded
 from fx_cache.runtime.batches import MixedHit, Separation
 from fx_cache.runtime.given import Control
 from fx_cache.runtime.identity import ContentHold
@@ -18,10 +19,15 @@ from fx_cache.runtime.slots import Branch
 
 NOT_REACHED = Verdict(False, "not reached")
 NOT_MEASURED = Verdict(False, "not measured")
+FAILED = Verdict(False, "an error of dit_cache")
 
 
 class SpanGate:
-    """The policy, bound to one span of one branch at one step."""
+    """The policy, bound to one span of one branch at one step.
+
+    Attributes:
+        failed: whether an error of ours has ended it; then the span computes.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class SpanGate:
         self._span = span
         self._separation = separation
         self._verdicts = [NOT_REACHED]
+        self.failed = False
 
     def __call__(
         self,
@@ -52,6 +59,19 @@ class SpanGate:
         samples: int = 1,
         separable: bool = False,
         ranks: tuple[tuple[str, ...], torch.device] | None = None,
+    ) -> bool | MixedHit:
+        """Whether the span, or which samples of it, are reused; arguments as `decide` takes them."""
+        with guarded("decide"):
+            return self.decide(measure, samples, separable, ranks)
+        self.failed, self._verdicts = True, [FAILED]
+        return False
+
+    def decide(
+        self,
+        measure: Callable[[], torch.Tensor],
+        samples: int,
+        separable: bool,
+        ranks: tuple[tuple[str, ...], torch.device] | None,
     ) -> bool | MixedHit:
         """Decides. The host waits for the device at most once, and not where the policy settles the step alone.
 

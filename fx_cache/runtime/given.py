@@ -16,10 +16,17 @@ from fx_cache.runtime.moves import UNKNOWN_LATENT, Call, Learner, Moves
 
 @dataclass(frozen=True)
 class Control:
-    """Inputs of a call that feed only a span, and who they are."""
+    """Inputs of a call that reach a span, and not its probe.
+
+    Attributes:
+        inputs: these.
+        identity: who they are.
+        own: numbers of those among them that the forward writes to itself.
+    """
 
     inputs: Sequence[Any]
     identity: tuple[Hashable, ...]
+    own: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> Control:
@@ -27,8 +34,9 @@ class Control:
 
     @property
     def written(self) -> bool:
-        """Whether they were written to meanwhile."""
-        return identity_key(self.inputs) != self.identity
+        """Whether they were written to meanwhile, by other code than the forward."""
+        pairs = enumerate(zip(identity_key(self.inputs), self.identity, strict=True))
+        return any(now != then for i, (now, then) in pairs if i not in self.own)
 
     def hold(self, by_content: bool) -> StorageHold:
         """What remembers them.
@@ -36,7 +44,7 @@ class Control:
         Args:
             by_content: whether others may be the same though they were made anew.
         """
-        return (ContentHold if by_content else StorageHold)(self.inputs)
+        return (ContentHold if by_content else StorageHold)(self.inputs, self.identity)
 
 
 @dataclass(frozen=True)
@@ -44,20 +52,21 @@ class Given:
     """What a forward was given, as far as requests and branches are told apart by it.
 
     Attributes:
-        identity: who its conditioning is, but for what feeds only spans.
-        controls: for each span, the inputs that feed only it.
+        identity: who its conditioning is, but for what feeds nothing but spans.
+        controls: for each span, the inputs that reach it, and not its probe.
+        beside: who those of the inputs are that feed nothing but spans.
         form: shapes, dtypes and devices of everything.
         schedule: timestep and the like.
         fixed: the inputs that the identity is of.
         doubt: why a request cannot be told from another one by this, or None.
         latents: what is denoised, as far as that is known.
         times: numbers of those of the schedule that are known to tell the time, beside others.
-        forward: what all graphs of one forward have in common; None: it is the only one.
         call: what is still to be told of the call, where something is learned from it.
     """
 
     identity: Hashable
     controls: tuple[Control, ...]
+    beside: tuple[Hashable, ...]
     form: Hashable
     schedule: list[torch.Tensor]
     fixed: Sequence[Any]
@@ -65,7 +74,6 @@ class Given:
     latents: tuple[torch.Tensor, ...] = ()
     times: tuple[int, ...] = ()
     call: Call | None = None
-    forward: object | None = None
 
 
 class Reader:
@@ -142,9 +150,9 @@ class _Positions:
 
     def __init__(self, roles: InputRoles, own: _Own) -> None:
         self._own = own
-        alone = {i for of_span in roles.controls for i in of_span}
-        self._fixed = [i for i in (*roles.conditioning, *roles.scalars) if i not in alone]
+        self._fixed = [i for i in (*roles.conditioning, *roles.scalars) if i not in roles.controls]
         self._controls = roles.controls
+        self._unseen = roles.unseen
         self._form = sorted((*roles.latents, *roles.schedule, *roles.conditioning))
         self._schedule = roles.schedule
         self._times = tuple(k for k, i in enumerate(roles.schedule) if i in roles.timed)
@@ -154,7 +162,8 @@ class _Positions:
         fixed = [args[i] for i in self._fixed]
         return Given(
             identity_key(fixed, self._own.writes),
-            tuple([Control.of([args[i] for i in of_span]) for of_span in self._controls]),
+            tuple([Control.of([args[i] for i in of_span]) for of_span in self._unseen]),
+            identity_key([args[i] for i in self._controls]),
             signature([args[i] for i in self._form]),
             [torch.as_tensor(args[i]) for i in self._schedule],
             fixed,

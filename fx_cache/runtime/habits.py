@@ -16,7 +16,7 @@ import torch
 
 from fx_cache.patterns.inputs import differs_in_channels
 from fx_cache.runtime.clock import is_counted, shown
-from fx_cache.runtime.identity import StorageHold
+from fx_cache.runtime.identity import OwnWrites, StorageHold
 from fx_cache.runtime.moves import HISTORY, Call, Learner, Moves, has_few_values
 
 Shape = tuple[int, ...]
@@ -34,11 +34,13 @@ class Habits:
     Attributes:
         told: those that a graph takes for the timestep or the like.
         own: those that forwards write to themselves.
+        writes: what they have written.
     """
 
     def __init__(self) -> None:
         self.told: frozenset[int] = frozenset()
         self.own: frozenset[int] = frozenset()
+        self.writes = OwnWrites()
         self._learned = Moves()
         self._learner = Learner()
         self._history: deque[_Seen] = deque(maxlen=HISTORY)

@@ -28,11 +28,16 @@ class OwnWrites:
     def __init__(self) -> None:
         self._versions: dict[int, tuple[StorageWeakRef, int, int]] = {}
 
-    def origin(self, value: torch.Tensor) -> int:
-        """The version that an input had before the forwards in a row that alone have written to it since."""
+    def origin(self, value: torch.Tensor, version: int | None = None) -> int:
+        """The version that an input had before the forwards in a row that alone have written to it since.
+
+        Args:
+            value: the input.
+            version: the one that it has, or had when the forward began.
+        """
+        version = value._version if version is None else version
         held, origin, after = self._versions.get(value.untyped_storage()._cdata, (None, 0, -1))
-        known = held is not None and not held.expired() and after == value._version
-        return origin if known else value._version
+        return origin if held is not None and not held.expired() and after == version else version
 
     def wrote(self, values: Sequence[torch.Tensor], origins: Sequence[int]) -> None:
         """Takes inputs that a forward has written to, and what `origin` said of them before."""
@@ -64,8 +69,8 @@ class StorageHold:
         identity: the key.
     """
 
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        self.identity = identity_key(inputs)
+    def __init__(self, inputs: Sequence[Any], identity: tuple[Hashable, ...] | None = None) -> None:
+        self.identity = identity_key(inputs) if identity is None else identity
         tensors = {i: v for i, v in enumerate(inputs) if not _by_value(v) and v.layout is torch.strided}
         self._references = {i: StorageWeakRef(t.untyped_storage()) for i, t in tensors.items()}
 
@@ -92,8 +97,8 @@ class ContentHold(StorageHold):
         inputs: the copies, by the inputs' numbers.
     """
 
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        super().__init__(inputs)
+    def __init__(self, inputs: Sequence[Any], identity: tuple[Hashable, ...] | None = None) -> None:
+        super().__init__(inputs, identity)
         large = sum(v.nbytes for v in inputs if isinstance(v, torch.Tensor)) > MAX_HELD
         tensors = {} if large else {i: inputs[i] for i in self._references}
         self.inputs = {i: t.detach().clone() for i, t in tensors.items()}

@@ -18,7 +18,7 @@ from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.given import Control
-from fx_cache.runtime.identity import signature
+from fx_cache.runtime.identity import identity_key, signature
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
@@ -55,7 +55,8 @@ class Called:
     """Which call of a forward it was: of what code, with tensors of which shapes, and for which weights.
 
     Attributes:
-        what: the code, what the graph computes, and the forms of all inputs but weights.
+        what: the code, what the graph computes, the forms of all inputs but weights, and the numbers that the model
+            holds. The time is none of it, where it is an integer.
         weights: those that it was given, as they were.
     """
 
@@ -63,18 +64,20 @@ class Called:
     weights: Given
 
     @classmethod
-    def of(cls, graph: Graph, family: Hashable, args: Sequence[Any]) -> Called:
-        return cls(_what(graph, family, args), Given(_weights(graph, args)))
+    def of(cls, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Called:
+        return cls(_what(forward, graph, family, args), Given(_weights(graph, args)))
 
-    def same(self, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
+    def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        return self.what == _what(graph, family, args) and self.weights.same(_weights(graph, args))
+        return self.what == _what(forward, graph, family, args) and self.weights.same(_weights(graph, args))
 
 
-def _what(graph: Graph, family: Hashable, args: Sequence[Any]) -> Hashable:
+def _what(forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Hashable:
     roles = graph.facts.roles
+    scalars = [i for i in roles.scalars if args[i] not in forward.counts]
     forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
-    return family, graph.facts.program.at(args, roles.scalars), forms
+    held = [a for i in roles.weights if isinstance(a := args[i], torch.Tensor) and is_number(a)]
+    return family, graph.facts.program.at(args, scalars), forms, identity_key(held)
 
 
 def _weights(graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -167,9 +170,9 @@ class Script:
         self.values.append(_copied(value))
         return len(self.values) - 1
 
-    def goes_on(self, at: int, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
+    def goes_on(self, at: int, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
         """Whether a call is that of number `at`."""
-        return at < len(self.entries) and self.entries[at].called.same(graph, family, args)
+        return at < len(self.entries) and self.entries[at].called.same(forward, graph, family, args)
 
     def outputs(self, at: int, graph: Graph, args: Sequence[Any], starts: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """What a call gives back, given what each stream begins with now; writes what it wrote."""
@@ -282,7 +285,7 @@ class WatchRun:
     def _before(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Remembers a call; what it is given that no call made, as it is now."""
         facts = graph.facts
-        self._called.append(Called.of(graph, family, args))
+        self._called.append(Called.of(forward, graph, family, args))
         return {
             name: a.detach().clone()
             for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
@@ -411,6 +414,7 @@ class Leg:
         branch: Branch,
         batch: int,
         controls: Sequence[Control],
+        forward: Forward,
         graph: Graph,
         family: Hashable,
         args: Sequence[Any],
@@ -424,7 +428,7 @@ class Leg:
             branch: what the forward belongs to.
             batch: number of samples; 0: that is not known.
             controls: for each span, what may feed nothing but it.
-            graph, family, args: the call with which the span begins.
+            forward, graph, family, args: the call with which the span begins.
             before: the code that was called before that.
             lost: why nothing that was cached before may be reused; None: it may.
         """
@@ -436,7 +440,7 @@ class Leg:
         self._probe = _probe(self._plan.streams[0], self._head, self._starts[0])
         slot = branch.slots[self._number]
         script = slot.script
-        fits = script is not None and script.before == before and script.goes_on(0, graph, family, args)
+        fits = script is not None and script.before == before and script.goes_on(0, forward, graph, family, args)
         if slot.tensors and (lost is not None or not fits or slot.tensors[0].shape != self._probe.shape):
             slot.forget(lost or OTHER_CALLS)
             slot.open = True
@@ -451,7 +455,8 @@ class Leg:
             diff: torch.Tensor = compare(slot.tensors[0], probe, samples, probe.ndim)
             return diff
 
-        self._hit = self._gate(measure, samples, ranks=(groups, probe.device) if groups else None) is True
+        ranks = (groups, probe.device) if groups else None
+        self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
         self._script = slot.script if self._hit else Script(len(self._plan.streams), before)
 
     def skip(
@@ -465,9 +470,9 @@ class Leg:
         if not self._hit:
             if not expected:
                 raise Misfit
-            self._called = Called.of(graph, family, args)
+            self._called = Called.of(forward, graph, family, args)
             return None
-        if not expected or not self._script.goes_on(self._at, graph, family, args):
+        if not expected or not self._script.goes_on(self._at, forward, graph, family, args):
             raise Astray
         outputs: Sequence[Any] = self._script.outputs(self._at, graph, args, self._starts)
         self._ended |= self._script.ended(self._at)

@@ -141,7 +141,7 @@ class Relay:
 
     def begin(self, forward: Forward) -> Run:
         """What drives a forward that begins."""
-        forward.habits = self._habits.setdefault(forward.layout, Habits())
+        forward.know(self._habits.setdefault(forward.layout, Habits()))
         self._habits.move_to_end(forward.layout)
         if len(self._habits) > MAX_LAYOUTS:
             self._habits.popitem(last=False)
@@ -383,6 +383,7 @@ class RelayRun:
                 self._branch,
                 forward.batch(),
                 self._controls,
+                forward,
                 graph,
                 family,
                 args,

@@ -21,7 +21,7 @@ from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
 from fx_cache.runtime.moves import Learner
 from fx_cache.runtime.named import NamedSession, named_session
-from fx_cache.runtime.slots import Branch, BranchRecord, Pass, SessionRecord, Slot
+from fx_cache.runtime.slots import Branch, BranchRecord, Requests, SessionRecord, Slot
 from fx_cache.runtime.weights import Weights
 
 MAX_RECORDS = 64
@@ -35,6 +35,8 @@ MAX_PASSES = 32
 
 MAX_PENDING = 128
 """Steps that may pass before schedule values on a device are read although nobody needs them."""
+
+_BEGINS = (Move.START, Move.LATE)
 
 BUSY = "another thread is at a step of this request"
 NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
@@ -54,7 +56,7 @@ class Store:
         self.listener = listener
         self.sessions: deque[SessionRecord] = deque(maxlen=MAX_RECORDS)
         self._branches: OrderedDict[Hashable, Branch] = OrderedDict()
-        self._passes: WeakValueDictionary[Hashable, Pass] = WeakValueDictionary()
+        self._requests: WeakValueDictionary[Hashable, Requests] = WeakValueDictionary()
         self._learners: dict[Hashable, Learner] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._count = 0
@@ -170,7 +172,7 @@ class Store:
     def _begin(self, program: Hashable, spans: int, given: Given, named: NamedSession | None) -> Branch:
         config = self.config if named is None else named.config(self.config)
         form: Hashable = (program, given.form)
-        controls = tuple(c.identity for c in given.controls)
+        controls = given.beside
         unheard = self.listener is not None and self.listener.begin()
         heard = None if self.listener is None or unheard else self.listener.branch
         base: tuple[Hashable, ...]
@@ -201,7 +203,7 @@ class Store:
             branch.apart = named is not None and named.branch is not None
             branch.unheard = unheard
             self._branches[key] = branch
-            self._share(branch, (base[1:], controls))
+            self._share(branch, base[1:] if named is None else named.key, given, named)
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
         branch.unclear = None
@@ -216,13 +218,23 @@ class Store:
         branch.busy = True
         return branch
 
-    def _share(self, branch: Branch, key: Hashable) -> None:
-        """Lets a branch know of other programs that compute the same pass."""
-        found = self._passes.get(key)
+    def _share(self, branch: Branch, key: Hashable, given: Given, named: NamedSession | None) -> None:
+        """Lets a branch that begins know of others of its requests, and whether it takes part in the present one.
+
+        It does if its call goes on with that, or is at the same time, as the last calls of all others say.
+        """
+        found = self._requests.get(key)
         if found is None:
-            self._passes[key] = branch.shared
-        else:
-            branch.shared, found.several = found, True
+            self._requests[key] = branch.requests
+            return
+        branch.requests, found.several = found, True
+        if not self._begins_for(found, given, named):
+            branch.request = found.present
+
+    def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool:
+        """Whether a call begins a request, as the last call of any branch of the present one says."""
+        others = [b for b in self._branches.values() if b.requests is requests and b.request == requests.present]
+        return not others or any(b.busy or self._move(b, given, named, wait=True) in _BEGINS for b in others)
 
     def _make_room(self, branch: Branch) -> None:
         """Discards what was used longest ago until no more is left than allowed: sessions, and passes without a name.
@@ -254,15 +266,19 @@ class Store:
 
     def _goes_on(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool = False) -> bool:
         """Whether a call is one step on in time for a branch; where that lies on a device, only if it may `wait`."""
+        return bool(given.schedule) and self._move(branch, given, named, wait=wait) in (Move.NEXT, Move.FIRST)
+
+    def _move(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool) -> Move | None:
+        """How a call would follow the last one of a branch; None where that lies on a device, and it may not `wait`."""
         if branch.pending and not wait:
-            return False
+            return None
         if branch.pending:
             self.read_pending(branch)
         sign = _sign(branch, given, Look(given.latents), named)
         if sign.late and not wait:
-            return False
+            return None
         (sign,), _ = _on_host([sign])
-        return bool(sign.values) and branch.clock.preview(sign) in (Move.NEXT, Move.FIRST)
+        return branch.clock.preview(sign)
 
     def _renamed(self, branch: Branch, key: tuple[Hashable, ...]) -> Branch:
         self._branches[key] = self._branches.pop(branch.key)
@@ -285,7 +301,7 @@ class Store:
         self, base: Hashable, key: tuple[Hashable, ...], given: Given, named: NamedSession | None
     ) -> Branch | None:
         """The branch that goes on with other inputs that feed only spans: one step on in time, else it is another."""
-        if not any(c.identity for c in given.controls):
+        if not given.beside:
             return None
         for branch in reversed([b for k, b in self._branches.items() if isinstance(k, tuple) and k[0] == base]):
             if self._goes_on(branch, given, named):
@@ -303,7 +319,11 @@ class Store:
             if named.step is not None:
                 goes_on = named.step > branch.record.step
             else:
-                goes_on = not given.schedule or self._goes_on(branch, given, named, wait=True)
+                goes_on = not given.schedule or (
+                    branch.request == branch.requests.present
+                    and self._goes_on(branch, given, named, wait=True)
+                    and not self._begins_for(branch.requests, given, named)
+                )
             aliases = branch.hold.aliases(given.fixed, identity_key(given.fixed)) if goes_on else None
             if aliases is not None:
                 branch.aliases = aliases
@@ -354,18 +374,19 @@ class Store:
 
     def read_pending(self, branch: Branch, diffs: torch.Tensor | None = None) -> list[float] | None:
         """One copy to the host: what the calls since the last reading show, and diffs, shape [samples]."""
-        if branch.shared.several:  # another program may have seen that a request began
-            for other in [b for b in self._branches.values() if b.shared is branch.shared and b is not branch]:
-                if other.pending:
-                    self._read(other)
-        return self._read(branch, diffs)
-
-    def _read(self, branch: Branch, diffs: torch.Tensor | None = None) -> list[float] | None:
-        signs, read = _on_host(branch.pending, diffs)
-        branch.pending.clear()
         with self._lock:
-            self._resolve(branch, signs)
-        return read
+            unread = [branch]
+            if branch.requests.several:  # by another one it may be seen that a request began
+                of_request = [b for b in self._branches.values() if b.requests is branch.requests]
+                unread = [*(b for b in of_request if b.pending and not b.busy and b is not branch), branch]
+            signs, read = _on_host([s for b in unread for s in b.pending], diffs)
+            rest = iter(signs)
+            for other in unread:
+                of_branch = [next(rest) for _ in other.pending]
+                other.pending.clear()
+                if of_branch:
+                    self._resolve(other, of_branch)
+            return read
 
     def _resolve(self, branch: Branch, signs: list[Sign]) -> None:
         """Takes what the calls since the last reading show, one after another.
@@ -376,15 +397,18 @@ class Store:
         """
         began: int | None = None
         for i, sign in enumerate(signs):
-            behind = branch.request not in (None, branch.shared.request) and sign is signs[-1]
-            told = behind and branch.clock.preview(sign) not in (Move.START, Move.LATE)  # by another program alone
+            shared, first = branch.requests, branch.clock.first
+            behind = branch.request not in (None, shared.present)
+            told = behind and sign is signs[-1] and branch.clock.preview(sign) not in _BEGINS  # by another branch alone
             move = branch.clock.move(replace(sign, begins=True) if told else sign)
-            if move in (Move.START, Move.LATE):
+            if move in _BEGINS:
                 again = branch.starts if branch.clock.tried else []
-                first = sign.look if move is Move.START else branch.last
-                branch.starts = [*again[:1], *([] if first is None else [first])]
+                look = sign.look if move is Move.START else branch.last
+                branch.starts = [*again[:1], *([] if look is None else [look])]
                 began = i if move is Move.START else i - 1
-                branch.request = branch.shared.request if told else branch.shared.begin(sign.forward)
+                if not behind and (branch.request is None or not first):
+                    shared.present += 1
+                branch.request = shared.present
             else:
                 self._complaints.went_on()
             branch.last = sign.look
@@ -448,7 +472,7 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
     """What a call shows of its place in a branch; where the step is given, nothing but that is looked at."""
     apart = named is not None and named.branch is not None
     if named is not None and named.step is not None:
-        return Sign(step=named.step, said=named.step, named=True, apart=apart, forward=given.forward)
+        return Sign(step=named.step, said=named.step, named=True, apart=apart)
     values = read_schedule(given.schedule) if given.schedule else ()
     grams = None if look is None else _since(look, branch.look)
     back = tuple(found for s in branch.starts if look is not None and (found := _since(look, s)) is not None)
@@ -464,7 +488,6 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
         times=given.times,
         back=back,
         look=start,
-        forward=given.forward,
     )
 
 

@@ -160,29 +160,18 @@ class SessionRecord:
     refreshed: bool = False
 
 
-class Pass:
-    """What the programs that compute one pass of a request know together: which request it is.
+class Requests:
+    """What branches that belong to the same requests know together: the programs that compute one pass of them, and
+    the passes of a named session.
 
     Attributes:
-        request: its number.
-        several: whether there are several programs.
+        present: number of the request that began last.
+        several: whether there are several branches.
     """
 
     def __init__(self) -> None:
-        self.request = 0
+        self.present = 0
         self.several = False
-        self._forward: object | None = None
-
-    def begin(self, forward: object | None) -> int:
-        """The number of a request that begins with a call of one program.
-
-        Args:
-            forward: what the calls of one forward have in common; one of them begins the request for all.
-        """
-        if forward is None or forward is not self._forward:
-            self.request += 1
-        self._forward = forward
-        return self.request
 
 
 class Branch:
@@ -195,8 +184,8 @@ class Branch:
         look: the latents of its last call, and what was returned.
         starts: the latents of the request's first call, as far as is known, and of a second one at the same time.
         last: those of the last call that was read.
-        shared: what it shares with other programs of this pass.
-        request: number of the request that it goes on with.
+        requests: what it shares with other branches of its requests.
+        request: number of the one that it goes on with.
         pending: what its calls show and was not read yet, since some of it lies on a device; one for each step.
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
@@ -226,7 +215,7 @@ class Branch:
         self.unclear: str | None = None
         self.look: Look | None = None
         self.starts: list[Look] = []
-        self.shared = Pass()
+        self.requests = Requests()
         self.request: int | None = None
         self.last: Look | None = None
         self.pending: list[Sign] = []

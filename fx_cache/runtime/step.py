@@ -123,7 +123,10 @@ class CachedForward:
             with self._reader.writing(args):
                 return (store, branch), self._compute_or_reuse(store, branch, given, args)
         finally:
-            store.release(branch)
+            with guarded("release") as guard:
+                store.release(branch)
+            if guard.failure is not None:
+                self._failed, branch.busy = True, False
 
     def _begin(
         self, args: Sequence[Any], within: Surroundings | Forward, read: Callable[[Store], Given]
@@ -138,18 +141,34 @@ class CachedForward:
         return None
 
     def _compute_or_reuse(self, store: Store, branch: Branch, given: Given, args: Sequence[Any]) -> Any:
-        gates = [
-            SpanGate(store, branch, k, control, separation)
-            for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
-        ]
-        state: list[Any] = [Keep(branch, self._graph, self._copied)] if self._keeps else []
-        for gate, slot in zip(gates, branch.slots, strict=True):
-            state += [gate, slot.load()]
+        gates: list[SpanGate] = []
+        state: list[Any] = []
+        with guarded("load") as loading:
+            gates = [
+                SpanGate(store, branch, k, control, separation)
+                for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
+            ]
+            state = [Keep(branch, self._graph, self._copied)] if self._keeps else []
+            for gate, slot in zip(gates, branch.slots, strict=True):
+                state += [gate, slot.load()]
+        if loading.failure is not None:
+            self._give_up(store, branch)
+            return self.compute(*args)
         try:
             outputs, new_state = self._rewritten(*args, *state)
         except BaseException:
             store.discard(branch)
             raise
+        with guarded("keep") as keeping:
+            self._remember(branch, given, gates, outputs, new_state)
+        if keeping.failure is not None or any(gate.failed for gate in gates):
+            self._give_up(store, branch)
+        return outputs
+
+    def _remember(
+        self, branch: Branch, given: Given, gates: Sequence[SpanGate], outputs: Any, new_state: Sequence[Any]
+    ) -> None:
+        """Keeps what a step has computed, once all of it went well."""
         if branch.look is not None:
             branch.look.came_out(outputs)
         if given.call is not None:
@@ -159,7 +178,11 @@ class CachedForward:
                 slot.tensors = [self._copied(t) for t in tensors]
                 gate.remember_control()
             gate.record()
-        return outputs
+
+    def _give_up(self, store: Store, branch: Branch) -> None:
+        """Behind an error of ours: nothing of the branch is reused, and from now on the graph computes."""
+        self._failed = True
+        store.discard(branch)
 
     def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> Store:
         anchor = None if self._anchor is None else args[self._anchor]
