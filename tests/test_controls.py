@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fx_cache
 from fx_cache.runtime.gate import SpanGate
 from tests.models import build, walk
 from tests.oracles import run_eager
-from tests.running import compile_cached, last_branch, relative_error, run_cached
+from tests.running import compile_cached, hits_of, last_branch, relative_error, run_cached
 
 NAME = "FluxTransformer2DModel+controlnet"
 CHANGED = "an input that feeds only the span changed"
@@ -151,3 +152,75 @@ def test_written_while_the_span_is_computed(name: str | None, monkeypatch: pytes
     (span,) = last_branch(model)["spans"]
     assert span["misses"][3] == CHANGED
     assert span["hits"] == [4]
+
+
+WIDTH = 16
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.time, self.text = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, added: Tensor | float) -> Tensor:
+        gate = torch.sigmoid(self.time(time))[:, None]
+        return x + gate * torch.tanh(self.layer(x)) + self.text(text).mean(1, keepdim=True) + added
+
+
+class Late(nn.Module):
+    """The first blocks of a stack do not read an input that the others do; `how` says what else does."""
+
+    def __init__(self, how: str, stacks: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.embed, self.time, self.out = nn.Linear(4, WIDTH), nn.Linear(2, WIDTH), nn.Linear(WIDTH, 4)
+        self.control = nn.Linear(WIDTH, WIDTH)
+        self.stacks = nn.ModuleList(nn.ModuleList(Block() for _ in range(6)) for _ in range(stacks))
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, control: Any) -> Any:
+        time = self.time(torch.stack([timestep.sin(), timestep.cos()], -1))
+        x = self.embed(x)
+        added = control if self.how == "number" else self.control(control).mean(1, keepdim=True)
+        for k, stack in enumerate(self.stacks):
+            for i, block in enumerate(stack):
+                x = block(x, time, text, added if k == 0 and i >= 2 else 0.0)
+            x = torch.tanh(x) * 2.0
+        out = self.out(x)
+        if self.how == "gate":
+            out = out * torch.sigmoid(control.mean())
+        return (out, control * 1.0) if self.how == "returned" else (out,)
+
+
+LATE: list[tuple[str, Any, dict[str, Any]]] = [
+    ("", (1, 8, WIDTH), {}),
+    ("gate", (1, 8, WIDTH), {}),
+    ("returned", (1, 8, WIDTH), {}),
+    ("tail", (1, 8, WIDTH), {"Bn_compute_blocks": 1}),
+    ("stack", (1, 8, WIDTH), {"scope": "stack"}),
+    ("number", (), {}),
+    ("number", (1,), {}),
+    ("number", float, {}),
+]
+
+
+@pytest.mark.parametrize("said", [{}, {"branch": "only"}, {"step": 0}, {"branch": "only", "step": 0}], ids=str)
+@pytest.mark.parametrize(("how", "shape", "options"), LATE)
+def test_what_no_probe_shows(how: str, shape: Any, options: dict[str, Any], said: dict[str, Any]) -> None:
+    """Whatever else reads an input, and whatever it looks like: with another one a step computes."""
+    model = Late(how, 2 if how == "stack" else 1)
+    compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=1, **options)
+    text = torch.randn(1, 80, WIDTH)
+    values = (1.0, 3.0) if shape is float else [k * torch.ones(shape) + torch.randn(shape) for k in (0, 3)]
+    for request in range(2):
+        x = torch.randn(1, 8, 4)
+        for i in range(8):
+            inputs = x, torch.tensor([0.9 - 0.05 * i]), text, values[i >= 5]
+            named = {**said, "step": i} if "step" in said else said
+            with fx_cache.session(f"request-{request}", **named):
+                output = compiled(*inputs)[0]
+            if i in (0, 5):
+                assert torch.equal(output, model(*inputs)[0]), (request, i)
+            x = x - 0.05 * output
+    assert sum(map(len, hits_of(model))) >= 6

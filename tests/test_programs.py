@@ -71,25 +71,81 @@ def test_a_model_that_computes_otherwise_from_a_step_on(changed: dict, named: bo
     assert last_branch(compiled)["spans"][0]["hits"]
 
 
+class Numbered(Model):
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, k: int = 1) -> tuple[Tensor]:  # type: ignore[override]
+        return super().forward(x * k, timestep, text, pooled)
+
+
 @pytest.mark.parametrize("branch", [None, "only"])
-def test_a_request_that_was_given_up_in_another_program(branch: str | None) -> None:
-    """Its name is given to another request, which comes to that program too."""
-    model = Model()
+@pytest.mark.parametrize("how", ["blocks", "blocks, all anew", "prompt", "number"])
+def test_a_request_that_was_given_up_in_another_program(how: str, branch: str | None) -> None:
+    """Its name is given to another request of its seed, which comes to that program, or that prompt, too."""
+    model = Numbered()
     compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=1)
-    text, pooled = torch.randn(1, 8, WIDTH), torch.randn(1, 8, WIDTH)
+    text, pooled, other, first = (torch.randn(1, n, w) for n, w in ((80, WIDTH), (80, WIDTH), (80, WIDTH), (8, 4)))
     for request in range(3):
-        x = torch.randn(1, 8, 4)
+        x = first.clone()
         for i in range(6 if request == 0 else 8):
+            late = i >= 5
             for block in model.blocks[2:]:
-                block.gain = 3 if i >= 5 else 1
+                block.gain = 3 if late and "blocks" in how else 1
+            given = other if late and how == "prompt" else text, pooled
+            given = tuple(v.clone() for v in given) if "anew" in how else given
             with fx_cache.session("request", branch=branch):
-                inputs = x, torch.tensor([0.9 - (0.1 + 0.003 * request) * i]), text, pooled
+                time = torch.tensor([0.9 - (0.1 + 0.003 * request) * i])
+                inputs = x, time, *given, 2 if late and how == "number" else 1
                 output = compiled(*inputs)[0]
-            if i in (0, 5):
-                assert torch.equal(output, model(*inputs)[0])
+            # A prompt that changes under a name is another step of the request, which the probe shows.
+            if i == 0 or (i == 5 and not (branch and how in ("prompt", "number"))):
+                assert torch.equal(output, model(*inputs)[0]), (request, i)
             x = x - 0.1 * output
-        spans = [b["spans"][0] for b in fx_cache.summary(compiled).to_dict()["sessions"][-1]["branches"]]
-        assert any(span["hits"] for span in spans)
+    assert hits_of(compiled)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_another_program_at_some_steps(every: int) -> None:
+    """The others go on with what theirs has computed (skip-layer guidance)."""
+    model = Model()
+    compiled = compile_cached(model, residual_diff_threshold=10.0, max_warmup_steps=2)
+    x, text, pooled = torch.randn(1, 8, 4), torch.randn(1, 80, WIDTH), torch.randn(1, 80, WIDTH)
+    for i in range(16):
+        for block in model.blocks[2:]:
+            block.gain = 3 if i // every % 2 else 1
+        x = x - 0.05 * compiled(x, torch.tensor([0.95 - 0.05 * i]), text, pooled)[0]
+    assert hits_of(compiled) == [[2, 3, 4, 5, 6, 7]] * 2
+
+
+def test_numbers_that_data_give() -> None:
+    """Which tensor a number was read from is a part of the program, and so is whose size it is."""
+
+    def items(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x * a + b + x * a.item() + x.tanh() * b.item()
+
+    def items_swapped(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x * a + b + x * b.item() + x.tanh() * a.item()
+
+    def sizes(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        i, j = a.nonzero(), b.nonzero()
+        return x + i.sum() + j.sum() + x.new_ones(i.shape[0]).sum() + 2 * x.new_ones(j.shape[0]).sum()
+
+    def sizes_swapped(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        i, j = a.nonzero(), b.nonzero()
+        return x + i.sum() + j.sum() + x.new_ones(j.shape[0]).sum() + 2 * x.new_ones(i.shape[0]).sum()
+
+    names = []
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        for compute in (items, items_swapped, sizes, sizes_swapped, items):
+            torch._dynamo.reset()
+            captured: list[fx.GraphModule] = []
+
+            def look(gm: fx.GraphModule, _: list, captured: list = captured) -> Callable:
+                captured.append(gm)
+                return gm.forward
+
+            inputs = torch.randn(3), torch.tensor(1.5), torch.tensor(2.5)
+            torch.compile(compute, backend=look, fullgraph=True)(*inputs)
+            names.append(Program.of(captured[0].graph).at(inputs))
+    assert len(set(names)) == 4 and names[0] == names[-1]
 
 
 @torch.library.custom_op("fx_cache_test_one::mix", mutates_args=())

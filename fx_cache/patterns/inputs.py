@@ -120,11 +120,11 @@ def with_controls(
     shown = [ancestors(probe, stop=set(skipped)) for probe in probes]
     elsewhere = {n for probe in probes for n in ancestors(probe)} | ancestors(output, stop=set(skipped))
     unseen: list[list[int]] = [[] for _ in spans]
-    for i in (*roles.conditioning, *roles.scalars, *(i for i in roles.schedule if i not in roles.timed)):
+    for i in sorted({*roles.latents, *roles.conditioning, *roles.scalars, *roles.schedule}.difference(roles.timed)):
         for k in sorted({skipped[n] for n in descendants(graph, [inputs[i]]) if n in skipped}):
             if inputs[i] not in shown[k]:
                 unseen[k].append(i)
-    reaching = {i for of_span in unseen for i in of_span}.difference(roles.schedule)
+    reaching = {i for of_span in unseen for i in of_span}.intersection((*roles.conditioning, *roles.scalars))
     controls = tuple(i for i in sorted(reaching) if inputs[i] not in elsewhere)
     return replace(roles, unseen=tuple(map(tuple, unseen)), controls=controls)
 

@@ -213,6 +213,11 @@ class Clock:
         return self._last is None
 
     @property
+    def moves(self) -> int:
+        """How many of the request's calls went on in time."""
+        return self._moves
+
+    @property
     def tried(self) -> bool:
         """Whether the call before the request's first one was at the same time: the request may have begun with it."""
         return self._tried and self._moves == 0

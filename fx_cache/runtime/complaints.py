@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Hashable
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import CacheWarning
@@ -14,7 +15,7 @@ ENOUGH = 8
 """Steps behind the warm-up that a request has at least, for its having no hit to be worth a word."""
 
 MAX_BEGUN = 16
-"""Calls in a row each of which began a request, before that is worth a word."""
+"""Calls in a row each of which began a request at another time than the one before, before that is worth a word."""
 
 MAX_CHANGED = 8
 """Calls in a row before each of which the weights had changed, before that is worth a word."""
@@ -48,6 +49,7 @@ class Complaints:
         self._text: str | None = None
         self._said = False
         self._begun = 0
+        self._at: Hashable = None
         self._changed = 0
 
     def weights(self, changed: bool) -> None:
@@ -56,9 +58,10 @@ class Complaints:
         if self._changed == MAX_CHANGED:
             self._note(_CHANGING)
 
-    def began(self) -> None:
-        """A call has begun a request."""
-        self._begun += 1
+    def began(self, at: Hashable) -> None:
+        """A call has begun a request, `at` this time: many may begin at one time, side by side."""
+        self._begun += at != self._at or not at
+        self._at = at
         if self._begun == MAX_BEGUN:
             self._note(_one_step_each(self._begun))
 

@@ -232,9 +232,10 @@ class Store:
             branch.request = found.present
 
     def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool:
-        """Whether a call begins a request, as the last call of any branch of the present one says."""
+        """Whether a call begins a request, as its time says, beside the last call of any branch of the present one."""
         others = [b for b in self._branches.values() if b.requests is requests and b.request == requests.present]
-        return not others or any(b.busy or self._move(b, given, named, wait=True) in _BEGINS for b in others)
+        moves = (self._move(b, replace(given, latents=()), named, wait=True) for b in others if not b.busy)
+        return not others or any(b.busy for b in others) or any(move in _BEGINS for move in moves)
 
     def _make_room(self, branch: Branch) -> None:
         """Discards what was used longest ago until no more is left than allowed: sessions, and passes without a name.
@@ -343,6 +344,9 @@ class Store:
         if not branch.slots:
             self._begin_anew(branch, named)
         else:
+            first_move = branch.requests.several and branch.clock.moves == 0 and sign.step is None
+            if first_move and self._begins_for(branch.requests, given, named):
+                sign = replace(sign, begins=True)
             branch.record.step += 1
             if last is not None and sign.step is None and branch.record.step >= last:
                 sign = replace(sign, begins=True)
@@ -409,6 +413,8 @@ class Store:
                 if not behind and (branch.request is None or not first):
                     shared.present += 1
                 branch.request = shared.present
+                if not sign.apart:
+                    self._complaints.began(sign.values)
             else:
                 self._complaints.went_on()
             branch.last = sign.look
@@ -427,8 +433,6 @@ class Store:
         old = branch.record
         if branch.slots:
             self._complaints.ended(old, branch.config)
-        if named is None or named.branch is None:
-            self._complaints.began()
         slots = [Slot() for _ in range(branch.spans)]
         kept = None
         if since:
