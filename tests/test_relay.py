@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -409,6 +410,84 @@ def test_weights_of_blocks_that_change_in_the_middle(how: str, first: int) -> No
     # What has changed ends the request; the next one has to warm up, and learn which way the time goes.
     assert before["hits"] == [2, 3, 4]
     assert behind["hits"] == [2]
+
+
+class Holding(Block):
+    """Holds a number that is read behind a graph break."""
+
+    held: Any = 0.0
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        x, text = super().forward(x, text, time)
+        torch._dynamo.graph_break()
+        return x + self.held * torch.tanh(x), text
+
+
+@pytest.mark.parametrize("kind", [float, int, torch.tensor])
+def test_numbers_that_the_model_holds(kind: Any) -> None:
+    model = Model()
+    model.blocks = nn.ModuleList(Holding() for _ in range(BLOCKS))
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    hits = 0
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            for block in model.blocks[2:]:
+                block.held = kind(4.0) if i >= 5 else kind(2.0)
+            with fx_cache.session(f"request-{request}", branch="only"):
+                output = compiled(**step)[0]
+            if i == 5:
+                assert torch.equal(output, model(**step)[0]), request
+        hits += len(last_branch(compiled)["spans"][0]["hits"])
+    assert hits >= 8
+
+
+class Stepped(Model):
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, step: float) -> tuple[Tensor]:  # type: ignore[override]
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            x, text = block(x, text, time)
+            torch._dynamo.graph_break()
+            x = x + 0.001 * step * x
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+@pytest.mark.parametrize("branch", [None, "only"])
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_number_that_moves_with_the_time(kind: type, branch: str | None) -> None:
+    compiled = compile_broken(Stepped(), residual_diff_threshold=10.0)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            with fx_cache.session(f"request-{request}", branch=branch):
+                compiled(**step, step=kind(100 - i))
+    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("writes", [(), (1,), range(STEPS)], ids=str)
+def test_what_a_forward_writes_to_may_be_another_one_later(writes: Sequence[int]) -> None:
+    """Oracle: the model's own output at the step from which on it is."""
+
+    class Writing(Controlled):
+        writes = False
+
+        def forward(self, *args: Any) -> tuple[Tensor]:
+            out = super().forward(*args)
+            if self.writes:
+                args[-1].mul_(1.0)
+            return out
+
+    model = Writing()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(3):
+        values = [k * torch.ones(1, TOKENS, WIDTH) for k in (1.0, 3.0)]
+        for i, step in enumerate(walk(request)):
+            model.writes = i in writes
+            inputs = (*step.values(), values[i >= 5])
+            with fx_cache.session(f"request-{request}", branch="only"):
+                output = compiled(*inputs)[0]
+            model.writes = False
+            if i == 5:
+                assert torch.equal(output, model(*inputs)[0]), request
+    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 6, 7]
 
 
 class Broken(Exception):
