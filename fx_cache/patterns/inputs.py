@@ -117,7 +117,13 @@ def with_controls(
     inputs = list(graph.find_nodes(op="placeholder"))
     skipped = {n: k for k, span in enumerate(spans) for n in span}
     output = next(iter(graph.find_nodes(op="output")))
-    shown = [ancestors(probe, stop=set(skipped)) for probe in probes]
+    shown: list[set[fx.Node]] = []
+    for probe in probes:
+        reached = ancestors(probe, stop=set(skipped))
+        # Past a span that is skipped go the streams that it starts with, of which its own probe shows all.
+        shown.append(
+            reached.union(*(shown[k] for k in {skipped[n] for n in reached if n in skipped} if k < len(shown)))
+        )
     elsewhere = {n for probe in probes for n in ancestors(probe)} | ancestors(output, stop=set(skipped))
     unseen: list[list[int]] = [[] for _ in spans]
     for i in sorted({*roles.latents, *roles.conditioning, *roles.scalars, *roles.schedule}.difference(roles.timed)):

@@ -31,7 +31,7 @@ from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.contents import PLAIN, contents
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.habits import Habits, Shape, fitting
-from fx_cache.runtime.identity import SMALL, identity_key, signature
+from fx_cache.runtime.identity import SMALL, StorageHold, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT
 from fx_cache.runtime.named import named_session
 from fx_cache.runtime.net import Versions, plain, spread, versions_at_begin
@@ -260,12 +260,19 @@ class Forward:
             key = self.keys[i]
             if key is not None and isinstance(key[0], tuple) and key[0][-1] == self.inputs[i]._version:
                 self.keys[i] = ((*key[0][:-1], self._origins[i][1]),)
+        for i, (hold, origin) in habits.put.items():
+            if i < len(self.keys) and (key := self.keys[i]) is not None and hold.same([self.inputs[i]], key):
+                self.keys[i] = origin
 
     def _see_writes(self) -> None:
-        """Takes notice of what it has written to among what it was given."""
+        """Takes notice of what it has written to, or put in another's place, among what it was given."""
         written = [i for i, (version, _) in self._origins.items() if self.inputs[i]._version != version]
-        self.habits.own |= set(written)
         self.habits.writes.wrote([self.inputs[i] for i in written], [self._origins[i][1] for i in written])
+        now = contents(self._given)
+        pairs = enumerate(zip(now, self.inputs, strict=True)) if len(now) == len(self.inputs) else ()
+        put = {i: v for i, (v, before) in pairs if v is not before and comparable(v) and self.keys[i] is not None}
+        self.habits.put = {i: (StorageHold([v]), self.keys[i]) for i, v in put.items()}
+        self.habits.own |= {*written, *put}
 
     @property
     def reusing(self) -> bool:
@@ -319,7 +326,7 @@ class Forward:
         """
         named = named_session()
         if named is None or named.branch is None:
-            return Control.of([])
+            return Control([], ())
         keys = {i: key for i in others if (key := self.keys[i]) is not None}
         own = frozenset(k for k, i in enumerate(keys) if i in self.habits.own)
         return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key), own)

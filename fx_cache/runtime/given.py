@@ -28,10 +28,6 @@ class Control:
     identity: tuple[Hashable, ...]
     own: frozenset[int] = frozenset()
 
-    @classmethod
-    def of(cls, inputs: Sequence[Any]) -> Control:
-        return cls(inputs, identity_key(inputs))
-
     @property
     def written(self) -> bool:
         """Whether they were written to meanwhile, by other code than the forward."""
@@ -132,13 +128,13 @@ class _Own:
     """The inputs that a graph writes to itself."""
 
     def __init__(self, positions: Sequence[int]) -> None:
-        self._positions = positions
+        self.positions = positions
         self.writes = OwnWrites() if positions else None
 
     @contextlib.contextmanager
     def writing(self, args: Sequence[Any]) -> Iterator[None]:
         """While the graph runs."""
-        values = [args[i] for i in self._positions if not args[i].is_inference()]
+        values = [args[i] for i in self.positions if not args[i].is_inference()]
         origins = [self.writes.origin(v) for v in values] if self.writes is not None else []
         yield
         if self.writes is not None:
@@ -162,7 +158,7 @@ class _Positions:
         fixed = [args[i] for i in self._fixed]
         return Given(
             identity_key(fixed, self._own.writes),
-            tuple([Control.of([args[i] for i in of_span]) for of_span in self._unseen]),
+            tuple([self._control(args, of_span) for of_span in self._unseen]),
             identity_key([args[i] for i in self._controls]),
             signature([args[i] for i in self._form]),
             [torch.as_tensor(args[i]) for i in self._schedule],
@@ -171,6 +167,11 @@ class _Positions:
             tuple([args[i] for i in self._latents]),
             self._times,
         )
+
+    def _control(self, args: Sequence[Any], of_span: Sequence[int]) -> Control:
+        inputs = [args[i] for i in of_span]
+        own = frozenset(k for k, i in enumerate(of_span) if i in self._own.positions)
+        return Control(inputs, identity_key(inputs, self._own.writes), own)
 
 
 def _with_moves(roles: InputRoles, moves: Moves) -> InputRoles:

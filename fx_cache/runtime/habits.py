@@ -35,12 +35,14 @@ class Habits:
         told: those that a graph takes for the timestep or the like.
         own: those that forwards write to themselves.
         writes: what they have written.
+        put: what the last one has put in the place of inputs, and who was there before.
     """
 
     def __init__(self) -> None:
         self.told: frozenset[int] = frozenset()
         self.own: frozenset[int] = frozenset()
         self.writes = OwnWrites()
+        self.put: dict[int, tuple[StorageHold, Any]] = {}
         self._learned = Moves()
         self._learner = Learner()
         self._history: deque[_Seen] = deque(maxlen=HISTORY)
