@@ -5,15 +5,56 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import fx_cache
+from fx_cache.runtime import follow, sessions, slots
 from fx_cache.runtime.gate import SpanGate
 from tests.models import build, conditioning, walk
 from tests.running import REUSING, compile_cached, last_branch, schedule_on_a_device
+
+PARTS = [
+    (sessions.Store, "begin"),
+    (sessions.Store, "release"),
+    (sessions.Store, "read_pending"),
+    (SpanGate, "decide"),
+    (SpanGate, "record"),
+    (SpanGate, "remember_control"),
+    (follow.Look, "came_out"),
+    (slots.Slot, "load"),
+]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize(("kind", "function"), PARTS, ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_an_error_of_ours_in_a_step(
+    kind: type, function: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call raises: that step and all that follow are the model's own, and one warning says so."""
+    model, steps = build("dit"), walk("dit", 6)
+    compiled, plain, called = compile_cached(model, residual_diff_threshold=2.0), getattr(kind, function), []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        called.append(function)
+        if len(called) == 2:
+            raise error("on purpose")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(kind, function, broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in steps:
+            before = len(called)
+            output = compiled(**step)
+            if len(called) >= 2 and not (before < 2 and function in ("record", "release", "came_out")):
+                assert torch.equal(output[0], model(**step)[0])
+    assert len(called) >= 2
+    (said,) = [str(w.message) for w in caught if issubclass(w.category, fx_cache.CacheWarning)]
+    assert f"got {error.__name__}: on purpose" in said
 
 
 def first_weight(model: torch.nn.Module) -> torch.nn.Parameter:
@@ -262,6 +303,17 @@ def test_conditioning_made_anew_at_every_step_is_told_of() -> None:
         told += [str(w.message) for w in caught]
     assert len(told) == 1
     assert "a request of its own from each" in told[0]
+
+
+@pytest.mark.filterwarnings("error::fx_cache.CacheWarning")
+@pytest.mark.parametrize("steps", [1, 4])
+def test_requests_side_by_side_are_not(steps: int) -> None:
+    """Many that begin at one time, as a queue makes them: nothing is said."""
+    compiled = compile_cached(build("flux"), **REUSING)
+    requests = [walk("flux", steps, seed=seed, conditioning=conditioning("flux", seed)) for seed in range(20)]
+    for i in range(steps):
+        for request in requests:
+            compiled(**request[i])
 
 
 def test_what_is_denoised_is_learned_where_the_graph_does_not_show_it() -> None:

@@ -35,7 +35,8 @@ _FORMS = {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "mo
 _FORMS |= {"squeeze", "unsqueeze", "expand", "expand_as", "view_as", "reshape_as", "stack", "flip", "roll", "pad", "mT"}
 _FORMS |= {"repeat", "repeat_interleave", "tile"}
 _PICKS = {"index_select", "gather", "take_along_dim"}
-_BUFFERS = {"arange", "empty", "zeros", "new_empty", "new_zeros", "empty_like", "zeros_like"}
+_BUFFERS = {"arange", "empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full"}
+_BUFFERS |= {"empty_like", "zeros_like", "ones_like", "full_like"}
 _FILLS = {"setitem", "copy_", "index_copy_", "index_put_", "index_add_", "scatter_", "scatter_add_", "masked_scatter_"}
 _PUTS = {"slice_scatter", "select_scatter", "index_copy", "index_put", "scatter", "masked_scatter", "where"}
 _PUTS |= {"index_add", "scatter_add"}
@@ -134,6 +135,7 @@ class _Trace:
         self._form = fx.Graph()
         self._parts: dict[fx.Node, fx.Node] = {}
         self._made: dict[fx.Node, fx.Node | None] = {}
+        self._places: dict[fx.Node, bool] = {}
 
     def back(self, at: tuple[int, int], value: fx.Node) -> Carried | None:
         result = self._of(at, value)
@@ -213,12 +215,13 @@ class _Trace:
 
     def _says_where(self, node: fx.Node) -> bool:
         """Whether it says where elements go, computed of values from before the boundary without a stream."""
-        dtype = value_of(node).dtype if is_tensor(node) else torch.float32
-        if dtype.is_floating_point or dtype.is_complex or written_inputs(node) or draws_random(node):
-            return False
-        return all(
-            self._order[a] < self._start or not is_tensor(a) or self._says_where(a) for a in node.all_input_nodes
-        )
+        if node not in self._places:
+            dtype = value_of(node).dtype if is_tensor(node) else torch.float32
+            never = dtype.is_floating_point or dtype.is_complex or written_inputs(node) or draws_random(node)
+            self._places[node] = not never and all(
+                self._order[a] < self._start or not is_tensor(a) or self._says_where(a) for a in node.all_input_nodes
+            )
+        return self._places[node]
 
     def _part(self, node: fx.Node) -> fx.Node | None:
         """An input of the new graph; a host value from before the boundary is computed again."""

@@ -309,7 +309,7 @@ class Forward:
             doubt = f"an input of type {opaque[0]}: whether it changed is not known"
         return Given(
             tuple((i, self.keys[i]) for i in others),
-            (self._control(others),) * spans,
+            (self._control(others, doubt),) * spans,
             (),
             signature([t for t in self.inputs if _stored(t)]),
             schedule,
@@ -319,7 +319,7 @@ class Forward:
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
         )
 
-    def _control(self, others: Sequence[int]) -> Control:
+    def _control(self, others: Sequence[int], doubt: str | None) -> Control:
         """What may feed nothing but a span: all the conditioning, where the pass is not known by that already.
 
         Which graphs read it, and which the code between them does, is not known.
@@ -329,7 +329,7 @@ class Forward:
             return Control([], ())
         keys = {i: key for i in others if (key := self.keys[i]) is not None}
         own = frozenset(k for k, i in enumerate(keys) if i in self.habits.own)
-        return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key), own)
+        return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key), own, doubt)
 
     @property
     def not_denoised(self) -> frozenset[int]:

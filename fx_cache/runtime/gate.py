@@ -161,7 +161,7 @@ class SpanGate:
         if verdict.reuse is not False and branch.doubt is not None:
             return Verdict(False, branch.doubt)
         if verdict.reuse is not False and self._control_changed:
-            return Verdict(False, "an input that feeds only the span changed")
+            return Verdict(False, self._control.doubt or "an input that feeds only the span changed")
         return verdict
 
     def _judge(self, verdicts: list[Verdict], diffs: list[float] | None) -> list[Verdict]:

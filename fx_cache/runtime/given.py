@@ -22,11 +22,13 @@ class Control:
         inputs: these.
         identity: who they are.
         own: numbers of those among them that the forward writes to itself.
+        doubt: what is not known of them, or None.
     """
 
     inputs: Sequence[Any]
     identity: tuple[Hashable, ...]
     own: frozenset[int] = frozenset()
+    doubt: str | None = None
 
     @property
     def written(self) -> bool:
