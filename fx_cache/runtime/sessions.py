@@ -233,7 +233,11 @@ class Store:
 
     def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool:
         """Whether a call begins a request, as its time says, beside the last call of any branch of the present one."""
-        others = [b for b in self._branches.values() if b.requests is requests and b.request == requests.present]
+        of_requests = [b for b in self._branches.values() if b.requests is requests]
+        for b in of_requests:
+            if b.pending and not b.busy:
+                self.read_pending(b)
+        others = [b for b in of_requests if b.request == requests.present]
         moves = (self._move(b, replace(given, latents=()), named, wait=True) for b in others if not b.busy)
         return not others or any(b.busy for b in others) or any(move in _BEGINS for move in moves)
 
@@ -321,8 +325,8 @@ class Store:
                 goes_on = named.step > branch.record.step
             else:
                 goes_on = not given.schedule or (
-                    branch.request == branch.requests.present
-                    and self._goes_on(branch, given, named, wait=True)
+                    self._goes_on(branch, given, named, wait=True)
+                    and branch.request == branch.requests.present
                     and not self._begins_for(branch.requests, given, named)
                 )
             aliases = branch.hold.aliases(given.fixed, identity_key(given.fixed)) if goes_on else None
