@@ -441,25 +441,41 @@ def test_numbers_that_the_model_holds(kind: Any) -> None:
     assert hits >= 8
 
 
+class SteppedBlock(Block):
+    def forward(self, x: Tensor, text: Tensor, time: Tensor, step: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x + 0.001 * step * x, text, time)
+
+
 class Stepped(Model):
+    """A number moves with the time: its blocks read it, or code between them, where nobody sees it."""
+
+    def __init__(self, between: bool) -> None:
+        super().__init__()
+        self.between = between
+        self.blocks = nn.ModuleList(SteppedBlock() for _ in range(BLOCKS))
+
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, step: float) -> tuple[Tensor]:  # type: ignore[override]
         x, time = self.begin(latent, timestep)
         for block in self.blocks:
-            x, text = block(x, text, time)
+            x, text = block(x, text, time, 1.0 if self.between else step)
             torch._dynamo.graph_break()
-            x = x + 0.001 * step * x
+            x = x + 0.001 * step * x if self.between else x
         return (self.out(x + text.mean(dim=1, keepdim=True)),)
 
 
+@pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("branch", [None, "only"])
 @pytest.mark.parametrize("kind", [int, float])
-def test_a_number_that_moves_with_the_time(kind: type, branch: str | None) -> None:
-    compiled = compile_broken(Stepped(), residual_diff_threshold=10.0)
+def test_a_number_that_moves_with_the_time(kind: type, branch: str | None, between: bool) -> None:
+    """It is the schedule where the head reads it; where that is not known, every step computes."""
+    model = Stepped(between)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
     for request in range(3):
         for i, step in enumerate(walk(request)):
             with fx_cache.session(f"request-{request}", branch=branch):
-                compiled(**step, step=kind(100 - i))
-    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]
+                output = compiled(**step, step=kind(100 - i))[0]
+            assert not between or torch.equal(output, model(**step, step=kind(100 - i))[0])
+    assert last_branch(compiled)["spans"][0]["hits"] == ([] if between else [2, 3, 4, 5, 6, 7])
 
 
 @pytest.mark.parametrize("writes", [(), (1,), range(STEPS)], ids=str)
@@ -810,11 +826,22 @@ def _glue(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize(
-    ("kinds", "glue", "blocks"),
-    [("hhhhh", 1, [2, 3]), ("hhhhh", 3, [4]), ("hhhho", None, [4]), ("hhhoo", None, [3, 2]), ("ohhhh", 2, [2, 2])],
+    ("kinds", "glue", "blocks", "seen_through"),
+    [
+        ("hhhhh", 1, [2, 3], [5]),
+        ("hhhhh", 3, [4], [5]),
+        ("hhhho", None, [4], [4]),
+        ("hhhoo", None, [3, 2], [3, 2]),
+        ("ohhhh", 2, [2, 2], [4]),
+    ],
 )
-def test_uniform_stretches(kinds: str, glue: int | None, blocks: list[int], captured: bool) -> None:
-    """Glue behind some blocks, or blocks of another kind, end a stack. Oracle: on the same input it changes nothing."""
+def test_uniform_stretches(
+    kinds: str, glue: int | None, blocks: list[int], seen_through: list[int], captured: bool
+) -> None:
+    """Glue behind some blocks in a graph of its own, or blocks of another kind, end a stack; glue outside all graphs
+    does not. Oracle: on the same input it changes nothing.
+    """
+    blocks = blocks if captured else seen_through
     model, steps = Glued(kinds, glue, captured), split_walk("one", 6)
     found = fx_cache.explain(compile_broken(model), **steps[0])
     assert [s.blocks for s in found.stacks if s.span is not None] == blocks

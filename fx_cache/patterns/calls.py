@@ -10,10 +10,11 @@ from torch import fx
 from torch._guards import CompileContext
 
 from fx_cache.errors import Refusal
-from fx_cache.patterns.graph import draws_random, source_of, storage_key, written_storages
+from fx_cache.patterns.graph import ancestors, draws_random, source_of, storage_key, written_storages
 from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
 from fx_cache.patterns.programs import Program
+from fx_cache.patterns.values import data_inputs
 from fx_cache.patterns.work import Work
 
 Form = tuple[tuple[int, ...], torch.dtype]
@@ -21,6 +22,9 @@ Form = tuple[tuple[int, ...], torch.dtype]
 
 Place = tuple[int, int]
 """A call, and one of its outputs."""
+
+UNKNOWN = -1
+"""In the place of a user's input: something of which it is not known where it comes from."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class GraphFacts:
         roles: the roles of its inputs; none is a latent, since what is denoised only the end of the forward shows.
         names: where each input comes from, in the terms of the captured code; the same in every graph of that code.
         tokens: for each output, the inputs whose tokens it holds.
+        shown: for each output, the inputs that its numbers depend on.
         written: inputs that it writes to in place.
         work: its FLOPs.
         span_work: those in spans of its own; 0 if it has none.
@@ -46,6 +51,7 @@ class GraphFacts:
     roles: InputRoles
     names: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
+    shown: tuple[tuple[int, ...], ...]
     written: tuple[int, ...]
     work: int
     span_work: int
@@ -75,10 +81,9 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
     roles = replace(roles, latents=(), conditioning=(*roles.latents, *roles.conditioning))
     inputs = list(graph.find_nodes(op="placeholder"))
     outputs = next(iter(graph.find_nodes(op="output"))).args[0]
-    tokens = []
-    for output in outputs:
-        sources = token_sources(output) if isinstance(output, fx.Node) else set()
-        tokens.append(tuple(i for i in roles.conditioning if inputs[i] in sources))
+    nodes = [output if isinstance(output, fx.Node) else None for output in outputs]
+    sources = [set() if n is None else token_sources(n) for n in nodes]
+    behind = [set() if n is None else ancestors(n, reads=data_inputs) for n in nodes]
     written = written_storages(graph.nodes)
     work = Work(graph).total
     compile_id = CompileContext.current_compile_id()
@@ -86,7 +91,8 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
         program=Program.of(graph),
         roles=roles,
         names=tuple(map(source_of, inputs)),
-        tokens=tuple(tokens),
+        tokens=tuple(tuple(i for i in roles.conditioning if inputs[i] in held) for held in sources),
+        shown=tuple(tuple(i for i, n in enumerate(inputs) if n in of_output) for of_output in behind),
         written=tuple(i for i, n in enumerate(inputs) if storage_key(n) in written),
         work=work,
         span_work=round(span_share * work),
@@ -105,18 +111,22 @@ class InputTrace:
     Attributes:
         form: shape and dtype.
         made_by: who made it, or most of it.
-        tokens: the user's inputs whose tokens it holds.
+        tokens: the user's inputs whose tokens it holds, and `UNKNOWN` if it may hold others; none if nothing is known.
+        shown: the user's inputs that it is known to depend on.
         others: how many tokens at its beginning and at its end are none of what was made, but were joined to that.
         whole: whether it is just what was made.
         memory: the call that made the memory it lies in, whatever has been written there since; None if none did.
+        unseen: whether nobody known made it, and it holds other numbers than at the call before of the same code.
     """
 
     form: Form
     made_by: Place | None
     tokens: frozenset[int]
+    shown: frozenset[int] = frozenset()
     others: tuple[int, int] = (0, 0)
     whole: bool = True
     memory: int | None = None
+    unseen: bool = False
 
 
 @dataclass(frozen=True)

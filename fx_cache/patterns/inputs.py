@@ -48,6 +48,7 @@ class InputRoles:
         conditioning: stay the same objects within a request and branch.
         unseen: for each span, the inputs that reach it, and not its probe: a step with others computes, since the probe
             does not show them. What is known to be the time is none of them.
+        shown: for each span, the inputs that its probe depends on.
         controls: the conditioning and the numbers that reach nothing but spans (ControlNet samples, inputs of single
             layers): with others a pass of a request is still the same.
         scalars: host numbers, compared by value; not the sizes of other inputs.
@@ -62,6 +63,7 @@ class InputRoles:
     scalars: tuple[int, ...]
     weights: tuple[int, ...]
     unseen: tuple[tuple[int, ...], ...] = ()
+    shown: tuple[tuple[int, ...], ...] = ()
     controls: tuple[int, ...] = ()
     certain: bool = False
     timed: tuple[int, ...] = ()
@@ -132,7 +134,8 @@ def with_controls(
                 unseen[k].append(i)
     reaching = {i for of_span in unseen for i in of_span}.intersection((*roles.conditioning, *roles.scalars))
     controls = tuple(i for i in sorted(reaching) if inputs[i] not in elsewhere)
-    return replace(roles, unseen=tuple(map(tuple, unseen)), controls=controls)
+    seen = tuple(tuple(i for i, n in enumerate(inputs) if n in of_span) for of_span in shown)
+    return replace(roles, unseen=tuple(map(tuple, unseen)), shown=seen, controls=controls)
 
 
 def _is_size(node: fx.Node) -> bool:

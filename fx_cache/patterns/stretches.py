@@ -52,7 +52,8 @@ class RelayStream:
         output: which of the tensors that this gives back it is.
         last: the same in the span's last block.
         form: shape and dtype.
-        tokens: the user's inputs whose tokens it holds where it enters the first block.
+        tokens: the user's inputs whose tokens it holds where it enters the first block, and `UNKNOWN` if it may hold
+            others; none if nothing is known.
         others: how many tokens at its beginning and at its end are not handed on, but joined to it before every block.
     """
 
@@ -152,6 +153,8 @@ class _Finder:
         found = set()
         for name, traced in self._calls[b].inputs.items():
             before, made = self._calls[a].inputs.get(name), traced.made_by
+            if made is None and traced.unseen:
+                made = self._left(a, b, traced.form)
             if before is not None and before.form == traced.form and made is not None and a <= made[0] < b:
                 family = self._calls[made[0]].family
                 if self._count(family, a, b) == 1:
@@ -221,14 +224,52 @@ class _Finder:
             return None
         if all(self._still[self._at(s.maker, 0)] for s in found):
             return None
-        # The stream that goes on behind the blocks, and is not known to hold nothing that is denoised, before others.
+        # The stream that is not known to hold nothing that is denoised, and goes on behind the blocks, before others.
         end = max(i for i, _ in found.values())
 
         def order(stream: RelayStream) -> tuple[bool, bool, int]:
             read = self._read_behind(found[stream], end)
-            return not read, bool(stream.tokens) and stream.tokens <= self._others, -math.prod(stream.form[0])
+            return self._is_other(stream), not read, -math.prod(stream.form[0])
 
-        return tuple(sorted(found, key=order)), end
+        streams = tuple(sorted(found, key=order))
+        return None if self._hands_on_unseen(starts, streams, end) else (streams, end)
+
+    def _hands_on_unseen(self, starts: Sequence[int], streams: Sequence[RelayStream], end: int) -> bool:
+        """Whether code between graphs may hand on a stream that is none of these: it would be given back as it was.
+
+        What a block begins with is handed on, and what it takes later if it makes nothing of that form before.
+        """
+        if self._is_other(streams[0]):
+            return True
+        # Heads of attention have four dimensions, and are handed on by nobody.
+        handed = min(self._at(s.maker, 0) for s in streams)
+        made = {
+            form
+            for i in range(starts[0], starts[1])
+            for form in self._calls[i].outputs
+            if form is not None and (i >= handed or len(form[0]) != 4)
+        }
+        begin = self._calls[starts[0]].family
+        seen = {s.name for s in streams if s.reader.family == begin}
+        for block, i in ((b, i) for b, n in zip(starts[1:], [*starts[2:], end + 1], strict=True) for i in range(b, n)):
+            for name, t in self._calls[i].inputs.items():
+                large = len(t.form[0]) >= 3 and t.form[1].is_floating_point
+                if (
+                    t.unseen
+                    and large
+                    and t.form in made
+                    and not (name in seen if i == block else self._makes(block, i, t))
+                ):
+                    return True
+        return False
+
+    def _makes(self, begin: int, end: int, value: InputTrace) -> bool:
+        """Whether calls make something of a tensor's form."""
+        return any(value.form in call.outputs for call in self._calls[begin:end])
+
+    def _is_other(self, stream: RelayStream) -> bool:
+        """Whether a stream is known to hold tokens of nothing that is denoised."""
+        return bool(stream.tokens) and stream.tokens <= self._others
 
     def _common_links(self, starts: Sequence[int]) -> list[tuple[tuple[Point, Point, str], int]]:
         """What every block takes of the one before: the calls that make and take it, name and number of the tensor."""
@@ -262,6 +303,8 @@ class _Finder:
             for name, traced in self._calls[i].inputs.items():
                 then = self._calls[same].inputs.get(name) if same < begin else None
                 made = traced.made_by
+                if made is None and traced.unseen and i == begin:
+                    made = self._left(before, begin, traced.form)
                 if made is None or not before <= made[0] < begin or then is None or then.form != traced.form:
                     continue
                 numbers = traced.form[1].is_floating_point or traced.form[1].is_complex
@@ -270,6 +313,16 @@ class _Finder:
                     key = maker, self._count(maker, before, made[0]), self._tensor(made)
                     found.setdefault(key, (family, number, name))
         return dict.fromkeys(found.items())
+
+    def _left(self, begin: int, end: int, form: Form) -> Place | None:
+        """What some calls leave to code between graphs: the one tensor of a form that no graph takes, if it is one."""
+        left = [
+            (i, k)
+            for i in range(begin, end)
+            for k, made in enumerate(self._calls[i].outputs)
+            if made == form and (i, k) not in self._taken
+        ]
+        return left[0] if len(left) == 1 and len(form[0]) >= 3 else None
 
     def _maker(self, starts: Sequence[int], block: int, link: _Link) -> int:
         """The call that makes, in the block before, what a block takes."""

@@ -36,5 +36,11 @@ def form_inputs(node: fx.Node) -> set[fx.Node]:
     return set()
 
 
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs of which a node reads more than the form."""
+    form = form_inputs(node)
+    return [n for n in node.all_input_nodes if n not in form]
+
+
 def _nodes_in(values: Any) -> set[fx.Node]:
     return {leaf for leaf in tree_leaves(values) if isinstance(leaf, fx.Node)}

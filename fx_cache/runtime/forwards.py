@@ -24,14 +24,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 
 from fx_cache.errors import guarded
-from fx_cache.patterns.calls import Call, Form, GraphFacts, InputTrace, Place
+from fx_cache.patterns.calls import UNKNOWN, Call, Form, GraphFacts, InputTrace, Place
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.programs import Program
 from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.contents import PLAIN, contents
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.habits import Habits, Shape, fitting
-from fx_cache.runtime.identity import SMALL, StorageHold, identity_key, signature
+from fx_cache.runtime.identity import SMALL, StorageHold, identity_key, is_one, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT
 from fx_cache.runtime.named import named_session
 from fx_cache.runtime.net import Versions, plain, spread, versions_at_begin
@@ -49,14 +49,18 @@ _MACHINERY = (
 _COMPILED_CALL = f"{eval_frame._TorchDynamoContext.__name__}.__call__.<locals>."
 
 
+OPAQUE = "an input of type {}: whether it changed is not known"
+
+
 @dataclass(frozen=True)
 class _Note:
-    """Of a tensor between two graphs: who made it, and the user's inputs whose tokens it holds."""
+    """Of a tensor between two graphs: who made it, and the user's inputs whose tokens it holds, or that it shows."""
 
     reference: StorageWeakRef
     made_by: Place
     view: tuple[Any, ...]
     tokens: frozenset[int]
+    shown: frozenset[int]
 
 
 Joined = tuple[Place, tuple[int, int]]
@@ -71,6 +75,7 @@ class Forward:
         compilation: what ``torch.compile`` made of it.
         inputs: the leaves of what the user gave it.
         keys: who each of them was when the forward began; None where that cannot be said.
+        count: of its graphs' calls that are over.
         calls: of its graphs, so far, where somebody asked for them (`trace`).
         layout: how the inputs were given; between forwards of one layout they have the same numbers.
         habits: what other forwards of this layout have shown of them.
@@ -108,9 +113,9 @@ class Forward:
         self.run: Any = None
         self.caught = caught
         self._owners: dict[int, str] = {}
-        self._count = 0
+        self.count = 0
         self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if _stored(t)}
-        self._notes: dict[int, list[_Note]] = {}
+        self._notes: dict[int | None, list[_Note]] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
         self._origins: dict[int, tuple[int, int]] = {}
 
@@ -133,6 +138,14 @@ class Forward:
         frame.f_locals[_ALIVE] = alive
         self._frame = weakref.ref(alive)
 
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Has something called when the compiled call has returned, or raised."""
+        alive = self._frame()
+        if alive is None:
+            call()
+        else:
+            weakref.finalize(alive, call).atexit = False
+
     def tokens_of(self, value: Any) -> frozenset[int]:
         """The user's inputs whose tokens a tensor holds, as far as is known."""
         if not _stored(value):
@@ -144,6 +157,20 @@ class Forward:
         exact = [n.tokens for n in notes if n.view == _view(value)]
         return frozenset().union(*(exact or (n.tokens for n in notes)))
 
+    def shown_by(self, value: Any) -> frozenset[int]:
+        """The user's inputs that a tensor is known to depend on: what code between graphs has made of one is not."""
+        key, view = (value.untyped_storage()._cdata, _view(value)) if _stored(value) else (None, ())
+        if key in self._user:
+            same = [i for i, v in enumerate(self.inputs) if _stored(v) and v.untyped_storage()._cdata == key]
+            exact = [i for i in same if _view(self.inputs[i]) == view]
+            return frozenset(exact or (same if len(same) == 1 else ()))
+        notes = [n for n in self._notes.get(key, []) if n.view == view]
+        if notes:
+            return notes[-1].shown
+        number = _number(value)
+        same = [i for i, v in enumerate(self.inputs) if not isinstance(v, torch.Tensor) and _number(v) == number]
+        return frozenset(same if number is not None and len(same) == 1 else ())
+
     @property
     def writes(self) -> bool:
         """Whether something that the user gave it was written to since it began."""
@@ -152,6 +179,10 @@ class Forward:
     def made(self, value: Any) -> bool:
         """Whether one of its graphs has made a tensor, or what it is a view of."""
         return _stored(value) and value.untyped_storage()._cdata in self._notes
+
+    def knows(self, value: Any) -> bool:
+        """Whether a tensor lies in what one of its graphs has made, or what the user gave it."""
+        return _stored(value) and (self.made(value) or value.untyped_storage()._cdata in self._user)
 
     def made_by(self, value: Any) -> Place | None:
         """The call that made just this tensor, if no code between graphs has touched it."""
@@ -162,19 +193,22 @@ class Forward:
         """Remembers of the outputs of one more graph where they come from; it did not make what it hands through."""
         if self.weight is None:
             self.weight = next((args[i] for i in facts.roles.weights if isinstance(args[i], torch.nn.Parameter)), None)
-        tokens = {i: self.tokens_of(args[i]) for sources in facts.tokens for i in sources}
+        unknown = frozenset({UNKNOWN})
+        tokens = {i: self.tokens_of(args[i]) or unknown for sources in facts.tokens for i in sources}
+        shown = {i: self.shown_by(args[i]) for sources in facts.shown for i in sources}
         kept = [a for i, a in enumerate(args) if _stored(a) and i not in facts.written]
         through = {(a.untyped_storage()._cdata, _view(a)) for a in kept}
-        for k, (output, sources) in enumerate(zip(outputs, facts.tokens, strict=True)):
+        for k, (output, sources, behind) in enumerate(zip(outputs, facts.tokens, facts.shown, strict=True)):
             if _stored(output):
                 storage = output.untyped_storage()
                 held = frozenset().union(*(tokens[i] for i in sources))
-                self._held[self._count, k] = held
+                self._held[self.count, k] = held
                 if (storage._cdata, _view(output)) in through:
                     continue
-                note = _Note(StorageWeakRef(storage), (self._count, k), _view(output), held)
+                depends = frozenset().union(*(shown[i] for i in behind))
+                note = _Note(StorageWeakRef(storage), (self.count, k), _view(output), held, depends)
                 self._notes.setdefault(storage._cdata, []).append(note)
-        self._count += 1
+        self.count += 1
 
     def trace(
         self,
@@ -183,6 +217,7 @@ class Forward:
         args: Sequence[Any],
         outputs: Sequence[Any],
         joined: Mapping[str, Joined],
+        unseen: Collection[str],
     ) -> None:
         """Adds a call to `calls`; before its outputs are noted.
 
@@ -192,6 +227,7 @@ class Forward:
             args: what it was called with.
             outputs: what it made.
             joined: for inputs, by name, the output that they hold a part of; for those that no call made as they are.
+            unseen: those, by name, that nobody known made, and that are others than at the code's call before.
         """
 
         def trace(name: str, value: torch.Tensor) -> InputTrace:
@@ -200,7 +236,8 @@ class Forward:
             tokens = self.tokens_of(value) or self._held.get(place, frozenset())
             notes = self._notes.get(value.untyped_storage()._cdata) if _stored(value) else None
             memory = notes[0].made_by[0] if notes else None
-            return InputTrace(_form(value), place, tokens, others, place == made_by, memory)
+            whole, shown = place == made_by, self.shown_by(value)
+            return InputTrace(_form(value), place, tokens, shown, others, whole, memory, name in unseen)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}
@@ -270,7 +307,8 @@ class Forward:
         self.habits.writes.wrote([self.inputs[i] for i in written], [self._origins[i][1] for i in written])
         now = contents(self._given)
         pairs = enumerate(zip(now, self.inputs, strict=True)) if len(now) == len(self.inputs) else ()
-        put = {i: v for i, (v, before) in pairs if v is not before and comparable(v) and self.keys[i] is not None}
+        # Only what can be recognised: another value may be what the user has put there, and equal.
+        put = {i: v for i, (v, before) in pairs if v is not before and is_one(v) and self.keys[i] is not None}
         self.habits.put = {i: (StorageHold([v]), self.keys[i]) for i, v in put.items()}
         self.habits.own |= {*written, *put}
 
@@ -281,24 +319,21 @@ class Forward:
     def again(self) -> None:
         self.run = self.run.again()
 
-    def batch(self, shown: Collection[int] = ()) -> int:
-        """Size of dim 0 of what is denoised; 0 where that is not known.
-
-        Args:
-            shown: the inputs that a graph shows to be denoised.
-        """
-        latents = self.habits.latents(shown)
+    @property
+    def batch(self) -> int:
+        """Size of dim 0 of what is denoised; 0 where that is not known."""
+        latents = self.habits.latents()
         sizes = {self.inputs[i].shape[0] for i in latents if self.inputs[i].ndim}
         return sizes.pop() if len(sizes) == 1 else 0
 
-    def given(self, shown: Collection[int], spans: int) -> Given:
+    def given(self, denoised: Collection[int] = (), shown: Sequence[frozenset[int]] = ()) -> Given:
         """What the user gave this forward.
 
         Args:
-            shown: the inputs that a graph shows to be denoised.
-            spans: number of spans that ask.
+            denoised: the inputs that a graph shows to be.
+            shown: for each span that asks, the inputs that its probe is known to depend on.
         """
-        latents = self.habits.latents(shown)
+        latents = self.habits.latents(denoised)
         timed = self.timed - latents
         schedule = [torch.as_tensor(self._times.get(i, self.inputs[i])) for i in sorted(timed)]
         others = [i for i in range(len(self.inputs)) if i not in latents and i not in timed]
@@ -306,10 +341,10 @@ class Forward:
         fixed = [self.inputs[i] for i in others if self.keys[i] is not None]
         doubt = None if latents else UNKNOWN_LATENT
         if opaque:
-            doubt = f"an input of type {opaque[0]}: whether it changed is not known"
+            doubt = OPAQUE.format(opaque[0])
         return Given(
             tuple((i, self.keys[i]) for i in others),
-            (self._control(others, doubt),) * spans,
+            tuple(self.control(of_span, denoised) for of_span in shown),
             (),
             signature([t for t in self.inputs if _stored(t)]),
             schedule,
@@ -319,17 +354,40 @@ class Forward:
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
         )
 
-    def _control(self, others: Sequence[int], doubt: str | None) -> Control:
-        """What may feed nothing but a span: all the conditioning, where the pass is not known by that already.
+    def control(self, shown: frozenset[int], denoised: Collection[int] = ()) -> Control:
+        """What may change from step to step, and reach a span and not its probe.
 
-        Which graphs read it, and which the code between them does, is not known.
+        Which graphs read what, and which the code between them does, is not known: it is everything that the probe is
+        not known to depend on, but for the time, and for the conditioning where the pass is known by that already.
+
+        Args:
+            shown: the inputs that the probe is known to depend on.
+            denoised: those that a graph shows to be.
         """
-        named = named_session()
-        if named is None or named.branch is None:
-            return Control([], ())
-        keys = {i: key for i in others if (key := self.keys[i]) is not None}
+        named, latents = named_session(), self.habits.latents(denoised)
+        # What is denoised goes through every span; which of several does is known where each comes back by itself.
+        if len(latents) == 1 or (not latents & shown and latents <= self.habits.alone):
+            shown |= latents
+        moving = latents | self.timed
+        apart = named is not None and named.branch is not None
+        asked = [i for i in range(len(self.inputs)) if (i not in moving and apart) or i in moving - shown - self._time]
+        keys = {i: key for i in asked if (key := self.keys[i]) is not None}
         own = frozenset(k for k, i in enumerate(keys) if i in self.habits.own)
+        opaque = next((type(self.inputs[i]).__name__ for i in asked if self.keys[i] is None), None)
+        doubt = UNKNOWN_LATENT if not latents else None if opaque is None else OPAQUE.format(opaque)
         return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key), own, doubt)
+
+    @property
+    def _time(self) -> frozenset[int]:
+        """Which input is the time: those that a graph takes so, or the one that has moved most often; none in doubt."""
+        return self.habits.told or self.habits.moves_most(self.timed)
+
+    @property
+    def written(self) -> bool:
+        """Whether its conditioning, as far as it is known by more than its value, was written to since it began."""
+        moving = self.habits.latents() | self.timed
+        kept = [(v, key) for i, (v, key) in enumerate(zip(self.inputs, self.keys, strict=True)) if i not in moving]
+        return any(key is not None and identity_key([v]) != key for v, key in kept)
 
     @property
     def not_denoised(self) -> frozenset[int]:
@@ -459,6 +517,14 @@ def _root_of(local: Mapping[str, Any]) -> Any:
 
 def _looks_like_time(value: torch.Tensor) -> bool:
     return value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
+
+
+def _number(value: Any) -> float | None:
+    """A number, also in the form in which a graph is given one of the host."""
+    if isinstance(value, torch.Tensor):
+        wrapped = type(value) is torch.Tensor and value.ndim == 0 and value.is_cpu and value.dtype is torch.float64
+        return float(value) if wrapped else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _stored(value: Any) -> bool:

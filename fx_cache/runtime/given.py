@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fx_cache.errors import guarded
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.runtime.identity import ContentHold, OwnWrites, StorageHold, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT, Call, Learner, Moves
@@ -136,11 +137,17 @@ class _Own:
     @contextlib.contextmanager
     def writing(self, args: Sequence[Any]) -> Iterator[None]:
         """While the graph runs."""
-        values = [args[i] for i in self.positions if not args[i].is_inference()]
-        origins = [self.writes.origin(v) for v in values] if self.writes is not None else []
+        if self.writes is None:
+            yield
+            return
+        values: list[torch.Tensor] = []
+        origins: list[int] = []
+        with guarded("writes"):
+            values = [args[i] for i in self.positions if not args[i].is_inference()]
+            origins = [self.writes.origin(v) for v in values]
         yield
-        if self.writes is not None:
-            self.writes.wrote(values, origins)
+        with guarded("writes"):
+            self.writes.wrote(values[: len(origins)], origins)
 
 
 class _Positions:

@@ -7,6 +7,7 @@ rest while something else moves with the time. What moves in step with it, and i
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Habits:
         self._resting: set[int] = set()
         self._moving: frozenset[int] = frozenset()
         self._count = 0
+        self._changed: Counter[int] = Counter()
+        self._lock = threading.Lock()
         self._with_latents: Counter[tuple[Hashable, ...]] = Counter()
         self._schedule: frozenset[int] = frozenset()
 
@@ -63,6 +66,10 @@ class Habits:
             keys: who they are.
             timed: those of which it is known that they tell the time, by more than that they change.
         """
+        with self._lock:
+            self._see(inputs, keys, timed)
+
+    def _see(self, inputs: Sequence[Any], keys: Sequence[Hashable | None], timed: Collection[int]) -> None:
         self._count += 1
         if self._learner.moves is None:
             self._learned = self._learner.see(Call(inputs, keys, schedule=timed)) or Moves()
@@ -77,6 +84,7 @@ class Habits:
         moving = different - set(timed)
         if different & set(timed) and moving & now.floating:
             self._resting |= now.floating - different
+        self._changed.update(different)
         numbers = sorted(different - self._alone)
         self._moving |= different & set(timed)
         # Parts of one step; as long as a number rests that may be the time, they may be that too.
@@ -120,6 +128,17 @@ class Habits:
         if self._fit is not None:
             likely &= self._fit
         return likely or self._alone or self._moves.latents
+
+    def moves_most(self, timed: Collection[int]) -> frozenset[int]:
+        """Of inputs that may tell the time the one that has changed most often; none where several have."""
+        most = max((self._changed[i] for i in timed), default=0)
+        found = frozenset(i for i in timed if self._changed[i] == most)
+        return found if len(found) == 1 else frozenset()
+
+    @property
+    def alone(self) -> frozenset[int]:
+        """The inputs that fit what comes back where it is clear which of them belongs to what."""
+        return self._alone
 
     @property
     def resting(self) -> frozenset[int]:

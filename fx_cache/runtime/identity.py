@@ -41,10 +41,12 @@ class OwnWrites:
 
     def wrote(self, values: Sequence[torch.Tensor], origins: Sequence[int]) -> None:
         """Takes inputs that a forward has written to, and what `origin` said of them before."""
-        self._versions = {k: held for k, held in self._versions.items() if not held[0].expired()}
+        # In one piece: other threads do the same. What gets lost then is a change, and computes.
+        known = {k: held for k, held in self._versions.copy().items() if not held[0].expired()}
         for value, origin in zip(values, origins, strict=True):
             storage = value.untyped_storage()
-            self._versions[storage._cdata] = StorageWeakRef(storage), origin, value._version
+            known[storage._cdata] = StorageWeakRef(storage), origin, value._version
+        self._versions = known
 
 
 def identity_key(inputs: Sequence[Any], own: OwnWrites | None = None) -> tuple[Hashable, ...]:
@@ -145,6 +147,11 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
     if value.is_complex():
         value = torch.view_as_real(value.resolve_conj())
     return value.resolve_neg().view(_INTEGERS[value.element_size()])
+
+
+def is_one(value: Any) -> bool:
+    """Whether an input is known by its storage: no other one, however equal, is taken for it."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not _by_value(value)
 
 
 def _by_value(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +17,6 @@ from fx_cache.patterns.stretches import RelayStream
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined
 from fx_cache.runtime.gate import SpanGate
-from fx_cache.runtime.given import Control
 from fx_cache.runtime.identity import identity_key, signature
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
@@ -31,6 +30,7 @@ HELD = 0.25
 """The part of a tensor's tokens that are those of an output, at the same places, where it goes on from that."""
 
 
+WRITES = "the forward writes to tensors from outside before the span ends, and could not be begun anew"
 OTHER_CALLS = "other code was called before the span, or where it begins"
 
 
@@ -55,36 +55,47 @@ class Called:
     """Which call of a forward it was: of what code, with tensors of which shapes, and for which weights.
 
     Attributes:
-        what: the code, what the graph computes, the forms of all inputs but weights, and the numbers that the model
-            holds. The time is none of it, where it is an integer.
-        weights: those that it was given, as they were.
+        what: the code, what the graph computes, the forms of all inputs but weights, which calls of the span made them,
+            and the numbers that the model holds. The time is none of it, where it is an integer.
+        weights: those that it was given, as they were, and what else it found outside the forward.
     """
 
     what: Hashable
     weights: Given
 
     @classmethod
-    def of(cls, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Called:
-        return cls(_what(forward, graph, family, args), Given(_weights(graph, args)))
+    def of(cls, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> Called:
+        """A call, of a span that begins with the forward's call of number `begin`."""
+        return cls(_what(forward, graph, family, args, begin), Given(_weights(forward, graph, args)))
 
-    def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
+    def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        return self.what == _what(forward, graph, family, args) and self.weights.same(_weights(graph, args))
+        same = self.what == _what(forward, graph, family, args, begin)
+        return same and self.weights.same(_weights(forward, graph, args))
 
 
-def _what(forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Hashable:
+def _what(forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> Hashable:
     roles = graph.facts.roles
     scalars = [i for i in roles.scalars if args[i] not in forward.counts]
     forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
     held = [a for i in roles.weights if isinstance(a := args[i], torch.Tensor) and is_number(a)]
-    return family, graph.facts.program.at(args, scalars), forms, identity_key(held)
+    made = zip(graph.facts.names, map(forward.made_by, args), strict=True)
+    within = frozenset((name, (at[0] - begin, at[1])) for name, at in made if at is not None and at[0] >= begin)
+    return family, graph.facts.program.at(args, scalars), forms, within, identity_key(held)
 
 
-def _weights(graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
-    """The weights that a graph is given and does not write to itself, in the order of their names."""
+def _weights(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
+    """The weights that a graph is given and does not write to itself, and other tensors that are held outside the
+    forward, in the order of their names."""
     facts = graph.facts
-    kept = sorted(set(facts.roles.weights).difference(facts.written), key=facts.names.__getitem__)
+    held = {i for i, name in enumerate(facts.names) if _is_held(name) and not forward.knows(args[i])}
+    kept = sorted(held.union(facts.roles.weights).difference(facts.written), key=facts.names.__getitem__)
     return [a for i in kept if isinstance(a := args[i], torch.Tensor) and not is_number(a)]
+
+
+def _is_held(name: str) -> bool:
+    """Whether an input comes from a global variable, or is an attribute of something."""
+    return name.startswith("G[") or "." in name
 
 
 def handed_through(graph: Graph, args: Sequence[Any], outputs: Sequence[Any]) -> list[str | None]:
@@ -107,8 +118,9 @@ class Entry:
 
     Attributes:
         called: which call it was.
-        outputs: of each output what it is: the name of an input that is handed through, the number of a stream and
-            the strides it has, the number of a stored tensor, or itself.
+        outputs: of each output what it is: the name of an input that is handed through, the number of a stream that
+            ends with it and the strides it has, the same of one that goes on and the number of the stored tensor that
+            says how far it had come, the number of a stored tensor, or itself.
         written: inputs that it writes to, by name, and the number of the stored tensor that says what.
     """
 
@@ -122,10 +134,12 @@ class Script:
 
     Attributes:
         before: the code that was called before the span.
+        writes: whether something that the user gave was written to by its end.
     """
 
     def __init__(self, streams: int, before: Iterable[Hashable]) -> None:
         self.before = frozenset(before)
+        self.writes = False
         self.entries: list[Entry] = []
         self.residuals: list[torch.Tensor | None] = [None] * streams
         self.values: list[torch.Tensor] = []
@@ -137,6 +151,7 @@ class Script:
         outputs: Sequence[Any],
         written: Mapping[str, torch.Tensor],
         ends: dict[int, int],
+        passed: dict[int, int],
         starts: Sequence[torch.Tensor],
     ) -> None:
         """Keeps what a call made.
@@ -147,6 +162,7 @@ class Script:
             outputs: what it made.
             written: the inputs that it wrote to, by name (`written_by`).
             ends: for tensors among them that end a stream, its number.
+            passed: the same for those that are a stream on its way: code between graphs may make something of it.
             starts: what each stream began with.
         """
         kept: list[tuple[str, Any]] = []
@@ -162,6 +178,9 @@ class Script:
             elif stream is not None:
                 kept.append(("stream", (stream, output.stride())))
                 self.residuals[stream] = output - starts[stream]
+            elif number in passed:
+                self.values.append(output - starts[passed[number]])
+                kept.append(("on its way", (passed[number], output.stride(), len(self.values) - 1)))
             else:
                 kept.append(("value", self._keep(output)))
         self.entries.append(Entry(called, tuple(kept), tuple((n, self._keep(v)) for n, v in written.items())))
@@ -170,9 +189,11 @@ class Script:
         self.values.append(_copied(value))
         return len(self.values) - 1
 
-    def goes_on(self, at: int, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> bool:
-        """Whether a call is that of number `at`."""
-        return at < len(self.entries) and self.entries[at].called.same(forward, graph, family, args)
+    def goes_on(
+        self, at: int, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int
+    ) -> bool:
+        """Whether a call is that of number `at`, of a span that begins with the forward's call of number `begin`."""
+        return at < len(self.entries) and self.entries[at].called.same(forward, graph, family, args, begin)
 
     def outputs(self, at: int, graph: Graph, args: Sequence[Any], starts: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """What a call gives back, given what each stream begins with now; writes what it wrote."""
@@ -192,6 +213,9 @@ class Script:
                 residual = self.residuals[stream]
                 assert residual is not None
                 outputs.append(_laid_out(starts[stream] + residual, strides))
+            elif kind == "on its way":
+                stream, strides, number = what
+                outputs.append(_laid_out(starts[stream] + self.values[number], strides))
             else:
                 outputs.append(_copied(self.values[what]) if kind == "value" else what)
         return tuple(outputs)
@@ -230,6 +254,16 @@ def _ends(plan: RelayPlan, family: Hashable, number: int) -> dict[int, int]:
     return {s.last: k for k, s in enumerate(plan.streams) if s.maker.is_call(family, number, last)}
 
 
+def _passed(plan: RelayPlan, family: Hashable, number: int) -> dict[int, int]:
+    """Which tensors that a call gives back are streams of the span, on their way from one block to the next."""
+    blocks = range(plan.ranges[1][0], plan.ranges[1][1] - 1)
+    return {
+        s.output: k
+        for k, s in enumerate(plan.streams)
+        if any(s.maker.is_call(family, number, block) for block in blocks)
+    }
+
+
 def _probe(stream: RelayStream, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """What the head adds to a stream, without tokens that are joined to it before every block."""
     begin, end = stream.others
@@ -254,8 +288,12 @@ def _joined_to(made: torch.Tensor, value: torch.Tensor) -> tuple[int, int] | Non
     return None
 
 
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
 class WatchRun:
-    """A forward that is watched: computes, and remembers everything that a span may turn out to need.
+    """A forward that is watched: computes, and remembers its calls.
 
     Attributes:
         failure: an error of ours that ended that.
@@ -265,16 +303,14 @@ class WatchRun:
 
     def __init__(self) -> None:
         self.failure: Failure | None = None
-        self._called: list[Called] = []
-        self._through: list[list[str | None]] = []
-        self._outputs: list[tuple[Any, ...]] = []
-        self._written: list[dict[str, torch.Tensor]] = []
-        self._began: list[dict[str, torch.Tensor]] = []
+        self._count = 0
+        self._outputs: deque[tuple[Any, ...]] = deque(maxlen=RECENT)
+        self._made: dict[Hashable, dict[str, torch.Tensor]] = {}
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         began: dict[str, torch.Tensor] = {}
         with guarded("watch") as before:
-            began = self._before(forward, graph, family, args)
+            began = self._before(forward, graph, args)
         outputs = graph.step(forward, args)
         with guarded("watch") as behind:
             if self.failure is None and before.failure is None:
@@ -282,10 +318,9 @@ class WatchRun:
         self.failure = self.failure or before.failure or behind.failure
         return outputs
 
-    def _before(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Remembers a call; what it is given that no call made, as it is now."""
+    def _before(self, forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """What a call is given that no call made, as it is now."""
         facts = graph.facts
-        self._called.append(Called.of(forward, graph, family, args))
         return {
             name: a.detach().clone()
             for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
@@ -302,62 +337,45 @@ class WatchRun:
         began: dict[str, torch.Tensor],
     ) -> None:
         """Remembers what came of a call."""
-        self._through.append(handed_through(graph, args, outputs))
         joined = {name: found for name, a in began.items() if (found := self._holds(a)) is not None}
-        forward.trace(family, graph.facts, args, outputs, joined)
+        unseen = self._unseen(family, {n: a for n, a in began.items() if n not in joined})
+        forward.trace(family, graph.facts, args, outputs, joined, unseen)
         forward.note(graph.facts, args, outputs)
-        self._began.append(began)
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
-        self._written.append({name: a.detach().clone() for name, a in written_by(graph, args).items()})
+        self._count += 1
 
     def end(self) -> bool:
         return True
 
+    def forget(self) -> None:
+        """The forward is over."""
+        self._outputs.clear()
+        self._made.clear()
+
     def again(self) -> WatchRun:
         return self
+
+    def _unseen(self, family: Hashable, made: dict[str, torch.Tensor]) -> set[str]:
+        """Which of the inputs that nobody known made hold other numbers than at the call before of the same code."""
+        before, self._made[family] = self._made.get(family), made
+        if before is None:
+            return set()
+        return {name for name, a in made.items() if name not in before or not _equal(a, before[name])}
 
     def _holds(self, value: torch.Tensor) -> Joined | None:
         """Which output a tensor holds tokens of, where code between the graphs cut it and joined it with others."""
         if value.ndim < 3 or not value.is_floating_point() or not value.numel():
             return None
-        for i in range(len(self._outputs) - 1, max(-1, len(self._outputs) - 1 - RECENT), -1):
-            for k, output in enumerate(self._outputs[i]):
+        for i, outputs in enumerate(reversed(self._outputs), 1):
+            for k, output in enumerate(outputs):
                 others = _joined_to(output, value) if isinstance(output, torch.Tensor) else None
                 if others is not None:
-                    return (i, k), others
+                    return (self._count - i, k), others
         return None
 
     def _is_new(self, forward: Forward, value: torch.Tensor) -> bool:
         """Whether a tensor is none of the outputs kept; in inference mode writes to those cannot be seen."""
         return value.is_inference() or forward.made_by(value) is None
-
-    def kept(self, forward: Forward, plan: RelayPlan) -> tuple[list[torch.Tensor], Script]:
-        """What the span of a plan, made of this forward, would have stored in it."""
-        calls, fn = forward.calls, plan.ranges[1][0]
-        places: dict[tuple[Hashable, int], int] = {}
-        counted: Counter[Hashable] = Counter()
-        for i, call in enumerate(calls):
-            counted[call.family] += 1
-            places[call.family, counted[call.family]] = i
-
-        def value(stream: RelayStream, block: int) -> torch.Tensor:
-            at = places[stream.reader.family, stream.reader.number(block)]
-            made = calls[at].inputs[stream.name].made_by
-            began = self._began[at].get(stream.name)
-            found = began if began is not None or made is None else self._outputs[made[0]][made[1]]
-            assert isinstance(found, torch.Tensor)
-            return found
-
-        begin = places[plan.begin.family, plan.begin.number(fn)]
-        starts = [value(s, fn) for s in plan.streams]
-        script = Script(len(plan.streams), (c.family for c in calls[:begin]))
-        ended: set[int] = set()
-        for (family, number), i in list(places.items())[begin:]:
-            if len(ended) < len(plan.streams):
-                ends = _ends(plan, family, number)
-                script.add(self._called[i], self._through[i], self._outputs[i], self._written[i], ends, starts)
-                ended |= set(ends.values())
-        return script.tensors(_probe(plan.streams[0], value(plan.streams[0], 0), starts[0])), script
 
 
 class Leg:
@@ -377,6 +395,7 @@ class Leg:
         self._ended: set[int] = set()
         self._hit = False
         self._called: Called | None = None
+        self._call = 0
 
     @property
     def over(self) -> bool:
@@ -412,8 +431,6 @@ class Leg:
         self,
         store: Store,
         branch: Branch,
-        batch: int,
-        controls: Sequence[Control],
         forward: Forward,
         graph: Graph,
         family: Hashable,
@@ -426,8 +443,6 @@ class Leg:
         Args:
             store: where the branch is kept.
             branch: what the forward belongs to.
-            batch: number of samples; 0: that is not known.
-            controls: for each span, what may feed nothing but it.
             forward, graph, family, args: the call with which the span begins.
             before: the code that was called before that.
             lost: why nothing that was cached before may be reused; None: it may.
@@ -439,13 +454,20 @@ class Leg:
             raise Misfit
         self._probe = _probe(self._plan.streams[0], self._head, self._starts[0])
         slot = branch.slots[self._number]
-        script = slot.script
-        fits = script is not None and script.before == before and script.goes_on(0, forward, graph, family, args)
+        script, self._call = slot.script, forward.count
+        fits = (
+            script is not None
+            and script.before == before
+            and script.goes_on(0, forward, graph, family, args, self._call)
+        )
+        if script is not None and script.writes:
+            lost = lost or WRITES
         if slot.tensors and (lost is not None or not fits or slot.tensors[0].shape != self._probe.shape):
             slot.forget(lost or OTHER_CALLS)
             slot.open = True
-        self._gate = SpanGate(store, branch, self._number, controls[self._number], Separation(fewer=False))
-        probe = self._probe
+        shown = forward.shown_by(self._start(graph, args, 0))
+        self._gate = SpanGate(store, branch, self._number, forward.control(shown), Separation(fewer=False))
+        batch, probe = forward.batch, self._probe
         samples = batch if batch and probe.shape[0] % batch == 0 else 1
 
         groups = self._plan.groups
@@ -470,9 +492,9 @@ class Leg:
         if not self._hit:
             if not expected:
                 raise Misfit
-            self._called = Called.of(forward, graph, family, args)
+            self._called = Called.of(forward, graph, family, args, self._call)
             return None
-        if not expected or not self._script.goes_on(self._at, forward, graph, family, args):
+        if not expected or not self._script.goes_on(self._at, forward, graph, family, args, self._call):
             raise Astray
         outputs: Sequence[Any] = self._script.outputs(self._at, graph, args, self._starts)
         self._ended |= self._script.ended(self._at)
@@ -491,7 +513,15 @@ class Leg:
                     return False
         return True
 
-    def take(self, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any], number: int) -> None:
+    def take(
+        self,
+        forward: Forward,
+        graph: Graph,
+        family: Hashable,
+        args: Sequence[Any],
+        outputs: Sequence[Any],
+        number: int,
+    ) -> None:
         """Takes notice of what came of a call, skipped or run; keeps what was made when the span is over."""
         made = [o for o in outputs if isinstance(o, torch.Tensor)]
         if self._script is None:
@@ -503,14 +533,17 @@ class Leg:
             assert self._script is not None
             ends = _ends(self._plan, family, number)
             ends = {i: k for i, k in ends.items() if i < len(made) and made[i].shape == self._starts[k].shape}
+            passed = _passed(self._plan, family, number)
+            passed = {i: k for i, k in passed.items() if i < len(made) and made[i].shape == self._starts[k].shape}
             through, written = handed_through(graph, args, outputs), written_by(graph, args)
-            self._script.add(self._called, through, outputs, written, ends, self._starts)
+            self._script.add(self._called, through, outputs, written, ends, passed, self._starts)
             self._ended |= set(ends.values())
         if self.over:
             assert self._branch is not None and self._gate is not None
             assert self._script is not None and self._probe is not None
             slot = self._branch.slots[self._number]
             if not self._hit:
+                self._script.writes = forward.writes
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
                 self._gate.remember_control()
             self._gate.record()

@@ -6,6 +6,7 @@ scheduler's step, and moves at every step; what tells the time moves with it, on
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -62,9 +63,14 @@ class Learner:
         self._moved: frozenset[int] = frozenset()
         self._calls = 0
         self._left: dict[Moves, float] = {}
+        self._lock = threading.Lock()
 
     def see(self, call: Call) -> Moves | None:
         """Takes one more call; what is known then."""
+        with self._lock:
+            return self._see(call)
+
+    def _see(self, call: Call) -> Moves | None:
         if self.moves is None:
             self._calls += 1
             for before in self._history:

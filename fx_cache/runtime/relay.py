@@ -9,6 +9,7 @@ takes the same way.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections import Counter, OrderedDict
@@ -26,9 +27,8 @@ from fx_cache.patterns.calls import GraphFacts
 from fx_cache.patterns.relays import RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_SHARE, least_gain
 from fx_cache.runtime.forwards import Forward, family_of, surroundings
-from fx_cache.runtime.given import Control
 from fx_cache.runtime.habits import Habits
-from fx_cache.runtime.legs import Graph, Leg, Misfit, WatchRun
+from fx_cache.runtime.legs import WRITES, Graph, Leg, Misfit, WatchRun
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.policy import decide
 from fx_cache.runtime.registry import store_of
@@ -55,7 +55,6 @@ MAX_STRAYS = 3
 
 NOT_SETTLED = "whether forwards go as planned is not known yet"
 STRAYED = "the forward went another way than the step that it was to reuse"
-WRITES = "the forward writes to tensors from outside before the span, and could not be begun anew"
 FAILED = "an error of dit_cache"
 WAYWARD = "the forward went another way than planned"
 
@@ -129,6 +128,7 @@ class Relay:
         self.misfits = 0
         self.settled = False
         self.store: Store | None = None
+        self.lock = threading.RLock()
         self._watched: tuple[Forward, WatchRun, Context] | None = None
         self._seen: frozenset[str] = frozenset()
         self._layers: frozenset[Hashable] = frozenset()
@@ -141,6 +141,10 @@ class Relay:
 
     def begin(self, forward: Forward) -> Run:
         """What drives a forward that begins."""
+        with self.lock:
+            return self._begin(forward)
+
+    def _begin(self, forward: Forward) -> Run:
         forward.know(self._habits.setdefault(forward.layout, Habits()))
         self._habits.move_to_end(forward.layout)
         if len(self._habits) > MAX_LAYOUTS:
@@ -151,12 +155,15 @@ class Relay:
         self._learn()
         if self.enabled or self.refusal is not None:
             return PlainRun(self)
-        if self.plans and self.misfits < MAX_MISFITS:
+        others = forward.not_denoised
+        unfit = any(p.streams[0].tokens and p.streams[0].tokens <= others for p in self.plans)
+        if self.plans and self.misfits < MAX_MISFITS and not unfit:
             self.misfits += 1
             return RelayRun(self, forward)
         self.misfits, self.settled = 0, False
         self._watches += 1
         run = WatchRun()
+        forward.when_over(run.forget)
         self._watched = forward, run, copy_context()
         return run
 
@@ -198,17 +205,16 @@ class Relay:
         return facts.span_work > 0 and (facts.layers in self._layers or facts.span_work >= self._least)
 
     def _learn(self) -> None:
-        """What is cached where from the next forward on; the one that was watched was the first step."""
+        """What is cached where from the next forward on; the one that was watched counts as a step."""
         forward = self.read()
         if forward is None or self._watched is None:
             return
-        (_, run, context), self._watched = self._watched, None
+        (_, _, context), self._watched = self._watched, None
         for program, (store, branch) in forward.branches.items():
             if program.wiring not in self.enabled:
                 store.forget(branch)
         if self.enabled:
             return
-        kept = [(plan, run.kept(forward, plan)) for plan in self.plans]
         if self.plans and self._watches > MAX_WATCHES:
             self.refusal = self._unsteady()
         if self.refusal is not None:
@@ -219,12 +225,11 @@ class Relay:
                 self._say()
         if self.plans:
             self.store = self.store or store_of(forward.weight, self.config, forward.root, forward.compilation)
-            # In the session that it ran in, whichever is open now.
-            branch, controls = context.run(self.open, forward)
-            for slot, control, (_, found) in zip(branch.slots, controls, kept, strict=True):
+        if self.plans and not forward.written:
+            # In the session that it ran in, whichever is open now. Nothing is kept of it: much may have happened since.
+            branch = context.run(self.open, forward, self.plans)
+            for slot in branch.slots:
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
-                slot.tensors, slot.script = found
-                slot.control = None if control.written else control.hold(branch.owner is not None)
                 slot.open = False
                 slot.counters.record(branch.record.step, verdict.reason or "nothing cached")
 
@@ -268,25 +273,25 @@ class Relay:
             self.refusal = self._unsteady()
             self._say()
 
-    def open(self, forward: Forward) -> tuple[Branch, tuple[Control, ...]]:
-        """The branch that a forward belongs to, and what may feed nothing but each span; counts the step."""
+    def open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> Branch:
+        """The branch that a forward belongs to, under some plans; counts the step."""
+        with self.lock:
+            return self._open(forward, plans)
+
+    def _open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> Branch:
         assert self.store is not None
-        given = forward.given((), len(self.plans))
+        given, program = forward.given(), ("relay", plans)
         # Code between the graphs has weights too, which no graph is given.
         weights = [w for w in weights_of(forward.root) if w not in self._written]
-        lost = CHANGED if self.store.changed(self.program, weights, []) else None
-        branch = self.store.begin(self.program, len(self.plans), given, lost)
+        lost = CHANGED if self.store.changed(program, weights, []) else None
+        branch = self.store.begin(program, len(plans), given, lost)
         if any(slot.open for slot in branch.slots):  # its last forward was broken off
             self.store.discard(branch)
-            branch = self.store.begin(self.program, len(self.plans), given)
+            branch = self.store.begin(program, len(plans), given)
         for slot in branch.slots:
             slot.open = True
         branch.busy = False  # its forward is many calls: what marks one that is broken off is `open`
-        return branch, given.controls
-
-    @property
-    def program(self) -> Hashable:
-        return "relay", self.plans
+        return branch
 
 
 class ComputingRun:
@@ -326,9 +331,9 @@ class RelayRun:
 
     def __init__(self, relay: Relay, forward: Forward) -> None:
         self._relay = relay
+        self._plans = relay.plans
         self._legs = [Leg(plan, k) for k, plan in enumerate(relay.plans)]
         self._branch: Branch | None = None
-        self._controls: tuple[Control, ...] = ()
         self._lost = None if relay.settled and forward.caught else NOT_SETTLED
         self._calls: Counter[Hashable] = Counter()
         self._settled = True
@@ -374,15 +379,13 @@ class RelayRun:
         leg, number = self._legs[0], self._calls[family] + 1
         if leg.begins(graph, family, args, number):
             if self._branch is None:
-                self._branch, self._controls = relay.open(forward)
+                self._branch = relay.open(forward, self._plans)
             if forward.writes:
                 self._lost = self._lost or WRITES
             assert relay.store is not None
             leg.decide(
                 relay.store,
                 self._branch,
-                forward.batch(),
-                self._controls,
                 forward,
                 graph,
                 family,
@@ -398,7 +401,7 @@ class RelayRun:
         """Takes notice of what came of a call."""
         if self._legs:
             leg, store = self._legs[0], self._relay.store
-            leg.take(graph, family, args, outputs, self._calls[family] + 1)
+            leg.take(forward, graph, family, args, outputs, self._calls[family] + 1)
             if leg.over:
                 self._reused = self._reused or leg.hit
                 self._legs.pop(0)

@@ -143,11 +143,12 @@ class Store:
 
     def forget(self, branch: Branch) -> None:
         """Discards a branch, and its statistics."""
-        self.discard(branch)
-        for home in [s for s in self.sessions if branch.record in s.branches]:
-            home.branches.remove(branch.record)
-            if not home.branches:
-                self.sessions.remove(home)
+        with self._lock:
+            self.discard(branch)
+            for home in [s for s in self.sessions if branch.record in s.branches]:
+                home.branches.remove(branch.record)
+                if not home.branches:
+                    self.sessions.remove(home)
 
     def records(self) -> list[SessionRecord]:
         """The statistics of all sessions, while other threads go on."""
@@ -203,7 +204,7 @@ class Store:
             branch.apart = named is not None and named.branch is not None
             branch.unheard = unheard
             self._branches[key] = branch
-            self._share(branch, base[1:] if named is None else named.key, given, named)
+            self._share(branch, base[1:] if named is None else named.name, given, named)
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
         branch.unclear = None
@@ -322,7 +323,7 @@ class Store:
             if not isinstance(branch.hold, ContentHold) or (branch.form, branch.heard) != (form, heard) or branch.busy:
                 continue
             if named.step is not None:
-                goes_on = named.step > branch.record.step
+                goes_on = named.step > branch.record.step and branch.request == branch.requests.present
             else:
                 goes_on = not given.schedule or (
                     self._goes_on(branch, given, named, wait=True)

@@ -71,6 +71,7 @@ class CachedForward:
         self._rewritten = rewritten
         self._reader = Reader(roles, facts.written)
         self._spans = spans
+        self._shown = roles.shown or ((),) * spans
         self._separations = [Separation(fewer) for _ in range(spans)]
         self._layout = layout
         self._wiring = facts.program.wiring, layout
@@ -99,10 +100,14 @@ class CachedForward:
 
     def step(self, forward: Forward, args: Sequence[Any]) -> Any:
         """One step as a part of a forward: requests and branches are told apart by what that was given."""
-        begun, outputs = self._run(args, forward, lambda _: forward.given(self._latents, self._spans))
+        begun, outputs = self._run(args, forward, lambda _: forward.given(self._latents, self._seen(forward, args)))
         if begun is not None:
             forward.branches[self.facts.program] = begun
         return outputs
+
+    def _seen(self, forward: Forward, args: Sequence[Any]) -> list[frozenset[int]]:
+        """For each span, the inputs of the forward that its probe depends on."""
+        return [frozenset().union(*(forward.shown_by(args[i]) for i in of_span)) for of_span in self._shown]
 
     def compute(self, *args: Any) -> Any:
         """The outputs; nothing is reused, and nothing kept."""

@@ -1,0 +1,265 @@
+"""Several graphs: what ended, moved, or was replaced between two steps is not reused. Oracle: the model itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fx_cache
+from fx_cache.runtime.identity import OwnWrites
+from tests.running import last_branch, relative_error
+from tests.test_relay import BLOCKS, WIDTH, Block, Controlled, Model, compile_broken, walk
+
+CHANGES = 5
+"""The step at which something is another one."""
+
+
+@pytest.fixture(autouse=True)
+def many_graphs() -> Iterator[None]:
+    with torch._dynamo.config.patch(recompile_limit=200), torch.no_grad():
+        yield
+
+
+def session(request: int, branch: str | None, step: int | None = None) -> Any:
+    if branch == "unnamed":
+        return contextlib.nullcontext()
+    return fx_cache.session(f"request-{request}", branch=branch, step=step)
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+def test_what_ended_behind_the_first_forward(how: str) -> None:
+    model = Model()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    first, others = walk(1), walk(2)
+    with fx_cache.session("first", branch="only"):
+        compiled(**first[0])
+    if how == "end":
+        fx_cache.end("first")
+    else:
+        for weight in model.blocks[1:].parameters():
+            weight.data.mul_(2.0)  # leaves no trace
+        fx_cache.reset(compiled)
+    for step in others[:4]:
+        with fx_cache.session("other", branch="only"):
+            compiled(**step)
+    assert last_branch(compiled)["spans"][0]["hits"]
+    with fx_cache.session("first", branch="only"):
+        assert torch.equal(compiled(**first[1])[0], model(**first[1])[0])
+
+
+def test_a_prompt_overwritten_behind_the_first_forward() -> None:
+    """The pass that was called first is not found by what stands in its buffer at the next call."""
+    model, steps = Model(), walk(1)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    prompts = steps[0]["text"], 5 * walk(2)[0]["text"]
+    buffer = torch.empty_like(prompts[0])
+    for step in steps:
+        for prompt in prompts:
+            with fx_cache.session("S"):
+                output = compiled(**{**step, "text": buffer.copy_(prompt)})[0]
+            assert relative_error(model(**{**step, "text": prompt})[0], output) < 0.5
+    branches = fx_cache.summary(compiled).to_dict()["sessions"][-1]["branches"]
+    assert [b["spans"][0]["hits"] for b in branches[-2:]] == [[2, 3, 4, 5, 6]] * 2
+
+
+VALUES = {
+    "few numbers jump": lambda i: torch.full((WIDTH,), 1.0 if i < CHANGES else 5.0),
+    "a tensor jumps": lambda i: torch.tensor(1.0 if i < CHANGES else 5.0),
+    "a tensor moves": lambda i: torch.tensor(float(2**i)),
+    "a number moves": lambda i: float(2**i),
+}
+
+
+@pytest.mark.parametrize("branch", ["only", "unnamed"])
+@pytest.mark.parametrize("kind", VALUES)
+def test_what_looks_like_time_and_only_skipped_blocks_read(kind: str, branch: str) -> None:
+    model, hits = Controlled(), []
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            added = VALUES[kind](i)
+            with session(request, branch):
+                output = compiled(**step, added=added)[0]
+            if i == CHANGES or "moves" in kind:
+                assert torch.equal(output, model(**step, added=added)[0]), (request, i)
+        hits += last_branch(compiled)["spans"][0]["hits"]
+    assert bool(hits) == ("jump" in kind)
+
+
+class Referring(Controlled):
+    """A second input of the latents' shape, which only skipped blocks read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference = nn.Linear(4, WIDTH)
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, reference: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        x, time = self.begin(latent, timestep)
+        for i, block in enumerate(self.blocks):
+            x, text = block(x, text, time)
+            if 0 < i < BLOCKS - 1:
+                torch._dynamo.graph_break()
+                x = x + self.reference(reference)
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+@pytest.mark.parametrize("branch", ["only", "unnamed"])
+def test_two_inputs_that_may_be_denoised(branch: str) -> None:
+    model = Referring()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    generator = torch.Generator().manual_seed(0)
+    for request in range(4):
+        reference = torch.randn(walk(0)[0]["latent"].shape, generator=generator)
+        for i, step in enumerate(walk(request)):
+            with session(request, branch):
+                output = compiled(**step, reference=reference)[0]
+            assert torch.equal(output, model(**step, reference=reference)[0]), (request, i)
+            reference = 1.3 * reference + 0.05 * torch.randn(reference.shape, generator=generator)
+
+
+class Doubling(Controlled):
+    """Puts a number in the place of the user's."""
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, options: dict[str, float]) -> tuple[Tensor]:  # type: ignore[override]
+        options["scale"] = 2 * options["scale"]
+        return super().forward(latent, timestep, text, options["scale"])  # type: ignore[arg-type]
+
+
+def test_the_user_gives_a_number_that_a_forward_has_put_there() -> None:
+    model = Doubling()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            scale = 1.0 if i < CHANGES else 2.0
+            with session(request, "only"):
+                output = compiled(**step, options={"scale": scale})[0]
+            if i == CHANGES:
+                assert torch.equal(output, model(**step, options={"scale": scale})[0])
+    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 6, 7]
+
+
+class Detouring(Block):
+    """Code between two graphs of a block may put something else into the stream."""
+
+    detour = False
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def between(self, x: Tensor) -> Tensor:
+        return 3 * self.mix(x) if self.detour else x
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(self.between(x + torch.tanh(self.mix(x))), text, time)
+
+
+def test_code_between_the_graphs_goes_another_way() -> None:
+    model = Model()
+    model.blocks = nn.ModuleList(Detouring() for _ in range(BLOCKS))
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(2):
+        for i, step in enumerate(walk(request)):
+            model.blocks[2].detour = request == 1 and i == CHANGES
+            with session(request, "only"):
+                output = compiled(**step)[0]
+            if model.blocks[2].detour:
+                assert torch.equal(output, model(**step)[0])
+    assert {2, 3, 4, 7} <= set(last_branch(compiled)["spans"][0]["hits"])
+
+
+class Counting(Block):
+    """Code between its graphs writes to a tensor of the user's."""
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def between(self, x: Tensor, count: Tensor) -> Tensor:
+        count.add_(1.0)
+        return x * 1.0
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(self.between(x + torch.tanh(self.mix(x)), count), text, time)
+
+
+class Counted(Model):
+    strays = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Counting() for _ in range(BLOCKS))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, count: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        x, time = self.begin(latent, timestep)
+        for i, block in enumerate(self.blocks):
+            x, text = block(x, text, time, count)
+            if i == 3 and self.strays:
+                x = self.blocks[0].experts(x)
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+def test_what_is_written_within_a_span_is_written_once() -> None:
+    model, counts = Counted(), (torch.zeros(100), torch.zeros(100))
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            model.strays = request == 2 and i == CHANGES
+            with session(request, "only"):
+                compiled(**step, count=counts[0])
+            model(**step, count=counts[1])
+            assert torch.equal(*counts), (request, i)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_session_begun_afresh_begins_for_all_its_passes(
+    stepped: bool, branched: bool, anew: bool, breaks: bool
+) -> None:
+    """Given up at step 2; the pass that joins later finds nothing of before."""
+    model = Model()
+    compiled = compile_broken(model, residual_diff_threshold=10.0) if breaks else compile_whole(model)
+    prompts = {"cond": walk(1)[0]["text"], "uncond": walk(2)[0]["text"]}
+
+    def call(step: dict[str, Tensor], i: int, branch: str) -> bool:
+        given = {**step, "text": prompts[branch].clone() if anew else prompts[branch]}
+        with fx_cache.session("S", branch=branch if branched else None, step=i if stepped else None):
+            return torch.equal(compiled(**given)[0], model(**given)[0])
+
+    for step in walk(0) if breaks else ():
+        with fx_cache.session("compiles", branch="only"):
+            compiled(**step)
+    for i, step in enumerate(walk(3)[:3]):
+        for branch in prompts:
+            call(step, i, branch)
+    again = walk(4)
+    computed = [call(step, i, "cond") for i, step in enumerate(again[:CHANGES])]
+    assert not all(computed)
+    assert call(again[CHANGES], CHANGES, "uncond")
+
+
+def compile_whole(model: nn.Module) -> nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.experts = nn.Identity()
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
+    return torch.compile(model, backend="dit_cache", fullgraph=True, options=options)
+
+
+class Rewriting(Model):
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        return super().forward(latent, timestep, text.mul_(1.0))
+
+
+@pytest.mark.parametrize("what", ["wrote", "origin"])
+def test_an_error_where_writes_are_noted(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step = Rewriting(), walk(1)[0]
+    compiled = compile_whole(model)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(OwnWrites, what, fails)
+    with pytest.warns(fx_cache.CacheWarning, match="on purpose"):
+        output = compiled(**step)[0]
+    assert torch.equal(output, model(**step)[0])
