@@ -133,6 +133,7 @@ class Spec:
 KINDS: dict[str, Spec] = {
     **{f"write {write}": Spec(write=write) for write in WRITES},
     "write augmented, two streams": Spec(kinds=(("b",) * 4,), streams=2, write="augmented"),
+    "write views, glue": Spec(glue=2, holder="shared", write="views"),
     "join cat": Spec(kinds=(("b",) * 3, ("a",) * 3), streams=2, join="cat"),
     "join split": Spec(kinds=(("a",) * 3, ("b",) * 3), streams=2, join="split"),
     "join cat, written": Spec(kinds=(("b",) * 3, ("a",) * 3), streams=2, join="cat", write="augmented"),
@@ -157,6 +158,8 @@ def kinds_of(spec: Spec) -> set[str]:
     found = {f"write {spec.write}"} if spec.write else set()
     if spec.write and spec.streams > 1:
         found.add("write augmented, two streams")
+    if spec.write == "views" and spec.glue:
+        found.add("write views, glue")
     if spec.join:
         found |= {f"join {spec.join}"} | ({f"join {spec.join}, written"} if spec.write else set())
     if spec.write:

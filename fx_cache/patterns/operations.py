@@ -17,6 +17,7 @@ from fx_cache.ops import version
 from fx_cache.patterns.graph import (
     callee,
     descendants,
+    hinted_shape,
     is_tensor,
     is_weight,
     operation,
@@ -165,8 +166,9 @@ def _lives(graph: fx.Graph, number: dict[fx.Node, int], form_of: Callable[[fx.No
     end = max(number.values(), default=0) + 2
     handed_out: set[Any] = set()
     for held in sorted(holders.values(), key=lambda h: -h[0][0]):
-        born, first = held[0]
-        form = form_of(first)
+        born = held[0][0]
+        # What is written to through a view is the whole tensor, as it is read behind the write.
+        form = form_of(max((n for i, n in held if i == born), key=_size))
         uses = {number.get(u, i) for i, n in held for u in n.users if u.op != "output"}
         # What a block hands out beside its stream (keys and values for a cache) is not carried through the others.
         if not uses and form not in handed_out:
@@ -175,6 +177,11 @@ def _lives(graph: fx.Graph, number: dict[fx.Node, int], form_of: Callable[[fx.No
         makers = frozenset(i for i, _ in held)
         found.append(Life(born, max(uses | makers), form, frozenset(uses), makers))
     return found
+
+
+def _size(node: fx.Node) -> int:
+    """Elements of a tensor."""
+    return torch.Size(hinted_shape(value_of(node))).numel()
 
 
 def _origin(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
