@@ -136,6 +136,7 @@ class Relay:
         self._habits: OrderedDict[Hashable, Habits] = OrderedDict()
         self._ran: WeakSet[Graph] = WeakSet()
         self._written = WeakTensorKeyDictionary()
+        self._layout: Hashable = None
         self._watches = 0
         self._strays = 0
 
@@ -155,9 +156,7 @@ class Relay:
         self._learn()
         if self.enabled or self.refusal is not None:
             return PlainRun(self)
-        others = forward.not_denoised
-        unfit = any(p.streams[0].tokens and p.streams[0].tokens <= others for p in self.plans)
-        if self.plans and self.misfits < MAX_MISFITS and not unfit:
+        if self.plans and self.misfits < MAX_MISFITS and not self._unfit(forward):
             self.misfits += 1
             return RelayRun(self, forward)
         self.misfits, self.settled = 0, False
@@ -166,6 +165,13 @@ class Relay:
         forward.when_over(run.forget)
         self._watched = forward, run, copy_context()
         return run
+
+    def _unfit(self, forward: Forward) -> bool:
+        """Whether it has turned out meanwhile that a main stream holds nothing that is denoised."""
+        if forward.layout != self._layout:  # there the inputs have other numbers
+            return False
+        others = forward.not_denoised
+        return any(plan.streams[0].tokens and plan.streams[0].tokens <= others for plan in self.plans)
 
     def read(self) -> Forward | None:
         """Plans what is cached where, by the forward that was watched; None if none was."""
@@ -191,7 +197,7 @@ class Relay:
             self.enabled = frozenset(kept)
             self._layers = frozenset(c.facts.layers for c in forward.calls if c.facts.program.wiring in self.enabled)
         else:
-            self.plans, self.refusal = plans, refusal
+            self.plans, self.refusal, self._layout = plans, refusal, forward.layout
         return forward
 
     def caches(self, facts: GraphFacts) -> bool:
