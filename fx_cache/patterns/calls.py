@@ -112,7 +112,6 @@ class InputTrace:
         form: shape and dtype.
         made_by: who made it, or most of it.
         tokens: the user's inputs whose tokens it holds, and `UNKNOWN` if it may hold others; none if nothing is known.
-        shown: the user's inputs that it is known to depend on.
         others: how many tokens at its beginning and at its end are none of what was made, but were joined to that.
         whole: whether it is just what was made.
         memory: the call that made the memory it lies in, whatever has been written there since; None if none did.
@@ -122,7 +121,6 @@ class InputTrace:
     form: Form
     made_by: Place | None
     tokens: frozenset[int]
-    shown: frozenset[int] = frozenset()
     others: tuple[int, int] = (0, 0)
     whole: bool = True
     memory: int | None = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise, takewhile
 
-from fx_cache.patterns.calls import Call, Form, InputTrace, Place
+from fx_cache.patterns.calls import UNKNOWN, Call, Form, InputTrace, Place
 from fx_cache.patterns.stacks import MIN_BLOCKS
 
 
@@ -237,10 +237,12 @@ class _Finder:
     def _hands_on_unseen(self, starts: Sequence[int], streams: Sequence[RelayStream], end: int) -> bool:
         """Whether code between graphs may hand on a stream that is none of these: it would be given back as it was.
 
-        What a block begins with is handed on, and what it takes later if it makes nothing of that form before.
+        What a block begins with is handed on; so is what it takes later, if it makes nothing of that form before, and
+        the main stream is not known to hold what is denoised.
         """
         if self._is_other(streams[0]):
             return True
+        known = bool(self._others) and bool(streams[0].tokens - self._others - {UNKNOWN})
         # Heads of attention have four dimensions, and are handed on by nobody.
         handed = min(self._at(s.maker, 0) for s in streams)
         made = {
@@ -254,12 +256,8 @@ class _Finder:
         for block, i in ((b, i) for b, n in zip(starts[1:], [*starts[2:], end + 1], strict=True) for i in range(b, n)):
             for name, t in self._calls[i].inputs.items():
                 large = len(t.form[0]) >= 3 and t.form[1].is_floating_point
-                if (
-                    t.unseen
-                    and large
-                    and t.form in made
-                    and not (name in seen if i == block else self._makes(block, i, t))
-                ):
+                accounted = name in seen if i == block else known or self._makes(block, i, t)
+                if t.unseen and large and t.form in made and not accounted:
                     return True
         return False
 

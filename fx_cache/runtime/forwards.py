@@ -105,7 +105,7 @@ class Forward:
         # Now, since whoever gave them may write to them before they are asked for.
         self.keys = [identity_key([v]) if comparable(v) else None for v in inputs]
         self._versions = versions or []
-        self._times = {i: v.clone() for i, v in enumerate(inputs) if _stored(v) and v.numel() <= SMALL}
+        self._times = {i: v.clone() for i, v in enumerate(inputs) if stored(v) and v.numel() <= SMALL}
         self.calls: list[Call] = []
         self.habits = Habits()
         self.weight: torch.Tensor | None = None
@@ -114,7 +114,7 @@ class Forward:
         self.caught = caught
         self._owners: dict[int, str] = {}
         self.count = 0
-        self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if _stored(t)}
+        self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if stored(t)}
         self._notes: dict[int | None, list[_Note]] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
         self._origins: dict[int, tuple[int, int]] = {}
@@ -148,7 +148,7 @@ class Forward:
 
     def tokens_of(self, value: Any) -> frozenset[int]:
         """The user's inputs whose tokens a tensor holds, as far as is known."""
-        if not _stored(value):
+        if not stored(value):
             return frozenset()
         key = value.untyped_storage()._cdata
         if key in self._user:
@@ -159,9 +159,9 @@ class Forward:
 
     def shown_by(self, value: Any) -> frozenset[int]:
         """The user's inputs that a tensor is known to depend on: what code between graphs has made of one is not."""
-        key, view = (value.untyped_storage()._cdata, _view(value)) if _stored(value) else (None, ())
+        key, view = (value.untyped_storage()._cdata, _view(value)) if stored(value) else (None, ())
         if key in self._user:
-            same = [i for i, v in enumerate(self.inputs) if _stored(v) and v.untyped_storage()._cdata == key]
+            same = [i for i, v in enumerate(self.inputs) if stored(v) and v.untyped_storage()._cdata == key]
             exact = [i for i in same if _view(self.inputs[i]) == view]
             return frozenset(exact or (same if len(same) == 1 else ()))
         notes = [n for n in self._notes.get(key, []) if n.view == view]
@@ -178,15 +178,15 @@ class Forward:
 
     def made(self, value: Any) -> bool:
         """Whether one of its graphs has made a tensor, or what it is a view of."""
-        return _stored(value) and value.untyped_storage()._cdata in self._notes
+        return stored(value) and value.untyped_storage()._cdata in self._notes
 
     def knows(self, value: Any) -> bool:
         """Whether a tensor lies in what one of its graphs has made, or what the user gave it."""
-        return _stored(value) and (self.made(value) or value.untyped_storage()._cdata in self._user)
+        return stored(value) and (self.made(value) or value.untyped_storage()._cdata in self._user)
 
     def made_by(self, value: Any) -> Place | None:
         """The call that made just this tensor, if no code between graphs has touched it."""
-        notes = self._notes.get(value.untyped_storage()._cdata, []) if _stored(value) else []
+        notes = self._notes.get(value.untyped_storage()._cdata, []) if stored(value) else []
         return next((n.made_by for n in reversed(notes) if n.view == _view(value)), None)
 
     def note(self, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -196,14 +196,14 @@ class Forward:
         unknown = frozenset({UNKNOWN})
         tokens = {i: self.tokens_of(args[i]) or unknown for sources in facts.tokens for i in sources}
         shown = {i: self.shown_by(args[i]) for sources in facts.shown for i in sources}
-        kept = [a for i, a in enumerate(args) if _stored(a) and i not in facts.written]
-        through = {(a.untyped_storage()._cdata, _view(a)) for a in kept}
+        kept = [a for i, a in enumerate(args) if stored(a) and i not in facts.written]
+        through = {memory_of(a) for a in kept}
         for k, (output, sources, behind) in enumerate(zip(outputs, facts.tokens, facts.shown, strict=True)):
-            if _stored(output):
+            if stored(output):
                 storage = output.untyped_storage()
                 held = frozenset().union(*(tokens[i] for i in sources))
                 self._held[self.count, k] = held
-                if (storage._cdata, _view(output)) in through:
+                if memory_of(output) in through:
                     continue
                 depends = frozenset().union(*(shown[i] for i in behind))
                 note = _Note(StorageWeakRef(storage), (self.count, k), _view(output), held, depends)
@@ -234,10 +234,9 @@ class Forward:
             made_by = self.made_by(value)
             place, others = joined.get(name, (made_by, (0, 0)))
             tokens = self.tokens_of(value) or self._held.get(place, frozenset())
-            notes = self._notes.get(value.untyped_storage()._cdata) if _stored(value) else None
+            notes = self._notes.get(value.untyped_storage()._cdata) if stored(value) else None
             memory = notes[0].made_by[0] if notes else None
-            whole, shown = place == made_by, self.shown_by(value)
-            return InputTrace(_form(value), place, tokens, shown, others, whole, memory, name in unseen)
+            return InputTrace(_form(value), place, tokens, others, place == made_by, memory, name in unseen)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}
@@ -252,10 +251,10 @@ class Forward:
 
     def see_schedule(self, roles: InputRoles, args: Sequence[Any]) -> None:
         """Learns from a graph which of the user's inputs are the timestep or the like: for this forward and others."""
-        for arg in (args[i] for i in roles.schedule if _stored(args[i])):
+        for arg in (args[i] for i in roles.schedule if stored(args[i])):
             itself = {i for i, v in enumerate(self.inputs) if v is arg}
             key = arg.untyped_storage()._cdata
-            shown = {i for i, v in enumerate(self.inputs) if _stored(v) and v.untyped_storage()._cdata == key}
+            shown = {i for i, v in enumerate(self.inputs) if stored(v) and v.untyped_storage()._cdata == key}
             self.habits.told |= itself or shown
 
     def latent_like(self, shapes: Sequence[Shape]) -> frozenset[int]:
@@ -264,7 +263,7 @@ class Forward:
 
     def came_back(self, result: Any) -> None:
         """Takes notice of what the model returns."""
-        shapes = [tuple(t.shape) for t in contents(result) if _stored(t) and t.is_floating_point()]
+        shapes = [tuple(t.shape) for t in contents(result) if stored(t) and t.is_floating_point()]
         self.habits.came_back(self._untimed, shapes)
 
     def may_come_back(self) -> None:
@@ -290,7 +289,7 @@ class Forward:
         self.habits = habits
         begun = {id(v): version for v, version in self._versions}
         for i, v in enumerate(self.inputs):
-            if _stored(v) and not v.is_inference():
+            if stored(v) and not v.is_inference():
                 version = begun.get(id(v), v._version)
                 self._origins[i] = version, habits.writes.origin(v, version)
         for i in habits.own & self._origins.keys():
@@ -346,7 +345,7 @@ class Forward:
             tuple((i, self.keys[i]) for i in others),
             tuple(self.control(of_span, denoised) for of_span in shown),
             (),
-            signature([t for t in self.inputs if _stored(t)]),
+            signature([t for t in self.inputs if stored(t)]),
             schedule,
             fixed,
             doubt,
@@ -409,7 +408,7 @@ class Forward:
     @property
     def telling(self) -> frozenset[int]:
         """The inputs that tell the time, but for those of which that is only learned."""
-        looks = {i for i, v in enumerate(self.inputs) if _stored(v) and is_counted(v) and _looks_like_time(v)}
+        looks = {i for i, v in enumerate(self.inputs) if stored(v) and is_counted(v) and _looks_like_time(v)}
         return self.habits.told | looks
 
 
@@ -527,13 +526,19 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _stored(value: Any) -> bool:
+def memory_of(value: torch.Tensor) -> Hashable:
+    """What tensors have in common that are one: the same view of the same memory."""
+    return value.untyped_storage()._cdata, _view(value)
+
+
+def stored(value: Any) -> bool:
+    """Whether it is a tensor with memory of its own."""
     return isinstance(value, torch.Tensor) and value.layout is torch.strided
 
 
 def comparable(value: Any) -> bool:
     """Whether it can be said of an input that it is the same as before."""
-    return isinstance(value, PLAIN) or _stored(value)
+    return isinstance(value, PLAIN) or stored(value)
 
 
 def _view(value: torch.Tensor) -> tuple[Any, ...]:

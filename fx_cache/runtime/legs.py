@@ -15,7 +15,7 @@ from fx_cache.patterns.calls import GraphFacts
 from fx_cache.patterns.relays import RelayPlan
 from fx_cache.patterns.stretches import RelayStream
 from fx_cache.runtime.batches import Separation
-from fx_cache.runtime.forwards import Forward, Joined
+from fx_cache.runtime.forwards import Forward, Joined, memory_of, stored
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.identity import identity_key, signature
 from fx_cache.runtime.net import Astray
@@ -101,10 +101,8 @@ def _is_held(name: str) -> bool:
 def handed_through(graph: Graph, args: Sequence[Any], outputs: Sequence[Any]) -> list[str | None]:
     """Which input, not written to, each output of a call is, by name."""
     facts = graph.facts
-    given = {
-        id(a): facts.names[i] for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in facts.written
-    }
-    return [given.get(id(output)) for output in outputs]
+    given = {memory_of(a): facts.names[i] for i, a in enumerate(args) if stored(a) and i not in facts.written}
+    return [given.get(memory_of(output)) if stored(output) else None for output in outputs]
 
 
 def written_by(graph: Graph, args: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -118,9 +116,9 @@ class Entry:
 
     Attributes:
         called: which call it was.
-        outputs: of each output what it is: the name of an input that is handed through, the number of a stream that
-            ends with it and the strides it has, the same of one that goes on and the number of the stored tensor that
-            says how far it had come, the number of a stored tensor, or itself.
+        outputs: of each output what it is: the name of an input that is handed through; of a stream that ends with it
+            the number, the strides it has, and the input that it is, if any; of one that goes on number, strides, and
+            the number of the stored tensor that says how far it had come; the number of a stored tensor; or itself.
         written: inputs that it writes to, by name, and the number of the stored tensor that says what.
     """
 
@@ -176,7 +174,7 @@ class Script:
             if same is not None and stream is None:
                 kept.append(("input", same))
             elif stream is not None:
-                kept.append(("stream", (stream, output.stride())))
+                kept.append(("stream", (stream, output.stride(), same)))
                 self.residuals[stream] = output - starts[stream]
             elif number in passed:
                 self.values.append(output - starts[passed[number]])
@@ -209,10 +207,12 @@ class Script:
                     raise Astray
                 outputs.append(args[names.index(what)])
             elif kind == "stream":
-                stream, strides = what
+                stream, strides, same = what
                 residual = self.residuals[stream]
                 assert residual is not None
-                outputs.append(_laid_out(starts[stream] + residual, strides))
+                # What is handed through has come as far already.
+                through = same is not None and same in names
+                outputs.append(args[names.index(same)] if through else _laid_out(starts[stream] + residual, strides))
             elif kind == "on its way":
                 stream, strides, number = what
                 outputs.append(_laid_out(starts[stream] + self.values[number], strides))
@@ -531,10 +531,10 @@ class Leg:
                     self._came[k] = made[s.output]
         if self._called is not None:
             assert self._script is not None
-            ends = _ends(self._plan, family, number)
-            ends = {i: k for i, k in ends.items() if i < len(made) and made[i].shape == self._starts[k].shape}
-            passed = _passed(self._plan, family, number)
-            passed = {i: k for i, k in passed.items() if i < len(made) and made[i].shape == self._starts[k].shape}
+            ends, passed = (
+                {i: k for i, k in of_call.items() if i < len(made) and made[i].shape == self._starts[k].shape}
+                for of_call in (_ends(self._plan, family, number), _passed(self._plan, family, number))
+            )
             through, written = handed_through(graph, args, outputs), written_by(graph, args)
             self._script.add(self._called, through, outputs, written, ends, passed, self._starts)
             self._ended |= set(ends.values())
