@@ -35,7 +35,10 @@ from tests.counting import flops
 from tests.models import walk
 
 STEPS = 4
-"""Of a request: where the graph does not show what is denoised, two moves have to be seen before a step is reused."""
+"""Of the request that is counted."""
+
+LEARNING = 12
+"""Of the request before it: where nothing but the calls shows what is denoised, it takes some until that is known."""
 
 TOLERANCE = 0.002
 """Of the work of a step: less than that is no difference."""
@@ -65,7 +68,7 @@ class Share:
 def measure(name: str) -> Share:
     """The figures of one model."""
     fresh()
-    steps = walk(name, STEPS)
+    steps = walk(name, LEARNING)
     compiled = compile_zoo(name, compiler="counting_flops", residual_diff_threshold=2.0)
     found = fx_cache.explain(compiled, **steps[0])
     shares = [s for s in found.shares if s is not None]
@@ -81,9 +84,9 @@ def measure(name: str) -> Share:
 
 def _counted(compiled: torch.nn.Module, steps: list[dict[str, Any]]) -> float:
     """What the cheapest step of a request saves of the first one's operations, once it is known what is denoised."""
-    for name in ("compiles", "counts"):
+    for name, count in (("compiles", LEARNING), ("counts", STEPS)):
         with fx_cache.session(name, branch="only"):
-            counts = [flops(lambda step=step: compiled(**step))[1] for step in steps]
+            counts = [flops(lambda step=step: compiled(**step))[1] for step in steps[:count]]
     return 1 - min(counts) / counts[0]
 
 

@@ -26,12 +26,10 @@ from fx_cache.patterns.samples import fewer_allowed
 from fx_cache.patterns.spans import Plan
 from fx_cache.regions import written_out
 from fx_cache.runtime.forwards import Forward, surroundings
-from fx_cache.runtime.relay import ObservedForward, Relays
+from fx_cache.runtime.relay import RELAYS, ObservedForward
 from fx_cache.runtime.step import CachedForward
 from fx_cache.runtime.weights import is_number
 from fx_cache.versions import with_versions
-
-_relays = Relays()
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def dit_cache(
         say_uncached(refusal)
     if reading.whole or facts is None:
         return compiled
-    return ObservedForward(compiled, facts, config, _relays)
+    return ObservedForward(compiled, facts, config, RELAYS)
 
 
 @dataclass
@@ -176,7 +174,7 @@ def _cached_forward(reading: Reading, compiler: Compiler, overwritten: bool, con
         facts,
         frozenset() if whole else _latents_given(gm, plan, reading.forward),
         whole,
-        _relays,
+        RELAYS,
         all(fewer_allowed(s.samples) for s in spans),
         bool(plan.invariants.kept),
         overwritten,

@@ -9,6 +9,7 @@ import torch
 from fx_cache.errors import SessionError
 from fx_cache.runtime.named import check_name
 from fx_cache.runtime.registry import stores
+from fx_cache.runtime.relay import RELAYS
 
 
 def configure(model: torch.nn.Module, **changes: Any) -> None:
@@ -22,7 +23,7 @@ def configure(model: torch.nn.Module, **changes: Any) -> None:
         OptionError: an unknown option, a value out of range, or an option that is fixed at compile time.
         SessionError: the model has not run with this backend.
     """
-    found = list(stores(model))
+    found = stores(model)
     if not found:
         raise SessionError(
             f"configure: got {type(model).__name__}, which has not run with backend 'dit_cache'; expected a compiled "
@@ -38,6 +39,7 @@ def reset(model: torch.nn.Module | None = None) -> None:
 
     Statistics stay.
     """
+    RELAYS.reset(model)
     for store in stores(model):
         store.reset()
 
@@ -52,6 +54,7 @@ def end(name: str) -> None:
         SessionError: a name that is no non-empty string.
     """
     check_name("name", name)
+    RELAYS.end(name)
     for store in stores():
         store.end(name)
 

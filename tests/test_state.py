@@ -113,7 +113,7 @@ def test_an_exception_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
     compiled = alone.compiled()
     for step in first[:4]:
         compiled(**step)
-    branch = next(iter(next(fx_cache.runtime.registry.stores(compiled))._branches.values()))
+    branch = next(iter(fx_cache.runtime.registry.stores(compiled)[0]._branches.values()))
     assert branch.slots[0].tensors
 
     def interrupted(*_: Any, **__: Any) -> bool:
@@ -496,7 +496,7 @@ def test_old_state_is_freed_before_its_span_is_computed_anew() -> None:
     compiled = compile_cached(model, compiler="watching", residual_diff_threshold=1e-9, max_warmup_steps=1)
     for step in steps[:2]:
         compiled(**step)
-    (branch,) = next(fx_cache.runtime.registry.stores(compiled))._branches.values()
+    (branch,) = fx_cache.runtime.registry.stores(compiled)[0]._branches.values()
     old_state[:] = map(weakref.ref, branch.slots[0].tensors)
     alive.clear()
     compiled(**steps[2])

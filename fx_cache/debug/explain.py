@@ -96,5 +96,5 @@ def _config_of(model: torch.nn.Module) -> CacheConfig:
         if options is not None:
             return split_options(options)[0]
         callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(callback, "compiler_fn", None)
-    store = next(iter(stores(model)), None) if isinstance(model, torch.nn.Module) else None
-    return CacheConfig() if store is None else store.config
+    found = stores(model) if isinstance(model, torch.nn.Module) else []
+    return found[0].config if found else CacheConfig()

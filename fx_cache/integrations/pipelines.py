@@ -68,7 +68,7 @@ class Enabled:
     def configure(self, **changes: Any) -> None:
         """Changes run-time options of every denoiser that has run: :func:`fx_cache.configure`."""
         for module in self.modules.values():
-            if any(True for _ in stores(module)):
+            if stores(module):
                 configure(module, **changes)
 
 

@@ -6,13 +6,14 @@ Such a stack is a *relay*: its streams are handed on from graph to graph.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
-from fx_cache.patterns.calls import Call
+from fx_cache.patterns.calls import UNKNOWN, Call, Place
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, stretches
 
@@ -106,6 +107,14 @@ def _plan(calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConf
                 "blocks that write only to tensors of their own",
                 "replace the write in place by an operation that returns a new tensor",
             )
+    if _read_beside(calls, stretch, begin, end):
+        return Refusal(
+            f"stack {name}",
+            "a value that its blocks make beside their streams, of what may change at every step, and that is read "
+            "behind them",
+            "blocks that hand on nothing but their streams",
+            "compute it before the blocks, or set options={'Bn_compute_blocks': 1} if the last block makes it",
+        )
     share = _work(calls, begin, end) / total if total else None
     if share is not None and share < MIN_SHARE:
         return Refusal(
@@ -123,6 +132,40 @@ def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
     """Whether the memory of an input was made by a call of a span."""
     traced = call.inputs.get(call.facts.names[i])
     return traced is not None and traced.memory is not None and begin <= traced.memory <= end
+
+
+def _read_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> bool:
+    """Whether a call behind a span reads what one of its calls made, and neither ends a stream nor depends on one.
+
+    It is given back as it was, and may be made of the time.
+    """
+    tokens = frozenset().union(*(s.tokens for s in stretch.streams)) - {UNKNOWN}
+    readers = {(s.reader.family, s.name) for s in stretch.streams}
+    last = stretch.starts.index(begin) if begin in stretch.starts else 0
+    last = max(k for k, start in enumerate(stretch.starts) if k >= last and start <= end)
+    numbers: Counter[Hashable] = Counter()
+    beside: set[Place] = set()
+    for k, call in enumerate(calls[: end + 1]):
+        numbers[call.family] += 1
+        if k < begin:
+            continue
+        ends = {s.last for s in stretch.streams if s.maker.is_call(call.family, numbers[call.family], last)}
+        streams = {
+            name
+            for name, i in call.inputs.items()
+            if (call.family, name) in readers
+            or i.tokens & tokens
+            or (i.made_by is not None and i.made_by[0] >= begin and i.made_by not in beside)
+        }
+        tensors = itertools.count()
+        for output, (form, of_output) in enumerate(zip(call.outputs, call.facts.shown, strict=True)):
+            if form is None or next(tensors) in ends or not form[1].is_floating_point:
+                continue
+            if not streams.intersection(call.facts.names[i] for i in of_output):
+                beside.add((k, output))
+    made = {k for k, _ in beside}
+    behind = (i for call in calls[end + 1 :] for i in call.inputs.values() if i.form[1].is_floating_point)
+    return any(i.made_by in beside or (i.made_by is None and i.memory in made) for i in behind)
 
 
 def _outermost(stretches: Iterator[Stretch], calls: Sequence[Call]) -> list[Stretch]:

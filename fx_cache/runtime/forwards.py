@@ -118,6 +118,7 @@ class Forward:
         self._notes: dict[int | None, list[_Note]] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
         self._origins: dict[int, tuple[int, int]] = {}
+        self._numbers: dict[float, int] = {}
 
     @property
     def root(self) -> Any:
@@ -176,6 +177,13 @@ class Forward:
         """Whether something that the user gave it was written to since it began."""
         return any(value._version != version for value, version in self._versions)
 
+    def is_strange(self, value: Any, begin: int) -> bool:
+        """Whether a number is none that the user gave, and no graph was given it before a call of that number."""
+        number = None if stored(value) and value.ndim else _number(value)
+        if number is None or self._numbers.get(number, begin) < begin:
+            return False
+        return all(isinstance(v, torch.Tensor) or _number(v) != number for v in self.inputs)
+
     def made(self, value: Any) -> bool:
         """Whether one of its graphs has made a tensor, or what it is a view of."""
         return stored(value) and value.untyped_storage()._cdata in self._notes
@@ -196,6 +204,8 @@ class Forward:
         unknown = frozenset({UNKNOWN})
         tokens = {i: self.tokens_of(args[i]) or unknown for sources in facts.tokens for i in sources}
         shown = {i: self.shown_by(args[i]) for sources in facts.shown for i in sources}
+        for number in (number for a in args if not (stored(a) and a.ndim) and (number := _number(a)) is not None):
+            self._numbers.setdefault(number, self.count)
         kept = [a for i, a in enumerate(args) if stored(a) and i not in facts.written]
         through = {memory_of(a) for a in kept}
         for k, (output, sources, behind) in enumerate(zip(outputs, facts.tokens, facts.shown, strict=True)):
@@ -251,11 +261,13 @@ class Forward:
 
     def see_schedule(self, roles: InputRoles, args: Sequence[Any]) -> None:
         """Learns from a graph which of the user's inputs are the timestep or the like: for this forward and others."""
-        for arg in (args[i] for i in roles.schedule if stored(args[i])):
-            itself = {i for i, v in enumerate(self.inputs) if v is arg}
-            key = arg.untyped_storage()._cdata
+        for k in (k for k in roles.schedule if stored(args[k])):
+            itself = {i for i, v in enumerate(self.inputs) if v is args[k]}
+            key = args[k].untyped_storage()._cdata
             shown = {i for i, v in enumerate(self.inputs) if stored(v) and v.untyped_storage()._cdata == key}
             self.habits.told |= itself or shown
+            if k in roles.timed:
+                self.habits.embedded |= itself or shown
 
     def latent_like(self, shapes: Sequence[Shape]) -> frozenset[int]:
         """The user's inputs that have some outputs' shapes, up to channels, where it is clear which has which."""
@@ -282,7 +294,9 @@ class Forward:
         with guarded("came_back"):
             self.came_back(result)
             self._see_writes()
-        return self.run is None or bool(self.run.end())
+        with guarded("end"):
+            return self.run is None or bool(self.run.end())
+        return not self.reusing
 
     def know(self, habits: Habits) -> None:
         """Takes what other forwards have shown: what only they have written to is what it was."""
@@ -378,8 +392,9 @@ class Forward:
 
     @property
     def _time(self) -> frozenset[int]:
-        """Which input is the time: those that a graph takes so, or the one that has moved most often; none in doubt."""
-        return self.habits.told or self.habits.moves_most(self.timed)
+        """Which input is the time: the one that is embedded so, else the one that moves most often; none in doubt."""
+        embedded = self.habits.embedded
+        return embedded if len(embedded) == 1 else self.habits.moves_most(embedded or self.timed)
 
     @property
     def written(self) -> bool:
@@ -488,15 +503,11 @@ def _forward_of(frame: FrameType) -> Forward:
     """The forward of a compiled call's frame: made at the first look."""
     found = _under_way(frame)
     if found is None:
-        caught = spread(frame, _under_way)
+        begun = versions_at_begin(frame)
+        caught = spread(frame, _under_way) and begun is not None
         local = frame.f_locals
         found = Forward(
-            _root_of(local),
-            local.get("self"),
-            local.get("args", ()),
-            local.get("kwargs", {}),
-            caught,
-            versions_at_begin(frame),
+            _root_of(local), local.get("self"), local.get("args", ()), local.get("kwargs", {}), caught, begun
         )
         found.begins(frame)
         local[_KEPT_AS] = found

@@ -89,7 +89,7 @@ class SpanGate:
                 verdicts = self._settle(samples, separable)
             sums = measure() if any(v.reuse is None for v in verdicts) else None
             verdicts, diffs = agree(verdicts, samples, sums, *ranks)
-        elif self._branch.pending and any(v.reuse is not False for v in verdicts):
+        elif self._branch.pending and any(v.reuse is not False or v.spent for v in verdicts):
             diff = measure() if any(v.reuse is None for v in verdicts) else None
             diffs = self._store.read_pending(self._branch, diff)
             verdicts = self._settle(samples, separable)

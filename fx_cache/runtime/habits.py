@@ -34,6 +34,7 @@ class Habits:
 
     Attributes:
         told: those that a graph takes for the timestep or the like.
+        embedded: those of them that it embeds as a time is, which leaves no doubt.
         own: those that forwards write to themselves.
         writes: what they have written.
         put: what the last one has put in the place of inputs, and who was there before.
@@ -41,6 +42,7 @@ class Habits:
 
     def __init__(self) -> None:
         self.told: frozenset[int] = frozenset()
+        self.embedded: frozenset[int] = frozenset()
         self.own: frozenset[int] = frozenset()
         self.writes = OwnWrites()
         self.put: dict[int, tuple[StorageHold, Any]] = {}

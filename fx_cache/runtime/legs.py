@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
@@ -56,22 +57,36 @@ class Called:
 
     Attributes:
         what: the code, what the graph computes, the forms of all inputs but weights, which calls of the span made them,
-            and the numbers that the model holds. The time is none of it, where it is an integer.
+            the numbers that the model holds, and those that code between graphs has given it alone. The time is none
+            of it, where it is an integer.
         weights: those that it was given, as they were, and what else it found outside the forward.
+        lasting: tensors, by name, that code between graphs has given it: those that outlive the forward.
     """
 
     what: Hashable
     weights: Given
+    lasting: dict[str, tuple[StorageWeakRef, Hashable]]
 
     @classmethod
     def of(cls, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> Called:
         """A call, of a span that begins with the forward's call of number `begin`."""
-        return cls(_what(forward, graph, family, args, begin), Given(_weights(forward, graph, args)))
+        what = _what(forward, graph, family, args, begin)
+        return cls(what, Given(_weights(forward, graph, args)), _strangers(forward, graph, args))
 
     def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        same = self.what == _what(forward, graph, family, args, begin)
-        return same and self.weights.same(_weights(forward, graph, args))
+        if self.what != _what(forward, graph, family, args, begin):
+            return False
+        given = dict(zip(graph.facts.names, args, strict=True)) if self.lasting else {}
+        for name, (held, memory) in self.lasting.items():
+            if held.expired() or not stored(given.get(name)) or memory_of(given[name]) != memory:
+                return False
+        return self.weights.same(_weights(forward, graph, args))
+
+    def over(self) -> None:
+        """The forward is over: what has not outlived it was made in it."""
+        for name in [name for name, (held, _) in self.lasting.items() if held.expired()]:
+            del self.lasting[name]
 
 
 def _what(forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> Hashable:
@@ -81,7 +96,19 @@ def _what(forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any],
     held = [a for i in roles.weights if isinstance(a := args[i], torch.Tensor) and is_number(a)]
     made = zip(graph.facts.names, map(forward.made_by, args), strict=True)
     within = frozenset((name, (at[0] - begin, at[1])) for name, at in made if at is not None and at[0] >= begin)
-    return family, graph.facts.program.at(args, scalars), forms, within, identity_key(held)
+    others = [(n, a) for n, a in zip(graph.facts.names, args, strict=True) if forward.is_strange(a, begin)]
+    numbers = tuple(name for name, _ in others), identity_key([number for _, number in others])
+    return family, graph.facts.program.at(args, scalars), forms, within, identity_key(held), numbers
+
+
+def _strangers(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str, tuple[StorageWeakRef, Hashable]]:
+    """The tensors that neither the user nor a graph has made, but for weights and numbers."""
+    given = ((graph.facts.names[i], a) for i, a in enumerate(args) if i not in graph.facts.roles.weights)
+    return {
+        name: (StorageWeakRef(a.untyped_storage()), memory_of(a))
+        for name, a in given
+        if stored(a) and not (forward.knows(a) or _is_held(name) or a.ndim == 0)
+    }
 
 
 def _weights(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -132,11 +159,13 @@ class Script:
 
     Attributes:
         before: the code that was called before the span.
+        weights: those that it was given, where they are known by nothing else.
         writes: whether something that the user gave was written to by its end.
     """
 
-    def __init__(self, streams: int, before: Iterable[Hashable]) -> None:
+    def __init__(self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor]) -> None:
         self.before = frozenset(before)
+        self.weights = Given(weights)
         self.writes = False
         self.entries: list[Entry] = []
         self.residuals: list[torch.Tensor | None] = [None] * streams
@@ -182,6 +211,11 @@ class Script:
             else:
                 kept.append(("value", self._keep(output)))
         self.entries.append(Entry(called, tuple(kept), tuple((n, self._keep(v)) for n, v in written.items())))
+
+    def over(self) -> None:
+        """The forward is over."""
+        for entry in self.entries:
+            entry.called.over()
 
     def _keep(self, value: torch.Tensor) -> int:
         self.values.append(_copied(value))
@@ -436,6 +470,7 @@ class Leg:
         family: Hashable,
         args: Sequence[Any],
         before: Collection[Hashable],
+        weights: Sequence[torch.Tensor],
         lost: str | None,
     ) -> None:
         """The one decision for all graphs of the span and all samples.
@@ -445,6 +480,7 @@ class Leg:
             branch: what the forward belongs to.
             forward, graph, family, args: the call with which the span begins.
             before: the code that was called before that.
+            weights: those that it was given, where they are known by nothing else.
             lost: why nothing that was cached before may be reused; None: it may.
         """
         self._branch = branch
@@ -454,15 +490,17 @@ class Leg:
             raise Misfit
         self._probe = _probe(self._plan.streams[0], self._head, self._starts[0])
         slot = branch.slots[self._number]
-        script, self._call = slot.script, forward.count
+        # Once: whoever ends the session meanwhile empties the slot.
+        kept, script, self._call = slot.tensors, slot.script, forward.count
         fits = (
             script is not None
             and script.before == before
+            and script.weights.same(weights)
             and script.goes_on(0, forward, graph, family, args, self._call)
         )
         if script is not None and script.writes:
             lost = lost or WRITES
-        if slot.tensors and (lost is not None or not fits or slot.tensors[0].shape != self._probe.shape):
+        if kept and (lost is not None or not fits or kept[0].shape != self._probe.shape):
             slot.forget(lost or OTHER_CALLS)
             slot.open = True
         shown = forward.shown_by(self._start(graph, args, 0))
@@ -474,12 +512,12 @@ class Leg:
         compare = residual_sums if groups else residual_diff
 
         def measure() -> torch.Tensor:
-            diff: torch.Tensor = compare(slot.tensors[0], probe, samples, probe.ndim)
+            diff: torch.Tensor = compare(kept[0], probe, samples, probe.ndim)
             return diff
 
         ranks = (groups, probe.device) if groups else None
         self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
-        self._script = slot.script if self._hit else Script(len(self._plan.streams), before)
+        self._script = script if self._hit else Script(len(self._plan.streams), before, weights)
 
     def skip(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
@@ -545,6 +583,7 @@ class Leg:
             if not self._hit:
                 self._script.writes = forward.writes
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
+                forward.when_over(self._script.over)
                 self._gate.remember_control()
             self._gate.record()
             slot.open = False

@@ -18,6 +18,7 @@ import torch
 from torch._dynamo import disable
 from torch._dynamo.eval_frame import skip_code
 
+from fx_cache.errors import guarded
 from fx_cache.runtime.contents import contents
 
 _CALLED = "fn"
@@ -35,9 +36,9 @@ def versions(value: Any) -> Versions:
     return [(v, v._version) for v in found if not v.is_inference()]
 
 
-def versions_at_begin(frame: FrameType) -> Versions:
-    """Those of what the compiled call of a frame was given, as they were when it began."""
-    found: Versions = frame.f_locals.get(_VERSIONS, [])
+def versions_at_begin(frame: FrameType) -> Versions | None:
+    """Those of what the compiled call of a frame was given, as they were when it began; None if unknown."""
+    found: Versions | None = frame.f_locals.get(_VERSIONS)
     return found
 
 
@@ -90,7 +91,8 @@ class Net:
     @disable
     def _begins(self, frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the versions of what a forward is given: by them is seen what it writes to before its first graph."""
-        frame.f_locals[_VERSIONS] = versions((args, kwargs))
+        with guarded("begin"):
+            frame.f_locals[_VERSIONS] = versions((args, kwargs))
 
     @disable
     def _counts(self, frame: FrameType, result: Any) -> bool:

@@ -59,10 +59,12 @@ class Verdict:
     Attributes:
         reuse: True or False where it is settled, None where the diff decides.
         reason: why it computes; None otherwise.
+        spent: whether it does so for the rest of the request; then the host has to know whether the next one has begun.
     """
 
     reuse: bool | None
     reason: str | None = None
+    spent: bool = False
 
 
 def decide(config: CacheConfig, counters: Counters, step: int, *, filled: bool) -> Verdict:
@@ -84,12 +86,12 @@ def decide(config: CacheConfig, counters: Counters, step: int, *, filled: bool) 
         if config.steps_computation_policy == "static":
             return Verdict(True) if filled else Verdict(False, "nothing cached")
     if 0 <= config.max_cached_steps <= len(counters.hits):
-        return Verdict(False, "max_cached_steps")
+        return Verdict(False, "max_cached_steps", spent=True)
     if 0 <= config.max_continuous_cached_steps <= counters.continuous:
         return Verdict(False, "max_continuous_cached_steps")
     limit = config.max_accumulated_residual_diff_threshold
     if limit is not None and 0.0 < limit <= counters.accumulated:
-        return Verdict(False, "max_accumulated_residual_diff_threshold")
+        return Verdict(False, "max_accumulated_residual_diff_threshold", spent=True)
     if config.residual_diff_threshold <= 0.0:
         return Verdict(False, "threshold <= 0")
     if not filled:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +19,12 @@ _by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 _without_weight: weakref.WeakSet[Store] = weakref.WeakSet()
 
+_lock = threading.RLock()
 
-def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any, compilation: Any) -> Store:
+
+def store_of(
+    anchor: torch.Tensor | None, config: CacheConfig, root: Any, compilation: Any, before: Store | None = None
+) -> Store:
     """The store of the model that holds the weight `anchor`, for one compilation.
 
     Args:
@@ -28,23 +32,25 @@ def store_of(anchor: torch.Tensor | None, config: CacheConfig, root: Any, compil
         config: the configuration that it was compiled with.
         root: what was compiled.
         compilation: what ``torch.compile`` made; None: that is not known, then one store serves a configuration.
+        before: the one that it had by a weight that the model no longer holds.
     """
-    if anchor is None:
-        store = Store(config, listen(root))
-        _without_weight.add(store)
-        return store
-    key = config if compilation is None else compilation
-    known = _by_weight.setdefault(anchor, [])
-    found = next((store for made_by, store in known if made_by() is key), None)
-    if found is None:
-        found = Store(config, listen(root))
-        # Until another one comes, the statistics of one that is over can still be asked for.
-        known[:] = [(made_by, store) for made_by, store in known if made_by() is not None]
-        known.append((weakref.ref(key), found))
-    return found
+    with _lock:
+        if anchor is None:
+            store = before or Store(config, listen(root))
+            _without_weight.add(store)
+            return store
+        key = config if compilation is None else compilation
+        known = _by_weight.setdefault(anchor, [])
+        found = next((store for made_by, store in known if made_by() is key), None)
+        if found is None:
+            found = before or Store(config, listen(root))
+            # Until another one comes, the statistics of one that is over can still be asked for.
+            known[:] = [(made_by, store) for made_by, store in known if made_by() is not None]
+            known.append((weakref.ref(key), found))
+        return found
 
 
-def stores(model: torch.nn.Module | None = None) -> Iterator[Store]:
+def stores(model: torch.nn.Module | None = None) -> list[Store]:
     """The stores of a model (compiled or not), or of all models.
 
     Raises:
@@ -55,10 +61,10 @@ def stores(model: torch.nn.Module | None = None) -> Iterator[Store]:
             f"model: got {type(model).__name__}; expected a torch.nn.Module; pass the module that it calls, "
             "or nothing, which stands for all models."
         )
-    if model is None:
-        for known in list(_by_weight.values()):
-            yield from [store for _, store in known]
-        yield from _without_weight
-        return
-    for weight in [*model.parameters(), *model.buffers()]:
-        yield from [store for _, store in _by_weight.get(weight, [])]
+    with _lock:
+        if model is None:
+            known, others = list(_by_weight.values()), list(_without_weight)
+        else:
+            known, others = [_by_weight.get(w, []) for w in (*model.parameters(), *model.buffers())], []
+        found = [store for of_weight in known for _, store in of_weight] + others
+    return list({id(store): store for store in found}.values())

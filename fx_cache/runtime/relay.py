@@ -18,6 +18,7 @@ from contextvars import Context, copy_context
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch._dynamo import config as dynamo_config
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -26,9 +27,10 @@ from fx_cache.errors import CacheWarning, Refusal, guarded
 from fx_cache.patterns.calls import GraphFacts
 from fx_cache.patterns.relays import RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_SHARE, least_gain
-from fx_cache.runtime.forwards import Forward, family_of, surroundings
+from fx_cache.runtime.forwards import Forward, family_of, surroundings, weakly
 from fx_cache.runtime.habits import Habits
 from fx_cache.runtime.legs import WRITES, Graph, Leg, Misfit, WatchRun
+from fx_cache.runtime.named import NamedSession, named_session
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.policy import decide
 from fx_cache.runtime.registry import store_of
@@ -81,11 +83,28 @@ class Relays:
     def __init__(self) -> None:
         self._last: weakref.ref[Relay] | None = None
         self._found: WeakKeyDictionary[Any, Relay] = WeakKeyDictionary()
+        self._lock = threading.RLock()
 
     def of(self, compilation: Any, config: CacheConfig) -> Relay:
-        found = self._found.setdefault(compilation, Relay(config))
+        with self._lock:
+            found = self._found.setdefault(compilation, Relay(config))
         self._last = weakref.ref(found)
         return found
+
+    def end(self, name: str) -> None:
+        """A session is over."""
+        self._let_go(lambda _, named: named is not None and named.name == name)
+
+    def reset(self, model: torch.nn.Module | None) -> None:
+        """Nothing that a model, or any, has computed is to be reused."""
+        held = {*map(id, weights_of(model))}
+        self._let_go(lambda forward, _: model is None or forward.root is model or id(forward.weight) in held)
+
+    def _let_go(self, of: Callable[[Forward, NamedSession | None], bool]) -> None:
+        with self._lock:
+            found = list(self._found.values())
+        for relay in found:
+            relay.let_go(of)
 
     @property
     def last(self) -> Relay | None:
@@ -109,6 +128,10 @@ class Relays:
         return forward.run.call(forward, graph, family_of(around.innermost, graph.facts), args)
 
 
+RELAYS = Relays()
+"""Those of all that the backend has compiled."""
+
+
 class Relay:
     """What is known of one compiled model that is captured in several graphs.
 
@@ -129,7 +152,9 @@ class Relay:
         self.settled = False
         self.store: Store | None = None
         self.lock = threading.RLock()
-        self._watched: tuple[Forward, WatchRun, Context] | None = None
+        self._anchor: Callable[[], torch.Tensor | None] = weakly(None)
+        self._watched: tuple[Forward, WatchRun, NamedSession | None, Context] | None = None
+        self._counts = True
         self._seen: frozenset[str] = frozenset()
         self._layers: frozenset[Hashable] = frozenset()
         self._least = 0.0
@@ -163,8 +188,18 @@ class Relay:
         self._watches += 1
         run = WatchRun()
         forward.when_over(run.forget)
-        self._watched = forward, run, copy_context()
+        self._watched, self._counts = (forward, run, named_session(), copy_context()), True
         return run
+
+    def let_go(self, of: Callable[[Forward, NamedSession | None], bool]) -> None:
+        """What was watched does not count as a step, if it is one `of` those; nothing of it is held any longer."""
+        with self.lock:
+            if self._watched is None or not of(self._watched[0], self._watched[2]):
+                return
+            self._counts = False
+            if self._watched[0].over:
+                with guarded("learn"):
+                    self._learn()
 
     def _unfit(self, forward: Forward) -> bool:
         """Whether it has turned out meanwhile that a main stream holds nothing that is denoised."""
@@ -215,7 +250,7 @@ class Relay:
         forward = self.read()
         if forward is None or self._watched is None:
             return
-        (_, _, context), self._watched = self._watched, None
+        (*_, context), self._watched = self._watched, None
         for program, (store, branch) in forward.branches.items():
             if program.wiring not in self.enabled:
                 store.forget(branch)
@@ -229,9 +264,7 @@ class Relay:
                 self.refusal = None  # the first forward compiles, and may run otherwise than those behind it
             else:
                 self._say()
-        if self.plans:
-            self.store = self.store or store_of(forward.weight, self.config, forward.root, forward.compilation)
-        if self.plans and not forward.written:
+        if self.plans and self._counts and not forward.written:
             # In the session that it ran in, whichever is open now. Nothing is kept of it: much may have happened since.
             branch = context.run(self.open, forward, self.plans)
             for slot in branch.slots:
@@ -279,16 +312,26 @@ class Relay:
             self.refusal = self._unsteady()
             self._say()
 
+    def _store(self, forward: Forward, weights: Sequence[torch.Tensor]) -> Store:
+        """Where its branches are kept, found by a weight that the model holds now."""
+        before, anchor = self.store, self._anchor()
+        if before is not None and (any(w is anchor for w in weights) if weights else anchor is not None):
+            return before
+        found = next((w for w in weights if w is forward.weight), next(iter(weights), forward.weight))
+        self._anchor = weakly(found)
+        return store_of(found, self.config, forward.root, forward.compilation, before)
+
     def open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> Branch:
         """The branch that a forward belongs to, under some plans; counts the step."""
         with self.lock:
             return self._open(forward, plans)
 
     def _open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> Branch:
-        assert self.store is not None
         given, program = forward.given(), ("relay", plans)
         # Code between the graphs has weights too, which no graph is given.
-        weights = [w for w in weights_of(forward.root) if w not in self._written]
+        held = weights_of(forward.root)
+        self.store = self._store(forward, held)
+        weights = [w for w in held if w not in self._written]
         lost = CHANGED if self.store.changed(program, weights, []) else None
         branch = self.store.begin(program, len(plans), given, lost)
         if any(slot.open for slot in branch.slots):  # its last forward was broken off
@@ -342,6 +385,7 @@ class RelayRun:
         self._branch: Branch | None = None
         self._lost = None if relay.settled and forward.caught else NOT_SETTLED
         self._calls: Counter[Hashable] = Counter()
+        self._weights: list[torch.Tensor] = []
         self._settled = True
         self._reused = False
         self._failed = False
@@ -382,6 +426,8 @@ class RelayRun:
             self._lost = self._lost or WRITES
         if not self._legs:
             return None
+        if not isinstance(forward.root, torch.nn.Module):  # else all that it holds is looked at
+            self._weights += [a for i in graph.facts.roles.weights if isinstance(a := args[i], torch.nn.Parameter)]
         leg, number = self._legs[0], self._calls[family] + 1
         if leg.begins(graph, family, args, number):
             if self._branch is None:
@@ -397,6 +443,7 @@ class RelayRun:
                 family,
                 args,
                 self._calls.keys(),
+                self._weights,
                 self._lost,
             )
         return leg.skip(forward, graph, family, args, number)
@@ -434,16 +481,19 @@ class RelayRun:
     def _give_up(self, why: str) -> None:
         """Computes from here on, and keeps nothing of spans that are not over."""
         self._legs = []
-        if self._branch is None:
+        branch, self._branch = self._branch, None
+        if branch is None:
             return
-        store, step = self._relay.store, self._branch.record.step
-        for slot in self._branch.slots:
-            if slot.open or why == STRAYED:
-                slot.forget(why)
-                slot.counters.computed_after_all(step, why)
+        store, step = self._relay.store, branch.record.step
         assert store is not None
-        store.release(self._branch)
-        self._branch = None
+        with guarded("give_up") as guard:
+            for slot in branch.slots:
+                if slot.open or why == STRAYED:
+                    slot.forget(why)
+                    slot.counters.computed_after_all(step, why)
+            store.release(branch)
+        if guard.failure is not None:
+            self._failed, self._relay.refusal = True, guard.failure
 
 
 class ObservedForward:

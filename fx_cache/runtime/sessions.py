@@ -438,7 +438,8 @@ class Store:
         old = branch.record
         if branch.slots:
             self._complaints.ended(old, branch.config)
-        slots = [Slot() for _ in range(branch.spans)]
+        # A span that another thread is in the middle of stays open: whoever finds it so begins a branch of its own.
+        slots = [Slot(open=before.open) for before in old.slots] or [Slot() for _ in range(branch.spans)]
         kept = None
         if since:
             slots, kept, old.kept = [slot.handed_on() for slot in old.slots], old.kept, None

@@ -191,12 +191,14 @@ class CachedForward:
 
     def _store(self, args: Sequence[Any], within: Surroundings | Forward) -> Store:
         anchor = None if self._anchor is None else args[self._anchor]
-        compilation = within.compilation
+        compilation, before = within.compilation, None
         if self._last is not None:
             weight, made, store = self._last
-            if (weight is None or weight() is anchor) and (made is None or made() is compilation):
-                return store
-        store = store_of(anchor, self._config, within.root, compilation)
+            if made is None or made() is compilation:
+                if weight is None or weight() is anchor:
+                    return store
+                before = store if weight() is None else None
+        store = store_of(anchor, self._config, within.root, compilation, before)
         self._last = (
             None if anchor is None else weakref.ref(anchor),
             None if compilation is None else weakref.ref(compilation),
