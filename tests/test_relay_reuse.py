@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
+import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import fx_cache
+from fx_cache.runtime import legs
 from fx_cache.runtime.identity import OwnWrites
+from fx_cache.runtime.relay import ObservedForward
 from tests.running import last_branch, relative_error
-from tests.test_relay import BLOCKS, WIDTH, Block, Controlled, Model, compile_broken, walk
+from tests.test_relay import BLOCKS, STEPS, TOKENS, WIDTH, Block, Controlled, Model, Oracle, compile_broken, walk
 
 CHANGES = 5
 """The step at which something is another one."""
+
+WITHIN = 8
+"""The call of a forward that lies in the middle of its span."""
 
 
 @pytest.fixture(autouse=True)
@@ -372,3 +381,257 @@ def test_an_error_where_writes_are_noted(what: str, monkeypatch: pytest.MonkeyPa
     with pytest.warns(fx_cache.CacheWarning, match="on purpose"):
         output = compiled(**step)[0]
     assert torch.equal(output, model(**step)[0])
+
+
+class Embedding(Model):
+    """Time and guidance, embedded alike; guidance is read by the blocks that are skipped alone."""
+
+    def __init__(self, graphs: int) -> None:
+        super().__init__()
+        self.graphs, self.guided = graphs, nn.Linear(2, WIDTH)
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, guidance: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        x, time = self.begin(latent, timestep)
+        other = self.guided(torch.stack([guidance.sin(), guidance.cos()], dim=-1))
+        x = x + text.mean(dim=1, keepdim=True)
+        for i, block in enumerate(self.blocks):
+            if self.graphs > 1:
+                torch._dynamo.graph_break()
+            x = self.layer(block, x, time if i < 2 else time + other)
+        return (self.out(x),)
+
+    def layer(self, block: Block, x: Tensor, time: Tensor) -> Tensor:
+        return x + block.time(time)[:, None] * block.mix(block.norm(x))
+
+
+@pytest.mark.parametrize("values", [(3.5, 900.0), (900.0, 3.5), (3.5, 3.6)])
+@pytest.mark.parametrize(("branch", "named"), [("only", True), ("only", False), (None, True), ("unnamed", False)])
+@pytest.mark.parametrize("graphs", [1, 2])
+def test_what_is_embedded_like_the_time(graphs: int, branch: str, named: bool, values: tuple[float, float]) -> None:
+    model = Embedding(graphs)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            guidance = torch.tensor([values[i >= CHANGES]])
+            with session(request, branch, i if named else None):
+                output = compiled(**step, guidance=guidance)[0]
+            if i == CHANGES:
+                assert torch.equal(output, model(**step, guidance=guidance)[0])
+            if i == CHANGES - 1 and request == 2:
+                assert not torch.equal(output, model(**step, guidance=guidance)[0])
+
+
+class Added(Block):
+    def forward(self, x: Tensor, text: Tensor, time: Tensor, added: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, text = super().forward(x, text, time)
+        return x + added, text
+
+
+class Adding(Model):
+    """Some blocks are given a number, or tensor, that code between the graphs finds outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Added() for _ in range(BLOCKS))
+        self.held: Any = None
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for i, block in enumerate(self.blocks):
+            torch._dynamo.graph_break()
+            x, text = block(x, text, time, self.held if i == BLOCKS - 2 else 0 * self.held)
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+@pytest.mark.parametrize("kind", ["number", "another tensor", "written to"])
+def test_what_code_between_the_graphs_finds_outside(kind: str) -> None:
+    model = Adding()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(4):
+        for i, step in enumerate(walk(request)):
+            value = 1.0 if i < CHANGES else 5.0
+            if i in (0, CHANGES) and kind == "written to" and model.held is not None:
+                model.held.fill_(value)
+            elif i in (0, CHANGES):
+                model.held = value if kind == "number" else torch.full((1, TOKENS, WIDTH), value)
+            with session(request, "only"):
+                output = compiled(**step)[0]
+            if i == CHANGES:
+                assert torch.equal(output, model(**step)[0])
+    assert last_branch(compiled)["spans"][0]["hits"][:3] == [2, 3, 4]
+
+
+class Beside(Model):
+    """Every block makes something of the time alone; the tail reads what the last one made."""
+
+    def __init__(self, behind: bool) -> None:
+        super().__init__()
+        self.side, self.behind = nn.Linear(WIDTH, WIDTH), behind
+
+    def shift(self, time: Tensor) -> Tensor:
+        return self.side(time)
+
+    def finish(self, x: Tensor, text: Tensor, shift: Tensor) -> Tensor:
+        return self.out(x + text.mean(dim=1, keepdim=True) + shift[:, None])
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            shift = time if self.behind else self.shift(time)
+            torch._dynamo.graph_break()
+            x, text = block(x, text, time)
+            shift = self.shift(time) if self.behind else shift
+        return (self.finish(x, text, shift),)
+
+
+def test_what_blocks_make_beside_their_streams_and_the_tail_reads() -> None:
+    """Given back as it was, it would be that of another time."""
+    model = Beside(behind=False)
+    found = fx_cache.explain(compile_broken(model), **walk(0)[0])
+    assert found.reason is not None and "beside their streams" in found.reason
+
+
+def test_what_blocks_make_behind_their_streams_and_the_tail_reads() -> None:
+    model, steps = Beside(behind=True), walk(0)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for step in walk(1):
+        compiled(**step)
+    oracle = Oracle(model, 1, 0, 10.0)
+    for i, step in enumerate(steps):
+        shift = model.shift(model.begin(step["latent"], step["timestep"])[1])
+        expected = oracle(i, **step) + model.out(shift[:, None]) - model.out.bias
+        assert torch.allclose(compiled(**step)[0], expected, atol=1e-5)
+    assert last_branch(compiled)["spans"][0]["hits"] == oracle.hits == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("branch", ["only", None, "unnamed"])
+def test_another_thread_begins_a_request_within_a_span(branch: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first one's span computes does not get into the request that has begun."""
+    model = Model()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    text = walk(0)[0]["text"]
+    first, second = walk(10, text), walk(20, text)
+
+    def step(given: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=200), session(0, branch):
+            return compiled(**given)[0].clone()
+
+    for given in (*walk(3, text)[:4], *walk(4, text)[:4]):
+        step(given)
+    alone = [step(given) for given in second]
+    inside, go_on, calls = threading.Event(), threading.Event(), [0]
+    plain = ObservedForward.compute
+
+    def compute(self: ObservedForward, *args: Any) -> Any:
+        if threading.current_thread() is thread:
+            calls[0] += 1
+            if calls[0] == WITHIN:
+                inside.set()
+                assert go_on.wait(60)
+        return plain(self, *args)
+
+    monkeypatch.setattr(ObservedForward, "compute", compute)
+    thread = threading.Thread(target=lambda: step(first[0]))
+    thread.start()
+    assert inside.wait(60)
+    outputs = []
+    for i, given in enumerate(second):
+        outputs.append(step(given))
+        if i == 2:
+            go_on.set()
+            thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, alone, strict=True))
+    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]
+
+
+def test_weights_replaced_by_others() -> None:
+    """What is cached is still found, and ended, when no weight is left that it was found by."""
+    model = Model()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(2):
+        for step in walk(request):
+            with session(request, "only"):
+                compiled(**step)
+    fx_cache.configure(compiled, max_cached_steps=3)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    gc.collect()
+    steps = walk(5)
+    for step in steps[:5]:
+        with session(5, "only"):
+            compiled(**step)
+    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4]
+    fx_cache.configure(compiled, max_cached_steps=-1)
+    fx_cache.end("request-5")
+    with session(5, "only"):
+        assert torch.equal(compiled(**steps[5])[0], model(**steps[5])[0])
+
+
+def test_weights_of_a_function() -> None:
+    model = Model()
+    compiled = compile_broken(lambda **given: model(**given), residual_diff_threshold=10.0)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            if i == CHANGES:
+                model.embed.weight.mul_(1.5)
+            with session(request, "only"):
+                output = compiled(**step)[0]
+            if i == CHANGES:
+                assert torch.equal(output, model(**step)[0])
+    assert last_branch(model)["spans"][0]["hits"] == [2, 3, 4, 6, 7]
+
+
+def test_what_ended_is_not_begun_again_by_the_forward_that_was_watched() -> None:
+    model = Model()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    step = walk(0)[0]
+    held = weakref.ref(step["text"])
+    with session(0, "only"):
+        compiled(**step)
+    fx_cache.end("request-0")
+    del step
+    gc.collect()
+    assert held() is None
+    for given in walk(1):
+        with session(1, "only"):
+            compiled(**given)
+    names = [s["name"] for s in fx_cache.summary(compiled).to_dict()["sessions"]]
+    assert "request-0" not in names
+
+
+def test_ended_while_a_step_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, measure = Model(), legs.residual_diff
+
+    def ends(*args: Any) -> Tensor:
+        fx_cache.end("request-1")
+        return measure(*args)
+
+    compiled = compile_broken(model, residual_diff_threshold=0.9)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            with monkeypatch.context() as patch, session(request, "only"):
+                if (request, i) == (1, CHANGES):
+                    patch.setattr(legs, "residual_diff", ends)
+                compiled(**step)
+    assert len(last_branch(compiled)["spans"][0]["hits"]) == STEPS - 2
+
+
+class Within:
+    """Holds a dict that holds itself: nobody can say what it holds."""
+
+    def __init__(self) -> None:
+        self.own: dict[str, Any] = {}
+        self.own["self"] = self.own
+
+
+def test_given_what_holds_itself() -> None:
+    class Given(Model):
+        def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, other: Any) -> tuple[Tensor]:  # type: ignore[override]
+            return super().forward(latent, timestep, text)
+
+    model = Given()
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in walk(0):
+            other = {"it": Within().own}
+            assert torch.equal(compiled(**step, other=other)[0], model(**step, other=other)[0])

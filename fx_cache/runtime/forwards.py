@@ -178,8 +178,11 @@ class Forward:
         return any(value._version != version for value, version in self._versions)
 
     def is_strange(self, value: Any, begin: int) -> bool:
-        """Whether a number is none that the user gave, and no graph was given it before a call of that number."""
-        number = None if stored(value) and value.ndim else _number(value)
+        """Whether a number is none that the user gave, and no graph was given it before a call of that number.
+
+        Integers are not asked for: they are compared as sizes are.
+        """
+        number = _real(value)
         if number is None or self._numbers.get(number, begin) < begin:
             return False
         return all(isinstance(v, torch.Tensor) or _number(v) != number for v in self.inputs)
@@ -204,7 +207,7 @@ class Forward:
         unknown = frozenset({UNKNOWN})
         tokens = {i: self.tokens_of(args[i]) or unknown for sources in facts.tokens for i in sources}
         shown = {i: self.shown_by(args[i]) for sources in facts.shown for i in sources}
-        for number in (number for a in args if not (stored(a) and a.ndim) and (number := _number(a)) is not None):
+        for number in (number for a in args if (number := _real(a)) is not None):
             self._numbers.setdefault(number, self.count)
         kept = [a for i, a in enumerate(args) if stored(a) and i not in facts.written]
         through = {memory_of(a) for a in kept}
@@ -535,6 +538,11 @@ def _number(value: Any) -> float | None:
         wrapped = type(value) is torch.Tensor and value.ndim == 0 and value.is_cpu and value.dtype is torch.float64
         return float(value) if wrapped else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _real(value: Any) -> float | None:
+    """A real number that a graph is given."""
+    return None if isinstance(value, int) or (isinstance(value, torch.Tensor) and value.ndim) else _number(value)
 
 
 def memory_of(value: torch.Tensor) -> Hashable:
