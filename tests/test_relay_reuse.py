@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import fx_cache
 from fx_cache.runtime import legs
-from fx_cache.runtime.identity import OwnWrites
+from fx_cache.runtime.identity import OwnWrites, StorageHold
 from fx_cache.runtime.relay import ObservedForward
+from fx_cache.runtime.slots import Times
 from tests.running import last_branch, relative_error
 from tests.test_relay import BLOCKS, STEPS, TOKENS, WIDTH, Block, Controlled, Model, Oracle, compile_broken, walk
 
@@ -384,14 +385,16 @@ def test_an_error_where_writes_are_noted(what: str, monkeypatch: pytest.MonkeyPa
 
 
 class Embedding(Model):
-    """Time and guidance, embedded alike; guidance is read by the blocks that are skipped alone."""
+    """Time and guidance, embedded alike or not; guidance is read by the blocks that are skipped alone."""
 
-    def __init__(self, graphs: int) -> None:
+    def __init__(self, graphs: int, plain: bool) -> None:
         super().__init__()
-        self.graphs, self.guided = graphs, nn.Linear(2, WIDTH)
+        self.graphs, self.plain, self.guided = graphs, plain, nn.Linear(2, WIDTH)
 
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, guidance: Tensor) -> tuple[Tensor]:  # type: ignore[override]
         x, time = self.begin(latent, timestep)
+        if self.plain:
+            time = self.time(torch.stack([timestep, 1 - timestep], dim=-1))
         other = self.guided(torch.stack([guidance.sin(), guidance.cos()], dim=-1))
         x = x + text.mean(dim=1, keepdim=True)
         for i, block in enumerate(self.blocks):
@@ -404,21 +407,67 @@ class Embedding(Model):
         return x + block.time(time)[:, None] * block.mix(block.norm(x))
 
 
-@pytest.mark.parametrize("values", [(3.5, 900.0), (900.0, 3.5), (3.5, 3.6)])
+GUIDANCE = {
+    "up": lambda i: 3.5 if i < CHANGES else 900.0,
+    "down": lambda i: 900.0 if i < CHANGES else 3.5,
+    "by little": lambda i: 3.5 if i < CHANGES else 3.6,
+    "at every step": lambda i: 900.0 - 50 * i if i < CHANGES else 3.5,
+}
+
+
+@pytest.mark.parametrize("way", GUIDANCE)
 @pytest.mark.parametrize(("branch", "named"), [("only", True), ("only", False), (None, True), ("unnamed", False)])
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("graphs", [1, 2])
-def test_what_is_embedded_like_the_time(graphs: int, branch: str, named: bool, values: tuple[float, float]) -> None:
-    model = Embedding(graphs)
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_what_is_embedded_like_the_time(graphs: int, plain: bool, branch: str, named: bool, way: str) -> None:
+    model, hits = Embedding(graphs, plain), 0
     compiled = compile_broken(model, residual_diff_threshold=10.0)
     for request in range(3):
         for i, step in enumerate(walk(request)):
-            guidance = torch.tensor([values[i >= CHANGES]])
+            guidance = torch.tensor([GUIDANCE[way](i)])
             with session(request, branch, i if named else None):
                 output = compiled(**step, guidance=guidance)[0]
-            if i == CHANGES:
-                assert torch.equal(output, model(**step, guidance=guidance)[0])
-            if i == CHANGES - 1 and request == 2:
-                assert not torch.equal(output, model(**step, guidance=guidance)[0])
+            same = torch.equal(output, model(**step, guidance=guidance)[0])
+            assert same or (i != CHANGES and (way != "at every step" or i > CHANGES))
+            hits += not same
+    assert hits or plain or way == "at every step"
+
+
+@pytest.mark.parametrize("together", [2, 8])
+def test_guidance_of_its_own_for_each_of_several_requests(together: int) -> None:
+    """On a server: what differs between requests at one time is not the time."""
+    model = Embedding(2, False)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for turn in range(3):
+        walks = [walk(10 * turn + k) for k in range(together)]
+        for i in range(STEPS):
+            for k, steps in enumerate(walks):
+                guidance = torch.tensor([1.0 + k + (50.0 if (turn, k) == (2, 0) and i >= CHANGES else 0.0)])
+                with fx_cache.session(f"{turn}-{k}", branch="only", step=i):
+                    output = compiled(**steps[i], guidance=guidance)[0]
+                if (turn, k) == (2, 0):
+                    assert torch.equal(output, model(**steps[i], guidance=guidance)[0]) == (i < 2 or i == CHANGES)
+
+
+def test_which_of_several_inputs_is_the_time() -> None:
+    """By hand: each row is what a request is given at its steps, and whether it is as when the span was computed."""
+    table = {
+        ((0, 5), (1, 5), (2, 5), (3, 5)): [True, True, False, False],
+        ((0, 5), (1, 5), (2, 5), (3, 6)): [True, True, False, True],
+        ((0, 5), (1, 6), (2, 7), (3, 8)): [True, True, True, True],  # both move
+        ((0, 5), (0, 5), (0, 6), (0, 7)): [True, True, True, True],  # neither moves at every step
+        ((0, 5), (1, 5), (1, 6), (2, 6)): [True, True, True, True],
+    }
+    for steps, expected in table.items():
+        times, found = Times(), []
+        for step in steps:
+            now = StorageHold(step)
+            found.append(times.changed(now, frozenset({0, 1})))
+            if found[-1]:
+                times.computed(now)
+            times.over(now)
+        assert found == expected, steps
 
 
 class Added(Block):

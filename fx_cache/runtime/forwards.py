@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -264,13 +264,11 @@ class Forward:
 
     def see_schedule(self, roles: InputRoles, args: Sequence[Any]) -> None:
         """Learns from a graph which of the user's inputs are the timestep or the like: for this forward and others."""
-        for k in (k for k in roles.schedule if stored(args[k])):
-            itself = {i for i, v in enumerate(self.inputs) if v is args[k]}
-            key = args[k].untyped_storage()._cdata
+        for arg in (args[i] for i in roles.schedule if stored(args[i])):
+            itself = {i for i, v in enumerate(self.inputs) if v is arg}
+            key = arg.untyped_storage()._cdata
             shown = {i for i, v in enumerate(self.inputs) if stored(v) and v.untyped_storage()._cdata == key}
             self.habits.told |= itself or shown
-            if k in roles.timed:
-                self.habits.embedded |= itself or shown
 
     def latent_like(self, shapes: Sequence[Shape]) -> frozenset[int]:
         """The user's inputs that have some outputs' shapes, up to channels, where it is clear which has which."""
@@ -387,17 +385,27 @@ class Forward:
         moving = latents | self.timed
         apart = named is not None and named.branch is not None
         asked = [i for i in range(len(self.inputs)) if (i not in moving and apart) or i in moving - shown - self._time]
-        keys = {i: key for i in asked if (key := self.keys[i]) is not None}
-        own = frozenset(k for k, i in enumerate(keys) if i in self.habits.own)
         opaque = next((type(self.inputs[i]).__name__ for i in asked if self.keys[i] is None), None)
         doubt = UNKNOWN_LATENT if not latents else None if opaque is None else OPAQUE.format(opaque)
-        return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key), own, doubt)
+        timed = [i for i in sorted(self.timed - latents) if self.keys[i] is not None]
+        others = replace(self._control([i for i in asked if i not in timed]), doubt=doubt)
+        unsure = frozenset(k for k, i in enumerate(timed) if i in asked)
+        return replace(others, times=self._control(timed), asked=unsure) if unsure else others
+
+    def _control(self, asked: Sequence[int]) -> Control:
+        """Some inputs, but for those of which it cannot be said who they are."""
+        keys = {i: key for i in asked if (key := self.keys[i]) is not None}
+        own = frozenset(k for k, i in enumerate(keys) if i in self.habits.own)
+        return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key), own)
 
     @property
     def _time(self) -> frozenset[int]:
-        """Which input is the time: the one that is embedded so, else the one that moves most often; none in doubt."""
-        embedded = self.habits.embedded
-        return embedded if len(embedded) == 1 else self.habits.moves_most(embedded or self.timed)
+        """Which input is the time; none where several may be, since guidance is given and embedded just so.
+
+        Of several it is seen from step to step of a request (`Times`).
+        """
+        timed = self.timed
+        return timed if len(timed) == 1 else frozenset()
 
     @property
     def written(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from fx_cache.errors import guarded
 from fx_cache.runtime.batches import MixedHit, Separation
 from fx_cache.runtime.given import Control
-from fx_cache.runtime.identity import ContentHold
+from fx_cache.runtime.identity import ContentHold, StorageHold
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
 from fx_cache.runtime.ranks import agree
 from fx_cache.runtime.sessions import Store
@@ -114,6 +114,8 @@ class SpanGate:
     def remember_control(self) -> None:
         """Notes what the span was computed from: nothing that is known, if that was written to meanwhile."""
         slot = self._branch.slots[self._span]
+        if self._times is not None:
+            slot.times.computed(self._times)
         if self._control.written:
             slot.control = None
         elif slot.control is None or self._control_changed:  # none: meanwhile it was seen that a request begins here
@@ -126,10 +128,17 @@ class SpanGate:
         changed = slot.control is None or not slot.control.same(self._control.inputs, self._control.identity)
         if isinstance(slot.control, ContentHold):
             slot.made_anew = bool(slot.control.inputs) and not changed
-        return changed
+        return changed or (self._times is not None and slot.times.changed(self._times, self._control.asked))
+
+    @cached_property
+    def _times(self) -> StorageHold | None:
+        """Inputs of the present step that look like the time."""
+        return None if self._control.times is None else self._control.times.hold(by_content=False)
 
     def record(self) -> None:
         """Notes that the step is over."""
+        if self._times is not None:
+            self._branch.slots[self._span].times.over(self._times)
         for counters, verdict in self._decided():
             counters.record(self._step, verdict.reason)
 

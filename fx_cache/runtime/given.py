@@ -24,18 +24,23 @@ class Control:
         identity: who they are.
         own: numbers of those among them that the forward writes to itself.
         doubt: what is not known of them, or None.
+        times: all inputs that look like a time, if some of them are among these.
+        asked: the numbers of those.
     """
 
     inputs: Sequence[Any]
     identity: tuple[Hashable, ...]
     own: frozenset[int] = frozenset()
     doubt: str | None = None
+    times: Control | None = None
+    asked: frozenset[int] = frozenset()
 
     @property
     def written(self) -> bool:
         """Whether they were written to meanwhile, by other code than the forward."""
         pairs = enumerate(zip(identity_key(self.inputs), self.identity, strict=True))
-        return any(now != then for i, (now, then) in pairs if i not in self.own)
+        own = any(now != then for i, (now, then) in pairs if i not in self.own)
+        return own or (self.times is not None and self.times.written)
 
     def hold(self, by_content: bool) -> StorageHold:
         """What remembers them.
@@ -178,9 +183,18 @@ class _Positions:
         )
 
     def _control(self, args: Sequence[Any], of_span: Sequence[int]) -> Control:
-        inputs = [args[i] for i in of_span]
-        own = frozenset(k for k, i in enumerate(of_span) if i in self._own.positions)
-        return Control(inputs, identity_key(inputs, self._own.writes), own)
+        asked = frozenset(k for k, i in enumerate(self._schedule) if i in of_span)
+        others = Control(*self._asked(args, [i for i in of_span if i not in self._schedule]))
+        if not asked:
+            return others
+        return replace(others, times=Control(*self._asked(args, self._schedule)), asked=asked)
+
+    def _asked(
+        self, args: Sequence[Any], positions: Sequence[int]
+    ) -> tuple[Sequence[Any], tuple[Hashable, ...], frozenset[int]]:
+        inputs = [args[i] for i in positions]
+        own = frozenset(k for k, i in enumerate(positions) if i in self._own.positions)
+        return inputs, identity_key(inputs, self._own.writes), own
 
 
 def _with_moves(roles: InputRoles, moves: Moves) -> InputRoles:

@@ -34,7 +34,6 @@ class Habits:
 
     Attributes:
         told: those that a graph takes for the timestep or the like.
-        embedded: those of them that it embeds as a time is, which leaves no doubt.
         own: those that forwards write to themselves.
         writes: what they have written.
         put: what the last one has put in the place of inputs, and who was there before.
@@ -42,7 +41,6 @@ class Habits:
 
     def __init__(self) -> None:
         self.told: frozenset[int] = frozenset()
-        self.embedded: frozenset[int] = frozenset()
         self.own: frozenset[int] = frozenset()
         self.writes = OwnWrites()
         self.put: dict[int, tuple[StorageHold, Any]] = {}
@@ -55,7 +53,6 @@ class Habits:
         self._resting: set[int] = set()
         self._moving: frozenset[int] = frozenset()
         self._count = 0
-        self._changed: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._with_latents: Counter[tuple[Hashable, ...]] = Counter()
         self._schedule: frozenset[int] = frozenset()
@@ -86,7 +83,6 @@ class Habits:
         moving = different - set(timed)
         if different & set(timed) and moving & now.floating:
             self._resting |= now.floating - different
-        self._changed.update(different)
         numbers = sorted(different - self._alone)
         self._moving |= different & set(timed)
         # Parts of one step; as long as a number rests that may be the time, they may be that too.
@@ -130,12 +126,6 @@ class Habits:
         if self._fit is not None:
             likely &= self._fit
         return likely or self._alone or self._moves.latents
-
-    def moves_most(self, timed: Collection[int]) -> frozenset[int]:
-        """Of inputs that may tell the time the one that has changed most often; none where several have."""
-        most = max((self._changed[i] for i in timed), default=0)
-        found = frozenset(i for i in timed if self._changed[i] == most)
-        return found if len(found) == 1 else frozenset()
 
     @property
     def alone(self) -> frozenset[int]:

@@ -22,6 +22,52 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
+class Times:
+    """Which of several inputs that look like the time is it, by how they move in a request: it does at every step.
+
+    None is as long as two have moved, or fewer than two steps were seen.
+    """
+
+    def __init__(self, computed: StorageHold | None = None) -> None:
+        self._computed = computed
+        self._last: StorageHold | None = None
+        self._steps = 0
+        self._moved: set[int] = set()
+        self._always: set[int] = set()
+
+    def computed(self, now: StorageHold) -> None:
+        """The span was computed from these."""
+        self._computed = now
+
+    def over(self, now: StorageHold) -> None:
+        """A step with these is over."""
+        if self._last is not None:
+            moved = _different(now, self._last)
+            self._always = moved if not self._steps else self._always & moved
+            self._moved |= moved
+            self._steps += 1
+        self._last = now
+
+    def changed(self, now: StorageHold, asked: frozenset[int]) -> bool:
+        """Whether any of those asked for, but for the time, is another than when the span was computed."""
+        if self._computed is None or self._last is None or not self._steps:
+            return True
+        time = self._always & _different(now, self._last)
+        others = self._moved - time
+        return bool(asked & _different(now, self._computed) - (time if len(time) == 1 and not others else set()))
+
+    def of_another_request(self) -> Times:
+        """The same where a request has begun at the step that computed the span."""
+        return Times(self._computed)
+
+
+def _different(a: StorageHold, b: StorageHold) -> set[int]:
+    """The numbers of inputs that are others."""
+    if len(a.identity) != len(b.identity):
+        return set(range(max(len(a.identity), len(b.identity))))
+    return {i for i, (x, y) in enumerate(zip(a.identity, b.identity, strict=True)) if x != y}
+
+
 @dataclass
 class Slot:
     """The cached state of one branch at one span.
@@ -31,7 +77,8 @@ class Slot:
         home: where they were made, while they lie on the host instead.
         lost: why there are none any more, where it is no matter of course.
         control: the inputs that fed only the span, when it was computed.
-        made_anew: whether these are made anew at every step; None while that is not known.
+        times: the same of those that look like the time.
+        made_anew: whether the former are made anew at every step; None while that is not known.
         script: where the span lies over several graphs, what each of them gave back.
         open: whether a span over several graphs has begun and not ended.
         counters: what the policy remembers.
@@ -42,6 +89,7 @@ class Slot:
     home: tuple[torch.device, ...] | None = None
     lost: str | None = None
     control: StorageHold | None = None
+    times: Times = field(default_factory=Times)
     made_anew: bool | None = None
     script: Any = None
     open: bool = False
@@ -55,7 +103,7 @@ class Slot:
 
     def handed_on(self) -> Slot:
         """The state with no statistics; none of it is left here."""
-        taken = replace(self, lost=None, counters=Counters(), samples=[])
+        taken = replace(self, lost=None, times=self.times.of_another_request(), counters=Counters(), samples=[])
         self.tensors, self.home, self.script, self.control = [], None, None, None
         return taken
 
