@@ -141,8 +141,7 @@ def _read_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) 
     """
     tokens = frozenset().union(*(s.tokens for s in stretch.streams)) - {UNKNOWN}
     readers = {(s.reader.family, s.name) for s in stretch.streams}
-    last = stretch.starts.index(begin) if begin in stretch.starts else 0
-    last = max(k for k, start in enumerate(stretch.starts) if k >= last and start <= end)
+    last = sum(start <= end for start in stretch.starts) - 1
     numbers: Counter[Hashable] = Counter()
     beside: set[Place] = set()
     for k, call in enumerate(calls[: end + 1]):
