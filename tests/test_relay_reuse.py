@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fx_cache
 from fx_cache.runtime import legs
@@ -407,6 +408,40 @@ class Embedding(Model):
         return x + block.time(time)[:, None] * block.mix(block.norm(x))
 
 
+class Timed(Embedding):
+    """The time comes as an embedding; guidance alone looks like one."""
+
+    def forward(self, latent: Tensor, time: Tensor, text: Tensor, guidance: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        x, embedded = self.embed(latent), self.time(time)
+        other = self.guided(torch.stack([guidance.sin(), guidance.cos()], dim=-1))
+        x = x + text.mean(dim=1, keepdim=True)
+        for i, block in enumerate(self.blocks):
+            if self.graphs > 1:
+                torch._dynamo.graph_break()
+            x = self.layer(block, x, embedded if i < 2 else embedded + other)
+        return (self.out(x),)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("branch", ["only", None])
+@pytest.mark.parametrize("graphs", [1, 2])
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_what_alone_is_embedded_like_a_time(graphs: int, branch: str | None, named: bool) -> None:
+    """It is no time for that: it rests from step to step."""
+    model, hits = Timed(graphs, False), 0
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            time, guidance = step["timestep"], torch.tensor([GUIDANCE["up"](i)])
+            given = step["latent"], torch.stack([time.sin(), time.cos()], -1), step["text"], guidance
+            with session(request, branch, i if named else None):
+                output = compiled(*given)[0]
+            same = torch.equal(output, model(*given)[0])
+            assert same or i != CHANGES
+            hits += not same
+    assert hits or branch is None
+
+
 GUIDANCE = {
     "up": lambda i: 3.5 if i < CHANGES else 900.0,
     "down": lambda i: 900.0 if i < CHANGES else 3.5,
@@ -492,6 +527,46 @@ class Adding(Model):
         return (self.out(x + text.mean(dim=1, keepdim=True)),)
 
 
+HANDED: dict[str, Any] = {}
+"""What code that is not captured finds."""
+
+
+class AddingHanded(Adding):
+    """The same, from code that Dynamo does not look into."""
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def hands(self) -> tuple[Any, Any]:
+        return HANDED["held"], HANDED["zero"]
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        held, zero = self.hands()
+        for i, block in enumerate(self.blocks):
+            torch._dynamo.graph_break()
+            x, text = block(x, text, time, held if i == BLOCKS - 2 else zero)
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["another tensor", "written to"])
+@pytest.mark.parametrize("model", [Adding, AddingHanded])
+def test_a_tensor_without_dimensions_found_outside(model: type[Adding], kind: str, dtype: torch.dtype) -> None:
+    net = model()
+    compiled, held = compile_broken(net, residual_diff_threshold=10.0), torch.zeros((), dtype=dtype)
+    HANDED["zero"] = torch.zeros((), dtype=dtype)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            value = 1.0 if i < CHANGES else 5.0
+            if i in (0, CHANGES):
+                held = held.fill_(value) if kind == "written to" else torch.full((), value, dtype=dtype)
+                net.held = HANDED["held"] = held
+            with session(request, "only"):
+                output = compiled(**step)[0]
+            if i == CHANGES:
+                assert torch.equal(output, net(**step)[0])
+    assert last_branch(compiled)["spans"][0]["hits"][:3] == [2, 3, 4]
+
+
 @pytest.mark.parametrize("kind", ["number", "another tensor", "written to"])
 def test_what_code_between_the_graphs_finds_outside(kind: str) -> None:
     model = Adding()
@@ -538,6 +613,82 @@ def test_what_blocks_make_beside_their_streams_and_the_tail_reads() -> None:
     model = Beside(behind=False)
     found = fx_cache.explain(compile_broken(model), **walk(0)[0])
     assert found.reason is not None and "beside their streams" in found.reason
+
+
+SHIFTS = {
+    "real": lambda time: time * 1.5,
+    "integer": lambda time: (time * 100).long(),
+    "complex": lambda time: torch.polar(torch.ones_like(time), time),
+}
+
+
+class BesideOf(Beside):
+    """The same of other types; the tail reads it where it is asked for, and gives it back by itself."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(behind=False)
+        self.kind = kind
+
+    def shift(self, time: Tensor) -> Tensor:
+        return SHIFTS[self.kind](time)
+
+    def finish(self, x: Tensor, text: Tensor, shift: Tensor | None) -> Any:
+        shown = None if shift is None else torch.view_as_real(shift) if shift.is_complex() else shift.float()
+        return self.out(x + text.mean(dim=1, keepdim=True)), None if shown is None else shown + 1.0
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, read: bool = True) -> Any:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            shift = self.shift(time)
+            torch._dynamo.graph_break()
+            x, text = block(x, text, time)
+        return self.finish(x, text, shift if read else None)
+
+
+@pytest.mark.parametrize("kind", SHIFTS)
+def test_what_blocks_make_beside_their_streams_is_of_any_type(kind: str) -> None:
+    found = fx_cache.explain(compile_broken(BesideOf(kind)), **walk(0)[0])
+    assert found.reason is not None and "beside their streams" in found.reason
+
+
+@pytest.mark.parametrize("reads", [range(0, STEPS), range(CHANGES, STEPS), range(CHANGES, CHANGES + 1)], ids=str)
+def test_a_tail_that_reads_it_later(reads: range) -> None:
+    """The forward that was watched had a tail that did not."""
+    model, hits = BesideOf("real"), []
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(4):
+        for i, step in enumerate(walk(request)):
+            read = request > 1 and i in reads
+            with session(request, "only"):
+                output = compiled(**step, read=read)
+            if read:
+                assert all(torch.equal(a, b) for a, b in zip(output, model(**step, read=True), strict=True))
+        hits.append(last_branch(compiled)["spans"][0]["hits"])
+    assert hits[1] == [2, 3, 4, 5, 6, 7]
+    assert hits[2] == [i for i in range(2, STEPS) if i < reads[0] or i > reads[-1] + 1]
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_ended_within_the_forward_that_is_watched(how: str) -> None:
+    """Nothing is planned from half a forward: its tail is still to be seen."""
+
+    class Ending(Beside):
+        @torch._dynamo.disable  # type: ignore[untyped-decorator]
+        def ends(self) -> None:
+            fx_cache.end("request-0") if how == "end" else fx_cache.reset(self)
+
+        def finish(self, x: Tensor, text: Tensor, shift: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            self.ends()
+            return super().finish(x, text, shift)
+
+    model = Ending(behind=False)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(3):
+        for step in walk(request):
+            with session(request, "only"):
+                assert torch.equal(compiled(**step)[0], model(**step)[0])
 
 
 def test_what_blocks_make_behind_their_streams_and_the_tail_reads() -> None:
@@ -627,6 +778,37 @@ def test_weights_of_a_function() -> None:
             if i == CHANGES:
                 assert torch.equal(output, model(**step)[0])
     assert last_branch(model)["spans"][0]["hits"] == [2, 3, 4, 6, 7]
+
+
+def test_a_function_that_calls_another_model() -> None:
+    """It is found by the model that it calls now as well, while the first one lives."""
+    first, second = Model(), Model()
+    called = [first]
+    compiled = compile_broken(lambda **given: called[0](**given), residual_diff_threshold=10.0)
+    for request, model in enumerate([first, first, second, second]):
+        called[0] = model
+        for step in walk(request):
+            with session(request, "only"):
+                compiled(**step)
+    fx_cache.configure(second, max_cached_steps=3)
+    steps = walk(9)
+    for i, step in enumerate(steps):
+        if i == 4:
+            second.blocks[2].mix.weight.data.mul_(1.5)  # leaves no trace
+            fx_cache.reset(second)
+        with session(9, "only"):
+            output = compiled(**step)[0]
+        assert i != 4 or torch.equal(output, second(**step)[0])
+        if i == 3:
+            assert last_branch(second)["spans"][0]["hits"] == [2, 3]
+
+
+def test_which_call_it_was_while_its_forward_ends() -> None:
+    """Another thread may ask meanwhile: what it looks at is not written to."""
+    called = legs.Called((), legs.Given([]), {str(k): (StorageWeakRef(torch.zeros(1).untyped_storage()), k) for k in "ab"})
+    before = called.lasting
+    called.over()
+    assert len(before) == 2 and not called.lasting
 
 
 def test_what_ended_is_not_begun_again_by_the_forward_that_was_watched() -> None:

@@ -23,6 +23,9 @@ Form = tuple[tuple[int, ...], torch.dtype]
 Place = tuple[int, int]
 """A call, and one of its outputs."""
 
+Source = tuple[Place | None, frozenset[int]]
+"""Who made a tensor, if a call did, and the user's inputs whose tokens it holds."""
+
 UNKNOWN = -1
 """In the place of a user's input: something of which it is not known where it comes from."""
 

@@ -128,9 +128,8 @@ def with_controls(
         )
     elsewhere = {n for probe in probes for n in ancestors(probe)} | ancestors(output, stop=set(skipped))
     unseen: list[list[int]] = [[] for _ in spans]
-    # Of several that look like a time it is not known which is one: guidance is given and embedded just so.
-    time = roles.timed if roles.timed == roles.schedule and len(roles.timed) == 1 else ()
-    for i in sorted({*roles.latents, *roles.conditioning, *roles.scalars, *roles.schedule}.difference(time)):
+    # What looks like a time may be none: guidance is given and embedded just so.
+    for i in sorted({*roles.latents, *roles.conditioning, *roles.scalars, *roles.schedule}):
         for k in sorted({skipped[n] for n in descendants(graph, [inputs[i]]) if n in skipped}):
             if inputs[i] not in shown[k]:
                 unseen[k].append(i)

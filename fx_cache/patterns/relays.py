@@ -6,14 +6,16 @@ Such a stack is a *relay*: its streams are handed on from graph to graph.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
-from fx_cache.patterns.calls import UNKNOWN, Call, Place
+from fx_cache.patterns.calls import UNKNOWN, Call, GraphFacts, Place, Source
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, stretches
 
@@ -39,6 +41,65 @@ class RelayPlan:
     share: float | None
     ranges: Ranges
     groups: tuple[str, ...]
+
+
+class Beside:
+    """What the calls of a span make that neither ends a stream nor depends on one, nor on nothing but weights.
+
+    A hit gives it back as it was, and it may be made of the time: nobody behind the span is to read it.
+
+    Attributes:
+        places: these outputs.
+    """
+
+    def __init__(self, streams: Sequence[RelayStream], begin: int) -> None:
+        """
+        Args:
+            streams: of the span.
+            begin: number of its first call.
+        """
+        self.places: set[Place] = set()
+        self._begin = begin
+        self._tokens = frozenset().union(*(s.tokens for s in streams)) - {UNKNOWN}
+        self._readers = {(s.reader.family, s.name) for s in streams}
+
+    def see(
+        self,
+        at: int,
+        family: Hashable,
+        facts: GraphFacts,
+        sources: Mapping[str, Source],
+        outputs: Sequence[Any],
+        ends: Collection[int],
+    ) -> None:
+        """Takes notice of a call of the span.
+
+        Args:
+            at: its number.
+            family: its code.
+            facts: of its graph.
+            sources: where the tensors come from that it was given, by name.
+            outputs: what it made, or the forms of that; what is no tensor is given back to code, and to no graph.
+            ends: numbers of those of the tensors that end a stream.
+        """
+        streams = {
+            name
+            for name, (made_by, tokens) in sources.items()
+            if (family, name) in self._readers
+            or tokens & self._tokens
+            or (made_by is not None and made_by[0] >= self._begin and made_by not in self.places)
+        }
+        if not streams:
+            written = (sources.get(facts.names[i], (None, None))[0] for i in facts.written)
+            self.places.update(place for place in written if place is not None)
+        number = -1
+        for output, (made, shown) in enumerate(zip(outputs, facts.shown, strict=True)):
+            if not isinstance(made, torch.Tensor | tuple):
+                continue
+            number += 1
+            constant = set(shown).issubset(facts.roles.weights)
+            if number not in ends and not constant and not streams.intersection(facts.names[i] for i in shown):
+                self.places.add((at, output))
 
 
 def plan_relays(
@@ -135,36 +196,19 @@ def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
 
 
 def _read_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> bool:
-    """Whether a call behind a span reads what one of its calls made, and neither ends a stream nor depends on one.
-
-    It is given back as it was, and may be made of the time.
-    """
-    tokens = frozenset().union(*(s.tokens for s in stretch.streams)) - {UNKNOWN}
-    readers = {(s.reader.family, s.name) for s in stretch.streams}
+    """Whether a call behind a span reads what one of its calls made beside its streams."""
+    beside = Beside(stretch.streams, begin)
     last = sum(start <= end for start in stretch.starts) - 1
     numbers: Counter[Hashable] = Counter()
-    beside: set[Place] = set()
     for k, call in enumerate(calls[: end + 1]):
         numbers[call.family] += 1
-        if k < begin:
-            continue
-        ends = {s.last for s in stretch.streams if s.maker.is_call(call.family, numbers[call.family], last)}
-        streams = {
-            name
-            for name, i in call.inputs.items()
-            if (call.family, name) in readers
-            or i.tokens & tokens
-            or (i.made_by is not None and i.made_by[0] >= begin and i.made_by not in beside)
-        }
-        tensors = itertools.count()
-        for output, (form, of_output) in enumerate(zip(call.outputs, call.facts.shown, strict=True)):
-            if form is None or next(tensors) in ends or not form[1].is_floating_point:
-                continue
-            if not streams.intersection(call.facts.names[i] for i in of_output):
-                beside.add((k, output))
-    made = {k for k, _ in beside}
-    behind = (i for call in calls[end + 1 :] for i in call.inputs.values() if i.form[1].is_floating_point)
-    return any(i.made_by in beside or (i.made_by is None and i.memory in made) for i in behind)
+        if k >= begin:
+            ends = {s.last for s in stretch.streams if s.maker.is_call(call.family, numbers[call.family], last)}
+            sources = {name: (i.made_by, i.tokens) for name, i in call.inputs.items()}
+            beside.see(k, call.family, call.facts, sources, call.outputs, ends)
+    made = {k for k, _ in beside.places}
+    behind = (i for call in calls[end + 1 :] for i in call.inputs.values())
+    return any(i.made_by in beside.places or (i.made_by is None and i.memory in made) for i in behind)
 
 
 def _outermost(stretches: Iterator[Stretch], calls: Sequence[Call]) -> list[Stretch]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 
 from fx_cache.errors import guarded
-from fx_cache.patterns.calls import UNKNOWN, Call, Form, GraphFacts, InputTrace, Place
+from fx_cache.patterns.calls import UNKNOWN, Call, Form, GraphFacts, InputTrace, Place, Source
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.programs import Program
 from fx_cache.runtime.clock import is_counted
@@ -133,6 +133,13 @@ class Forward:
         """Whether the compiled call has returned, or raised: it has if another one begins in its thread."""
         return self._thread == threading.get_ident() or self._frame() is None
 
+    @property
+    def returned(self) -> bool:
+        """Whether the compiled call has, as far as that can be told here: where it runs, or when its frame is gone."""
+        if self._thread == threading.get_ident():
+            return all(_under_way(frame) is not self for frame in _compiled_calls())
+        return self._frame() is None
+
     def begins(self, frame: FrameType) -> None:
         """Takes notice of the frame of the compiled call, which lives as long as that is under way."""
         alive = _Alive()
@@ -168,8 +175,8 @@ class Forward:
         notes = [n for n in self._notes.get(key, []) if n.view == view]
         if notes:
             return notes[-1].shown
-        number = _number(value)
-        same = [i for i, v in enumerate(self.inputs) if not isinstance(v, torch.Tensor) and _number(v) == number]
+        number = as_number(value)
+        same = [i for i, v in enumerate(self.inputs) if not isinstance(v, torch.Tensor) and as_number(v) == number]
         return frozenset(same if number is not None and len(same) == 1 else ())
 
     @property
@@ -185,7 +192,7 @@ class Forward:
         number = _real(value)
         if number is None or self._numbers.get(number, begin) < begin:
             return False
-        return all(isinstance(v, torch.Tensor) or _number(v) != number for v in self.inputs)
+        return all(isinstance(v, torch.Tensor) or as_number(v) != number for v in self.inputs)
 
     def made(self, value: Any) -> bool:
         """Whether one of its graphs has made a tensor, or what it is a view of."""
@@ -199,6 +206,22 @@ class Forward:
         """The call that made just this tensor, if no code between graphs has touched it."""
         notes = self._notes.get(value.untyped_storage()._cdata, []) if stored(value) else []
         return next((n.made_by for n in reversed(notes) if n.view == _view(value)), None)
+
+    def sources(self, facts: GraphFacts, args: Sequence[Any]) -> dict[str, Source]:
+        """Of the tensors that a graph is given, by name, but for weights: who made them, and whose tokens they hold."""
+        found: dict[str, Source] = {}
+        for i, (name, a) in enumerate(zip(facts.names, args, strict=True)):
+            if isinstance(a, torch.Tensor) and i not in facts.roles.weights:
+                place = self.made_by(a)
+                found[name] = place, self.tokens_of(a) or self._held.get(place, frozenset())
+        return found
+
+    def shows(self, value: Any, places: Collection[Place]) -> bool:
+        """Whether a tensor is one of some outputs, or lies in the memory of one and was made of it otherwise."""
+        place = self.made_by(value)
+        if place is not None or not stored(value):
+            return place in places
+        return any(n.made_by in places for n in self._notes.get(value.untyped_storage()._cdata, ()))
 
     def note(self, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Remembers of the outputs of one more graph where they come from; it did not make what it hands through."""
@@ -372,7 +395,8 @@ class Forward:
         """What may change from step to step, and reach a span and not its probe.
 
         Which graphs read what, and which the code between them does, is not known: it is everything that the probe is
-        not known to depend on, but for the time, and for the conditioning where the pass is known by that already.
+        not known to depend on, but for the conditioning where the pass is known by that already. Which input is the
+        time is seen from step to step of a request (`Times`).
 
         Args:
             shown: the inputs that the probe is known to depend on.
@@ -384,7 +408,7 @@ class Forward:
             shown |= latents
         moving = latents | self.timed
         apart = named is not None and named.branch is not None
-        asked = [i for i in range(len(self.inputs)) if (i not in moving and apart) or i in moving - shown - self._time]
+        asked = [i for i in range(len(self.inputs)) if (i not in moving and apart) or i in moving - shown]
         opaque = next((type(self.inputs[i]).__name__ for i in asked if self.keys[i] is None), None)
         doubt = UNKNOWN_LATENT if not latents else None if opaque is None else OPAQUE.format(opaque)
         timed = [i for i in sorted(self.timed - latents) if self.keys[i] is not None]
@@ -397,15 +421,6 @@ class Forward:
         keys = {i: key for i in asked if (key := self.keys[i]) is not None}
         own = frozenset(k for k, i in enumerate(keys) if i in self.habits.own)
         return Control([self.inputs[i] for i in keys], tuple(k for key in keys.values() for k in key), own)
-
-    @property
-    def _time(self) -> frozenset[int]:
-        """Which input is the time; none where several may be, since guidance is given and embedded just so.
-
-        Of several it is seen from step to step of a request (`Times`).
-        """
-        timed = self.timed
-        return timed if len(timed) == 1 else frozenset()
 
     @property
     def written(self) -> bool:
@@ -493,7 +508,7 @@ def surroundings() -> Surroundings:
     at: FrameType | None = sys._getframe(1)
     while at is not None:
         code = at.f_code
-        if code.co_filename == eval_frame.__file__ and code.co_qualname.startswith(_COMPILED_CALL):
+        if _is_compiled_call(code):
             return Surroundings(at, innermost, depth)
         if code.co_filename == convert_frame.__file__:
             innermost, depth = None, 0  # whatever was on the way from there captures, and is not captured
@@ -502,6 +517,19 @@ def surroundings() -> Surroundings:
             depth += 1
         at = at.f_back
     return Surroundings(None, innermost, depth)
+
+
+def _is_compiled_call(code: CodeType) -> bool:
+    return code.co_filename == eval_frame.__file__ and code.co_qualname.startswith(_COMPILED_CALL)
+
+
+def _compiled_calls() -> Iterator[FrameType]:
+    """The frames of compiled calls that are under way in this thread, from the innermost one."""
+    at: FrameType | None = sys._getframe(1)
+    while at is not None:
+        if _is_compiled_call(at.f_code):
+            yield at
+        at = at.f_back
 
 
 def family_of(frame: FrameType | None, facts: GraphFacts) -> Hashable:
@@ -540,7 +568,7 @@ def _looks_like_time(value: torch.Tensor) -> bool:
     return value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A number, also in the form in which a graph is given one of the host."""
     if isinstance(value, torch.Tensor):
         wrapped = type(value) is torch.Tensor and value.ndim == 0 and value.is_cpu and value.dtype is torch.float64
@@ -550,7 +578,7 @@ def _number(value: Any) -> float | None:
 
 def _real(value: Any) -> float | None:
     """A real number that a graph is given."""
-    return None if isinstance(value, int) or (isinstance(value, torch.Tensor) and value.ndim) else _number(value)
+    return None if isinstance(value, int) or (isinstance(value, torch.Tensor) and value.ndim) else as_number(value)
 
 
 def memory_of(value: torch.Tensor) -> Hashable:

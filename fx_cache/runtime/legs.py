@@ -12,11 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
-from fx_cache.patterns.calls import GraphFacts
-from fx_cache.patterns.relays import RelayPlan
+from fx_cache.patterns.calls import GraphFacts, Place
+from fx_cache.patterns.relays import Beside, RelayPlan
 from fx_cache.patterns.stretches import RelayStream
 from fx_cache.runtime.batches import Separation
-from fx_cache.runtime.forwards import Forward, Joined, memory_of, stored
+from fx_cache.runtime.forwards import Forward, Joined, as_number, memory_of, stored
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.identity import identity_key, signature
 from fx_cache.runtime.net import Astray
@@ -30,6 +30,8 @@ RECENT = 16
 HELD = 0.25
 """The part of a tensor's tokens that are those of an output, at the same places, where it goes on from that."""
 
+
+_NOTHING: frozenset[Place] = frozenset()
 
 WRITES = "the forward writes to tensors from outside before the span ends, and could not be begun anew"
 OTHER_CALLS = "other code was called before the span, or where it begins"
@@ -51,7 +53,7 @@ class Misfit(BaseException):
     """A forward does not go as planned. Nothing was skipped in it: it computes on. No error, as `Astray` is none."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Called:
     """Which call of a forward it was: of what code, with tensors of which shapes, and for which weights.
 
@@ -77,23 +79,23 @@ class Called:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
         if self.what != _what(forward, graph, family, args, begin):
             return False
-        given = dict(zip(graph.facts.names, args, strict=True)) if self.lasting else {}
-        for name, (held, memory) in self.lasting.items():
+        lasting = self.lasting  # once: the forward that it is of may be over meanwhile
+        given = dict(zip(graph.facts.names, args, strict=True)) if lasting else {}
+        for name, (held, memory) in lasting.items():
             if held.expired() or not stored(given.get(name)) or memory_of(given[name]) != memory:
                 return False
         return self.weights.same(_weights(forward, graph, args))
 
     def over(self) -> None:
         """The forward is over: what has not outlived it was made in it."""
-        for name in [name for name, (held, _) in self.lasting.items() if held.expired()]:
-            del self.lasting[name]
+        self.lasting = {name: kept for name, kept in self.lasting.items() if not kept[0].expired()}
 
 
 def _what(forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> Hashable:
     roles = graph.facts.roles
     scalars = [i for i in roles.scalars if args[i] not in forward.counts]
     forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
-    held = [a for i in roles.weights if isinstance(a := args[i], torch.Tensor) and is_number(a)]
+    held = [a for a in _held(forward, graph, args) if is_number(a)]
     made = zip(graph.facts.names, map(forward.made_by, args), strict=True)
     within = frozenset((name, (at[0] - begin, at[1])) for name, at in made if at is not None and at[0] >= begin)
     others = [(n, a) for n, a in zip(graph.facts.names, args, strict=True) if forward.is_strange(a, begin)]
@@ -107,17 +109,22 @@ def _strangers(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str,
     return {
         name: (StorageWeakRef(a.untyped_storage()), memory_of(a))
         for name, a in given
-        if stored(a) and not (forward.knows(a) or _is_held(name) or a.ndim == 0)
+        if stored(a) and not (forward.knows(a) or _is_held(name) or as_number(a) is not None)
     }
 
 
 def _weights(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
+    """What is held, but for numbers: those are made at every call, and known by their value."""
+    return [a for a in _held(forward, graph, args) if not is_number(a)]
+
+
+def _held(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
     """The weights that a graph is given and does not write to itself, and other tensors that are held outside the
     forward, in the order of their names."""
     facts = graph.facts
     held = {i for i, name in enumerate(facts.names) if _is_held(name) and not forward.knows(args[i])}
     kept = sorted(held.union(facts.roles.weights).difference(facts.written), key=facts.names.__getitem__)
-    return [a for i in kept if isinstance(a := args[i], torch.Tensor) and not is_number(a)]
+    return [a for i in kept if isinstance(a := args[i], torch.Tensor)]
 
 
 def _is_held(name: str) -> bool:
@@ -161,12 +168,14 @@ class Script:
         before: the code that was called before the span.
         weights: those that it was given, where they are known by nothing else.
         writes: whether something that the user gave was written to by its end.
+        beside: outputs of its calls that are not made of its streams (`Beside`); calls are counted from its first one.
     """
 
     def __init__(self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor]) -> None:
         self.before = frozenset(before)
         self.weights = Given(weights)
         self.writes = False
+        self.beside: frozenset[Place] = frozenset()
         self.entries: list[Entry] = []
         self.residuals: list[torch.Tensor | None] = [None] * streams
         self.values: list[torch.Tensor] = []
@@ -430,6 +439,7 @@ class Leg:
         self._hit = False
         self._called: Called | None = None
         self._call = 0
+        self._beside: Beside | None = None
 
     @property
     def over(self) -> bool:
@@ -444,6 +454,17 @@ class Leg:
     def reusing(self) -> bool:
         """Whether it has skipped calls, and is not over."""
         return self._hit and self._at > 0 and not self.over
+
+    @property
+    def beside(self) -> frozenset[Place]:
+        """What its calls made beside its streams: on a hit that is what they made at another step."""
+        script = self._script
+        return frozenset((self._call + at, output) for at, output in script.beside) if script is not None else _NOTHING
+
+    def let_go(self, why: str) -> None:
+        """What it has computed is not to be reused."""
+        if self._branch is not None:
+            self._branch.slots[self._number].forget(why)
 
     def begins(self, graph: Graph, family: Hashable, args: Sequence[Any], number: int) -> bool:
         """Takes notice of a call, the one of that number of its family, and says whether the span begins with it."""
@@ -518,6 +539,7 @@ class Leg:
         ranks = (groups, probe.device) if groups else None
         self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
         self._script = script if self._hit else Script(len(self._plan.streams), before, weights)
+        self._beside = None if self._hit else Beside(self._plan.streams, self._call)
 
     def skip(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
@@ -575,13 +597,19 @@ class Leg:
             )
             through, written = handed_through(graph, args, outputs), written_by(graph, args)
             self._script.add(self._called, through, outputs, written, ends, passed, self._starts)
+            assert self._beside is not None
+            sources = forward.sources(graph.facts, args)
+            own = [None if same is not None else o for o, same in zip(outputs, through, strict=True)]
+            self._beside.see(forward.count, family, graph.facts, sources, own, ends)
             self._ended |= set(ends.values())
         if self.over:
             assert self._branch is not None and self._gate is not None
             assert self._script is not None and self._probe is not None
             slot = self._branch.slots[self._number]
             if not self._hit:
+                assert self._beside is not None
                 self._script.writes = forward.writes
+                self._script.beside = frozenset((at - self._call, output) for at, output in self._beside.places)
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
                 forward.when_over(self._script.over)
                 self._gate.remember_control()

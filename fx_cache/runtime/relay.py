@@ -59,6 +59,7 @@ NOT_SETTLED = "whether forwards go as planned is not known yet"
 STRAYED = "the forward went another way than the step that it was to reuse"
 FAILED = "an error of dit_cache"
 WAYWARD = "the forward went another way than planned"
+BESIDE = "what its blocks made beside their streams is read behind them"
 
 
 class Run(Protocol):
@@ -197,7 +198,7 @@ class Relay:
             if self._watched is None or not of(self._watched[0], self._watched[2]):
                 return
             self._counts = False
-            if self._watched[0].over:
+            if self._watched[0].returned:
                 with guarded("learn"):
                     self._learn()
 
@@ -266,7 +267,7 @@ class Relay:
                 self._say()
         if self.plans and self._counts and not forward.written:
             # In the session that it ran in, whichever is open now. Nothing is kept of it: much may have happened since.
-            branch = context.run(self.open, forward, self.plans)
+            _, branch = context.run(self.open, forward, self.plans)
             for slot in branch.slots:
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
                 slot.open = False
@@ -300,17 +301,25 @@ class Relay:
             reused: whether it reused anything.
             settled: whether it reused something, or ran no graph for the first time.
         """
-        self.misfits, self.settled = 0, settled
-        self._watches = 0 if settled else self._watches
-        self._strays = max(0, self._strays - reused)
+        with self.lock:
+            self.misfits, self.settled = 0, settled
+            self._watches = 0 if settled else self._watches
+            self._strays = max(0, self._strays - reused)
 
     def strayed(self) -> None:
         """A forward that reused something has to be begun anew."""
-        self.settled = False
-        self._strays += 1
-        if self._strays >= MAX_STRAYS:
+        with self.lock:
+            self.settled = False
+            self._strays += 1
+            if self._strays < MAX_STRAYS:
+                return
             self.refusal = self._unsteady()
-            self._say()
+        self._say()
+
+    def found_by(self, weights: Sequence[torch.Tensor], forward: Forward) -> None:
+        """Has its store found by some weights too: where no module was compiled, nothing else says whose it is."""
+        for weight in weights:
+            store_of(weight, self.config, forward.root, forward.compilation, self.store)
 
     def _store(self, forward: Forward, weights: Sequence[torch.Tensor]) -> Store:
         """Where its branches are kept, found by a weight that the model holds now."""
@@ -321,10 +330,12 @@ class Relay:
         self._anchor = weakly(found)
         return store_of(found, self.config, forward.root, forward.compilation, before)
 
-    def open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> Branch:
-        """The branch that a forward belongs to, under some plans; counts the step."""
+    def open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> tuple[Store, Branch]:
+        """The branch that a forward belongs to, under some plans, and where it is kept; counts the step."""
         with self.lock:
-            return self._open(forward, plans)
+            branch = self._open(forward, plans)
+            assert self.store is not None
+            return self.store, branch
 
     def _open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> Branch:
         given, program = forward.given(), ("relay", plans)
@@ -382,10 +393,13 @@ class RelayRun:
         self._relay = relay
         self._plans = relay.plans
         self._legs = [Leg(plan, k) for k, plan in enumerate(relay.plans)]
+        self._over: list[Leg] = []
+        self._store: Store | None = None
         self._branch: Branch | None = None
         self._lost = None if relay.settled and forward.caught else NOT_SETTLED
         self._calls: Counter[Hashable] = Counter()
         self._weights: list[torch.Tensor] = []
+        self._anchors: list[torch.Tensor] = []
         self._settled = True
         self._reused = False
         self._failed = False
@@ -424,19 +438,21 @@ class RelayRun:
         self._settled = relay.ran(graph, args) and self._settled
         if any(not forward.made(args[i]) for i in graph.facts.written):
             self._lost = self._lost or WRITES
+        self._behind(forward, graph, args)
+        if not isinstance(forward.root, torch.nn.Module):  # else all that it holds is looked at
+            weights = [a for i in graph.facts.roles.weights if isinstance(a := args[i], torch.nn.Parameter)]
+            self._weights += weights
+            self._anchors += weights[:1]
         if not self._legs:
             return None
-        if not isinstance(forward.root, torch.nn.Module):  # else all that it holds is looked at
-            self._weights += [a for i in graph.facts.roles.weights if isinstance(a := args[i], torch.nn.Parameter)]
         leg, number = self._legs[0], self._calls[family] + 1
         if leg.begins(graph, family, args, number):
-            if self._branch is None:
-                self._branch = relay.open(forward, self._plans)
+            if self._branch is None or self._store is None:
+                self._store, self._branch = relay.open(forward, self._plans)
             if forward.writes:
                 self._lost = self._lost or WRITES
-            assert relay.store is not None
             leg.decide(
-                relay.store,
+                self._store,
                 self._branch,
                 forward,
                 graph,
@@ -448,19 +464,35 @@ class RelayRun:
             )
         return leg.skip(forward, graph, family, args, number)
 
+    def _behind(self, forward: Forward, graph: Graph, args: Sequence[Any]) -> None:
+        """A call behind spans: it may not be given what these made beside their streams, if they are reused.
+
+        Nor may it write to what outlives the forward as long as one behind it may be given that: behind such a write
+        the forward could not begin anew.
+        """
+        for leg in self._over:
+            if leg.beside and (
+                any(forward.shows(a, leg.beside) for a in args)
+                or any(not forward.made(args[i]) for i in graph.facts.written)
+            ):
+                if leg.hit:
+                    raise Astray
+                leg.let_go(BESIDE)
+
     def _take(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
         """Takes notice of what came of a call."""
         if self._legs:
-            leg, store = self._legs[0], self._relay.store
+            leg = self._legs[0]
             leg.take(forward, graph, family, args, outputs, self._calls[family] + 1)
             if leg.over:
                 self._reused = self._reused or leg.hit
-                self._legs.pop(0)
+                self._over.append(self._legs.pop(0))
+                self._relay.found_by(self._anchors, forward)
                 if not self._legs:
-                    assert store is not None and self._branch is not None
-                    store.release(self._branch)
+                    assert self._store is not None and self._branch is not None
+                    self._store.release(self._branch)
         self._calls[family] += 1
         forward.note(graph.facts, args, outputs)
 
@@ -484,7 +516,7 @@ class RelayRun:
         branch, self._branch = self._branch, None
         if branch is None:
             return
-        store, step = self._relay.store, branch.record.step
+        store, step = self._store, branch.record.step
         assert store is not None
         with guarded("give_up") as guard:
             for slot in branch.slots:
