@@ -651,7 +651,7 @@ def test_what_blocks_make_beside_their_streams_is_of_any_type(kind: str) -> None
     assert found.reason is not None and "beside their streams" in found.reason
 
 
-@pytest.mark.parametrize("reads", [range(0, STEPS), range(CHANGES, STEPS), range(CHANGES, CHANGES + 1)], ids=str)
+@pytest.mark.parametrize("reads", [range(STEPS), range(CHANGES, STEPS), range(CHANGES, CHANGES + 1)], ids=str)
 def test_a_tail_that_reads_it_later(reads: range) -> None:
     """The forward that was watched had a tail that did not."""
     model, hits = BesideOf("real"), []
@@ -805,7 +805,9 @@ def test_a_function_that_calls_another_model() -> None:
 
 def test_which_call_it_was_while_its_forward_ends() -> None:
     """Another thread may ask meanwhile: what it looks at is not written to."""
-    called = legs.Called((), legs.Given([]), {str(k): (StorageWeakRef(torch.zeros(1).untyped_storage()), k) for k in "ab"})
+    called = legs.Called(
+        (), legs.Given([]), {str(k): (StorageWeakRef(torch.zeros(1).untyped_storage()), k) for k in "ab"}
+    )
     before = called.lasting
     called.over()
     assert len(before) == 2 and not called.lasting
