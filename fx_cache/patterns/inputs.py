@@ -47,7 +47,7 @@ class InputRoles:
         schedule: small inputs that are compared by value; the timestep among them moves one way within a request.
         conditioning: stay the same objects within a request and branch.
         unseen: for each span, the inputs that reach it, and not its probe: a step with others computes, since the probe
-            does not show them. What is known to be the time is none of them.
+            does not show them. The time may be one of them.
         shown: for each span, the inputs that its probe depends on.
         controls: the conditioning and the numbers that reach nothing but spans (ControlNet samples, inputs of single
             layers): with others a pass of a request is still the same.

@@ -24,7 +24,7 @@ class Control:
         identity: who they are.
         own: numbers of those among them that the forward writes to itself.
         doubt: what is not known of them, or None.
-        times: all inputs that look like a time, if some of them are among these.
+        times: all inputs that look like a time or may tell it otherwise, if some of the former are among these.
         asked: the numbers of those.
     """
 
@@ -187,7 +187,8 @@ class _Positions:
         others = Control(*self._asked(args, [i for i in of_span if i not in self._schedule]))
         if not asked:
             return others
-        return replace(others, times=Control(*self._asked(args, self._schedule)), asked=asked)
+        # What is given beside these: the time may be among it, as the embedding that the caller made of it.
+        return replace(others, times=Control(*self._asked(args, (*self._schedule, *self._fixed))), asked=asked)
 
     def _asked(
         self, args: Sequence[Any], positions: Sequence[int]
