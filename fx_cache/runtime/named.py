@@ -96,7 +96,14 @@ def session(
     if changes:
         checked = CacheConfig().changed(changes)
         changes = {n: getattr(checked, n) for n in sorted(changes)}
-    token = _named.set(NamedSession(name, branch, step, tuple(changes.items())))
+    with within(NamedSession(name, branch, step, tuple(changes.items()))):
+        yield
+
+
+@contextlib.contextmanager
+def within(named: NamedSession | None) -> Iterator[None]:
+    """What was said about other calls holds here."""
+    token = _named.set(named)
     try:
         yield
     finally:

@@ -14,7 +14,6 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from contextvars import Context, copy_context
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -30,7 +29,7 @@ from fx_cache.patterns.spans import MIN_SHARE, least_gain
 from fx_cache.runtime.forwards import Forward, family_of, surroundings, weakly
 from fx_cache.runtime.habits import Habits
 from fx_cache.runtime.legs import WRITES, Graph, Leg, Misfit, WatchRun
-from fx_cache.runtime.named import NamedSession, named_session
+from fx_cache.runtime.named import NamedSession, named_session, within
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.policy import decide
 from fx_cache.runtime.registry import store_of
@@ -154,7 +153,7 @@ class Relay:
         self.store: Store | None = None
         self.lock = threading.RLock()
         self._anchor: Callable[[], torch.Tensor | None] = weakly(None)
-        self._watched: tuple[Forward, WatchRun, NamedSession | None, Context] | None = None
+        self._watched: tuple[Forward, WatchRun, NamedSession | None] | None = None
         self._counts = True
         self._seen: frozenset[str] = frozenset()
         self._layers: frozenset[Hashable] = frozenset()
@@ -189,7 +188,7 @@ class Relay:
         self._watches += 1
         run = WatchRun()
         forward.when_over(run.forget)
-        self._watched, self._counts = (forward, run, named_session(), copy_context()), True
+        self._watched, self._counts = (forward, run, named_session()), True
         return run
 
     def let_go(self, of: Callable[[Forward, NamedSession | None], bool]) -> None:
@@ -251,7 +250,7 @@ class Relay:
         forward = self.read()
         if forward is None or self._watched is None:
             return
-        (*_, context), self._watched = self._watched, None
+        (*_, named), self._watched = self._watched, None
         for program, (store, branch) in forward.branches.items():
             if program.wiring not in self.enabled:
                 store.forget(branch)
@@ -267,7 +266,8 @@ class Relay:
                 self._say()
         if self.plans and self._counts and not forward.written:
             # In the session that it ran in, whichever is open now. Nothing is kept of it: much may have happened since.
-            _, branch = context.run(self.open, forward, self.plans)
+            with within(named):
+                _, branch = self.open(forward, self.plans)
             for slot in branch.slots:
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
                 slot.open = False
