@@ -408,6 +408,47 @@ class Embedding(Model):
         return x + block.time(time)[:, None] * block.mix(block.norm(x))
 
 
+FORMS = {
+    "zeros_like": torch.zeros_like,
+    "new_zeros": lambda other: other.new_zeros(other.shape),
+    "zeros": lambda other: torch.zeros(other.shape, dtype=other.dtype),
+    "brought": lambda other: torch.zeros(()).type_as(other).expand_as(other),
+}
+
+
+class Formed(Embedding):
+    """The first blocks read of guidance what shape it has."""
+
+    form = "zeros_like"
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, guidance: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        x, time = self.begin(latent, timestep)
+        other = self.guided(torch.stack([guidance.sin(), guidance.cos()], dim=-1))
+        x = x + text.mean(dim=1, keepdim=True)
+        for i, block in enumerate(self.blocks):
+            if self.graphs > 1:
+                torch._dynamo.graph_break()
+            x = self.layer(block, x, time + (FORMS[self.form](other) if i < 2 else other))
+        return (self.out(x),)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("branch", ["only", "unnamed"])
+@pytest.mark.parametrize("graphs", [1, 2])
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_a_head_that_reads_of_an_input_its_form(graphs: int, branch: str, form: str) -> None:
+    """It does not show it."""
+    model = Formed(graphs, False)
+    model.form = form
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for request in range(3):
+        for i, step in enumerate(walk(request)):
+            guidance = torch.tensor([3.5 + i / 10])
+            with session(request, branch):
+                output = compiled(**step, guidance=guidance)[0]
+            assert torch.equal(output, model(**step, guidance=guidance)[0])
+
+
 class Timed(Embedding):
     """The time comes as an embedding; guidance alone looks like one."""
 

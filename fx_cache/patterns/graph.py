@@ -130,11 +130,11 @@ def _inputs(node: fx.Node) -> Iterable[fx.Node]:
     return node.all_input_nodes
 
 
-def descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """Every node that depends on one of `roots`, and the roots."""
+def descendants(graph: fx.Graph, roots: Iterable[fx.Node], reads: Reads = _inputs) -> set[fx.Node]:
+    """Every node that depends on one of `roots` by `reads`, and the roots."""
     reached = set(roots)
     for node in graph.nodes:
-        if any(a in reached for a in node.all_input_nodes):
+        if any(a in reached for a in reads(node)):
             reached.add(node)
     return reached
 

@@ -31,7 +31,7 @@ from fx_cache.patterns.graph import (
     same_shape,
     value_of,
 )
-from fx_cache.patterns.values import form_inputs
+from fx_cache.patterns.values import data_inputs, form_inputs
 
 _SINUSOIDS = {"sin", "cos", "polar"}
 _LINEAR = {"linear", "matmul", "addmm", "mm"}
@@ -109,7 +109,7 @@ def with_latents_from(roles: InputRoles, graph: fx.Graph, streams: Sequence[fx.N
 def with_controls(
     roles: InputRoles, graph: fx.Graph, spans: Sequence[Sequence[fx.Node]], probes: Sequence[fx.Node]
 ) -> InputRoles:
-    """The roles, with what feeds only spans told apart.
+    """The roles, with what feeds only spans told apart. What asks an input for its form alone does not show it.
 
     Args:
         graph: the captured graph.
@@ -121,7 +121,7 @@ def with_controls(
     output = next(iter(graph.find_nodes(op="output")))
     shown: list[set[fx.Node]] = []
     for probe in probes:
-        reached = ancestors(probe, stop=set(skipped))
+        reached = ancestors(probe, stop=set(skipped), reads=data_inputs)
         # Past a span that is skipped go the streams that it starts with, of which its own probe shows all.
         shown.append(
             reached.union(*(shown[k] for k in {skipped[n] for n in reached if n in skipped} if k < len(shown)))
@@ -130,7 +130,7 @@ def with_controls(
     unseen: list[list[int]] = [[] for _ in spans]
     # What looks like a time may be none: guidance is given and embedded just so.
     for i in sorted({*roles.latents, *roles.conditioning, *roles.scalars, *roles.schedule}):
-        for k in sorted({skipped[n] for n in descendants(graph, [inputs[i]]) if n in skipped}):
+        for k in sorted({skipped[n] for n in descendants(graph, [inputs[i]], reads=data_inputs) if n in skipped}):
             if inputs[i] not in shown[k]:
                 unseen[k].append(i)
     reaching = {i for of_span in unseen for i in of_span}.intersection((*roles.conditioning, *roles.scalars))
