@@ -51,7 +51,7 @@ lie in graphs of their own, and a span lies over several ([sessions](sessions.md
 `python benchmarks/offload.py --markdown docs/offload.md` with small models of every class, two passes in a session:
 
 - *4 of 6*: steps of a pass that reused the blocks (two are warm-up); all others are the model's own, bit for bit;
-- *computes*: every step is the model's own, and a warning says why;
+- *computes*: every step is the model's own; a warning or, step by step, `fx_cache.summary` says why;
 - *not offered*: diffusers does not offload the class so.
 
 By leaf, Dynamo's recompile limit is soon reached in the hooks; what it leaves to Python from then on has no graphs to
