@@ -534,7 +534,7 @@ def test_which_of_several_inputs_is_the_time() -> None:
         ((0, 5), (1, 5), (2, 5), (3, 5)): [True, True, False, False],
         ((0, 5), (1, 5), (2, 5), (3, 6)): [True, True, False, True],
         ((0, 5), (1, 6), (2, 7), (3, 8)): [True, True, True, True],  # both move
-        ((0, 5), (0, 5), (0, 6), (0, 7)): [True, True, True, True],  # neither moves at every step
+        ((0, 5), (0, 5), (0, 6), (0, 7)): [True, False, True, True],  # neither moves at every step
         ((0, 5), (1, 5), (1, 6), (2, 6)): [True, True, True, True],
     }
     for steps, expected in table.items():

@@ -118,17 +118,23 @@ class SpanGate:
             slot.times.computed(self._times)
         if self._control.written:
             slot.control = None
-        elif slot.control is None or self._control_changed:  # none: meanwhile it was seen that a request begins here
+        elif slot.control is None or self._others_changed:  # none: meanwhile it was seen that a request begins here
             slot.control = self._control.hold(self._branch.owner is not None and slot.made_anew is not False)
 
     @cached_property
     def _control_changed(self) -> bool:
         """Whether the span was computed from other inputs, as far as these feed nothing else."""
+        times = self._branch.slots[self._span].times
+        return self._others_changed or (self._times is not None and times.changed(self._times, self._control.asked))
+
+    @cached_property
+    def _others_changed(self) -> bool:
+        """The same but for what looks like the time."""
         slot = self._branch.slots[self._span]
         changed = slot.control is None or not slot.control.same(self._control.inputs, self._control.identity)
         if isinstance(slot.control, ContentHold):
             slot.made_anew = bool(slot.control.inputs) and not changed
-        return changed or (self._times is not None and slot.times.changed(self._times, self._control.asked))
+        return changed
 
     @cached_property
     def _times(self) -> StorageHold | None:

@@ -50,11 +50,14 @@ class Times:
 
     def changed(self, now: StorageHold, asked: frozenset[int]) -> bool:
         """Whether any of those asked for, but for the time, is another than when the span was computed."""
-        if self._computed is None or self._last is None or not self._steps:
+        if self._computed is None:
             return True
+        changed = asked & _different(now, self._computed)
+        if not changed or self._last is None or not self._steps:
+            return bool(changed)
         time = self._always & _different(now, self._last)
         others = self._moved - time
-        return bool(asked & _different(now, self._computed) - (time if len(time) == 1 and not others else set()))
+        return bool(changed - (time if len(time) == 1 and not others else set()))
 
     def of_another_request(self) -> Times:
         """The same where a request has begun at the step that computed the span."""
