@@ -79,7 +79,7 @@ class Beside:
             family: its code.
             facts: of its graph.
             sources: where the tensors come from that it was given, by name.
-            outputs: what it made, or the forms of that; what is no tensor is given back to code, and to no graph.
+            outputs: what it made, or the forms of that; what is no tensor is not looked at.
             ends: numbers of those of the tensors that end a stream.
         """
         streams = {

@@ -72,35 +72,45 @@ class Called:
     @classmethod
     def of(cls, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> Called:
         """A call, of a span that begins with the forward's call of number `begin`."""
-        what = _what(forward, graph, family, args, begin)
-        return cls(what, Given(_weights(forward, graph, args)), _strangers(forward, graph, args))
+        held = _held(forward, graph, args)
+        what = _what(forward, graph, family, args, begin, held)
+        return cls(what, Given(_weights(held)), _strangers(forward, graph, args))
 
     def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        if self.what != _what(forward, graph, family, args, begin):
+        all_held = _held(forward, graph, args)
+        if self.what != _what(forward, graph, family, args, begin, all_held):
             return False
         lasting = self.lasting  # once: the forward that it is of may be over meanwhile
         given = dict(zip(graph.facts.names, args, strict=True)) if lasting else {}
         for name, (held, memory) in lasting.items():
             if held.expired() or not stored(given.get(name)) or memory_of(given[name]) != memory:
                 return False
-        return self.weights.same(_weights(forward, graph, args))
+        return self.weights.same(_weights(all_held))
 
     def over(self) -> None:
         """The forward is over: what has not outlived it was made in it."""
         self.lasting = {name: kept for name, kept in self.lasting.items() if not kept[0].expired()}
 
 
-def _what(forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> Hashable:
+def _what(
+    forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int, held: Sequence[torch.Tensor]
+) -> Hashable:
     roles = graph.facts.roles
     scalars = [i for i in roles.scalars if args[i] not in forward.counts]
     forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
-    held = [a for a in _held(forward, graph, args) if is_number(a)]
     made = zip(graph.facts.names, map(forward.made_by, args), strict=True)
     within = frozenset((name, (at[0] - begin, at[1])) for name, at in made if at is not None and at[0] >= begin)
     others = [(n, a) for n, a in zip(graph.facts.names, args, strict=True) if forward.is_strange(a, begin)]
     numbers = tuple(name for name, _ in others), identity_key([number for _, number in others])
-    return family, graph.facts.program.at(args, scalars), forms, within, identity_key(held), numbers
+    return (
+        family,
+        graph.facts.program.at(args, scalars),
+        forms,
+        within,
+        identity_key([a for a in held if is_number(a)]),
+        numbers,
+    )
 
 
 def _strangers(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str, tuple[StorageWeakRef, Hashable]]:
@@ -113,9 +123,9 @@ def _strangers(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str,
     }
 
 
-def _weights(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
+def _weights(held: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What is held, but for numbers: those are made at every call, and known by their value."""
-    return [a for a in _held(forward, graph, args) if not is_number(a)]
+    return [a for a in held if not is_number(a)]
 
 
 def _held(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -458,8 +468,9 @@ class Leg:
     @property
     def beside(self) -> frozenset[Place]:
         """What its calls made beside its streams: on a hit that is what they made at another step."""
-        script = self._script
-        return frozenset((self._call + at, output) for at, output in script.beside) if script is not None else _NOTHING
+        if self._script is None or not self._script.beside:
+            return _NOTHING
+        return frozenset((self._call + at, output) for at, output in self._script.beside)
 
     def let_go(self, why: str) -> None:
         """What it has computed is not to be reused."""
