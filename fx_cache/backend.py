@@ -18,12 +18,14 @@ from fx_cache.config import CacheConfig, split_options
 from fx_cache.errors import Failure, Refusal, StageError, say_uncached, stage
 from fx_cache.passes import PIPELINE
 from fx_cache.passes.dump import Dump
+from fx_cache.passes.parts import GraphParts
 from fx_cache.passes.runner import PassRecord, RewriteContext, run_passes
 from fx_cache.patterns.calls import GraphFacts, read_facts
 from fx_cache.patterns.explanation import Explanation
 from fx_cache.patterns.graph import hinted_shape, is_tensor, is_weight, storage_key, value_of, written_storages
 from fx_cache.patterns.samples import fewer_allowed
 from fx_cache.patterns.spans import Plan
+from fx_cache.patterns.work import Work
 from fx_cache.regions import written_out
 from fx_cache.runtime.forwards import Forward, surroundings
 from fx_cache.runtime.relay import RELAYS, ObservedForward
@@ -152,7 +154,8 @@ def _read(reading: Reading, config: CacheConfig) -> None:
         reading.refusal = found.plan.refusal
         share = 0.0 if reading.refusal is not None else sum(s.share or 0.0 for s in found.plan.spans)
     with stage("read_facts"):
-        reading.facts = read_facts(gm, broken, gradients, share)
+        work = Work(gm.graph)
+        reading.facts = read_facts(gm, broken, gradients, share, work.total, GraphParts(gm, work))
 
 
 def _cached_forward(reading: Reading, compiler: Compiler, overwritten: bool, config: CacheConfig) -> CachedForward:

@@ -21,7 +21,7 @@ from fx_cache.runtime.identity import OwnWrites, StorageHold
 from fx_cache.runtime.relay import ObservedForward
 from fx_cache.runtime.slots import Times
 from tests.running import last_branch, relative_error
-from tests.test_relay import BLOCKS, STEPS, TOKENS, WIDTH, Block, Controlled, Model, Oracle, compile_broken, walk
+from tests.test_relay import BLOCKS, STEPS, TOKENS, WIDTH, Block, Controlled, Model, compile_broken, walk
 
 CHANGES = 5
 """The step at which something is another one."""
@@ -626,125 +626,6 @@ def test_what_code_between_the_graphs_finds_outside(kind: str) -> None:
             if i == CHANGES:
                 assert torch.equal(output, model(**step)[0])
     assert last_branch(compiled)["spans"][0]["hits"][:3] == [2, 3, 4]
-
-
-class Beside(Model):
-    """Every block makes something of the time alone; the tail reads what the last one made."""
-
-    def __init__(self, behind: bool) -> None:
-        super().__init__()
-        self.side, self.behind = nn.Linear(WIDTH, WIDTH), behind
-
-    def shift(self, time: Tensor) -> Tensor:
-        return self.side(time)
-
-    def finish(self, x: Tensor, text: Tensor, shift: Tensor) -> Tensor:
-        return self.out(x + text.mean(dim=1, keepdim=True) + shift[:, None])
-
-    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
-        x, time = self.begin(latent, timestep)
-        for block in self.blocks:
-            shift = time if self.behind else self.shift(time)
-            torch._dynamo.graph_break()
-            x, text = block(x, text, time)
-            shift = self.shift(time) if self.behind else shift
-        return (self.finish(x, text, shift),)
-
-
-def test_what_blocks_make_beside_their_streams_and_the_tail_reads() -> None:
-    """Given back as it was, it would be that of another time."""
-    model = Beside(behind=False)
-    found = fx_cache.explain(compile_broken(model), **walk(0)[0])
-    assert found.reason is not None and "beside their streams" in found.reason
-
-
-SHIFTS = {
-    "real": lambda time: time * 1.5,
-    "integer": lambda time: (time * 100).long(),
-    "complex": lambda time: torch.polar(torch.ones_like(time), time),
-}
-
-
-class BesideOf(Beside):
-    """The same of other types; the tail reads it where it is asked for, and gives it back by itself."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(behind=False)
-        self.kind = kind
-
-    def shift(self, time: Tensor) -> Tensor:
-        return SHIFTS[self.kind](time)
-
-    def finish(self, x: Tensor, text: Tensor, shift: Tensor | None) -> Any:
-        shown = None if shift is None else torch.view_as_real(shift) if shift.is_complex() else shift.float()
-        return self.out(x + text.mean(dim=1, keepdim=True)), None if shown is None else shown + 1.0
-
-    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, read: bool = True) -> Any:
-        x, time = self.begin(latent, timestep)
-        for block in self.blocks:
-            shift = self.shift(time)
-            torch._dynamo.graph_break()
-            x, text = block(x, text, time)
-        return self.finish(x, text, shift if read else None)
-
-
-@pytest.mark.parametrize("kind", SHIFTS)
-def test_what_blocks_make_beside_their_streams_is_of_any_type(kind: str) -> None:
-    found = fx_cache.explain(compile_broken(BesideOf(kind)), **walk(0)[0])
-    assert found.reason is not None and "beside their streams" in found.reason
-
-
-@pytest.mark.parametrize("reads", [range(STEPS), range(CHANGES, STEPS), range(CHANGES, CHANGES + 1)], ids=str)
-def test_a_tail_that_reads_it_later(reads: range) -> None:
-    """The forward that was watched had a tail that did not."""
-    model, hits = BesideOf("real"), []
-    compiled = compile_broken(model, residual_diff_threshold=10.0)
-    for request in range(4):
-        for i, step in enumerate(walk(request)):
-            read = request > 1 and i in reads
-            with session(request, "only"):
-                output = compiled(**step, read=read)
-            if read:
-                assert all(torch.equal(a, b) for a, b in zip(output, model(**step, read=True), strict=True))
-        hits.append(last_branch(compiled)["spans"][0]["hits"])
-    assert hits[1] == [2, 3, 4, 5, 6, 7]
-    assert hits[2] == [i for i in range(2, STEPS) if i < reads[0] or i > reads[-1] + 1]
-
-
-@pytest.mark.parametrize("how", ["end", "reset"])
-@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
-def test_ended_within_the_forward_that_is_watched(how: str) -> None:
-    """Nothing is planned from half a forward: its tail is still to be seen."""
-
-    class Ending(Beside):
-        @torch._dynamo.disable  # type: ignore[untyped-decorator]
-        def ends(self) -> None:
-            fx_cache.end("request-0") if how == "end" else fx_cache.reset(self)
-
-        def finish(self, x: Tensor, text: Tensor, shift: Tensor) -> Tensor:
-            torch._dynamo.graph_break()
-            self.ends()
-            return super().finish(x, text, shift)
-
-    model = Ending(behind=False)
-    compiled = compile_broken(model, residual_diff_threshold=10.0)
-    for request in range(3):
-        for step in walk(request):
-            with session(request, "only"):
-                assert torch.equal(compiled(**step)[0], model(**step)[0])
-
-
-def test_what_blocks_make_behind_their_streams_and_the_tail_reads() -> None:
-    model, steps = Beside(behind=True), walk(0)
-    compiled = compile_broken(model, residual_diff_threshold=10.0)
-    for step in walk(1):
-        compiled(**step)
-    oracle = Oracle(model, 1, 0, 10.0)
-    for i, step in enumerate(steps):
-        shift = model.shift(model.begin(step["latent"], step["timestep"])[1])
-        expected = oracle(i, **step) + model.out(shift[:, None]) - model.out.bias
-        assert torch.allclose(compiled(**step)[0], expected, atol=1e-5)
-    assert last_branch(compiled)["spans"][0]["hits"] == oracle.hits == [2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("branch", ["only", None, "unnamed"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -15,7 +16,6 @@ from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
 from fx_cache.patterns.programs import Program
 from fx_cache.patterns.values import data_inputs
-from fx_cache.patterns.work import Work
 
 Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
@@ -23,11 +23,22 @@ Form = tuple[tuple[int, ...], torch.dtype]
 Place = tuple[int, int]
 """A call, and one of its outputs."""
 
-Source = tuple[Place | None, frozenset[int]]
-"""Who made a tensor, if a call did, and the user's inputs whose tokens it holds."""
-
 UNKNOWN = -1
 """In the place of a user's input: something of which it is not known where it comes from."""
+
+
+class Parts(Protocol):
+    """What a graph can make without all that it is given.
+
+    Attributes:
+        work: the outputs that can be made without others, by number, and the FLOPs of each.
+    """
+
+    @property
+    def work(self) -> Mapping[int, int]: ...
+
+    def make(self, outputs: Sequence[int], args: Sequence[Any]) -> Sequence[Any]:
+        """Makes some of these outputs of what the graph is called with."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class GraphFacts:
         broken: place and reason of the graph break that ends it, or None.
         gradients: why nothing that it makes may be reused, or None.
         groups: names of the process groups whose ranks compute it together.
+        parts: what it can make without all that it is given.
     """
 
     program: Program
@@ -63,6 +75,7 @@ class GraphFacts:
     broken: str | None
     gradients: Refusal | None
     groups: tuple[str, ...]
+    parts: Parts
 
     @property
     def layers(self) -> Hashable:
@@ -70,7 +83,9 @@ class GraphFacts:
         return self.frame, frozenset(self.names[i] for i in self.roles.weights)
 
 
-def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None, span_share: float) -> GraphFacts:
+def read_facts(
+    gm: fx.GraphModule, broken: str | None, gradients: Refusal | None, span_share: float, work: int, parts: Parts
+) -> GraphFacts:
     """Reads a captured graph as a part of a forward.
 
     Args:
@@ -78,6 +93,8 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
         broken: place and reason of the graph break that ends it, or None.
         gradients: why nothing that it makes may be reused, or None.
         span_share: the part of its FLOPs in spans of its own.
+        work: its FLOPs.
+        parts: what it can make without all that it is given.
     """
     graph = gm.graph
     roles = classify_inputs(graph)
@@ -88,7 +105,6 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
     sources = [set() if n is None else token_sources(n) for n in nodes]
     behind = [set() if n is None else ancestors(n, reads=data_inputs) for n in nodes]
     written = written_storages(graph.nodes)
-    work = Work(graph).total
     compile_id = CompileContext.current_compile_id()
     return GraphFacts(
         program=Program.of(graph),
@@ -104,7 +120,21 @@ def read_facts(gm: fx.GraphModule, broken: str | None, gradients: Refusal | None
         broken=broken,
         gradients=gradients,
         groups=groups_of(graph.nodes),
+        parts=parts,
     )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor comes from that a graph is given.
+
+    Attributes:
+        of: the outputs of calls in whose memory it lies.
+        known: whether it is known what it holds: just what calls made, or what was there before the forward.
+    """
+
+    of: frozenset[Place] = frozenset()
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +149,7 @@ class InputTrace:
         whole: whether it is just what was made.
         memory: the call that made the memory it lies in, whatever has been written there since; None if none did.
         unseen: whether nobody known made it, and it holds other numbers than at the call before of the same code.
+        origin: where it comes from, but for what it holds a part of.
     """
 
     form: Form
@@ -128,6 +159,7 @@ class InputTrace:
     whole: bool = True
     memory: int | None = None
     unseen: bool = False
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True)
@@ -140,6 +172,7 @@ class Call:
         owner: the model's name of the first weight that it was given; empty without one.
         inputs: its input tensors by name.
         outputs: forms of its outputs, None for what is no tensor.
+        through: numbers of the outputs that are inputs of it, handed through.
     """
 
     family: Hashable
@@ -147,3 +180,4 @@ class Call:
     owner: str
     inputs: Mapping[str, InputTrace]
     outputs: tuple[Form | None, ...]
+    through: frozenset[int]

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
-from fx_cache.patterns.calls import UNKNOWN, Call, GraphFacts, Place, Source
+from fx_cache.patterns.calls import UNKNOWN, Call, GraphFacts, Origin, Place
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, stretches
+
+MAX_RENEWED = 0.1
+"""The part of a span's work up to which a hit does what may be work on its streams, where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class RelayPlan:
         share: the part of the forward's FLOPs that a hit saves; None where none were counted.
         ranges: (head, span, tail) as block ranges.
         groups: names of the process groups whose ranks decide together.
+        renews: whether a hit makes anew what code between the graphs may have made of a stream (`Beside`).
     """
 
     name: str
@@ -41,27 +42,58 @@ class RelayPlan:
     share: float | None
     ranges: Ranges
     groups: tuple[str, ...]
+    renews: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that a call of a span is given.
+
+    Attributes:
+        origin: where it comes from.
+        tokens: the user's inputs whose tokens it holds.
+    """
+
+    origin: Origin
+    tokens: frozenset[int]
 
 
 class Beside:
-    """What the calls of a span make that neither ends a stream nor depends on one, nor on nothing but weights.
+    """What the calls of a span make that is made of none of its streams.
 
-    A hit gives it back as it was, and it may be made of the time: nobody behind the span is to read it.
+    It may be made of the time, and change at every step however little the streams do. So on a hit it is made anew.
+    What code between the graphs has made may hold something of a stream, and be much work. Where it is, what is made
+    of it is given back as it was, and nobody behind the span is to read that, nor code between its graphs, of which
+    nothing is known: what no graph of the span reads is made for such.
 
     Attributes:
-        places: these outputs.
+        places: what is given back as it was.
+        work: FLOPs of what is made anew.
+        unsure: FLOPs of what is made of what code between the graphs has made.
     """
 
-    def __init__(self, streams: Sequence[RelayStream], begin: int) -> None:
+    def __init__(self, streams: Sequence[RelayStream], begin: int, renews: bool) -> None:
         """
         Args:
             streams: of the span.
             begin: number of its first call.
+            renews: whether also that is made anew of which it is not known what it is made of.
         """
         self.places: set[Place] = set()
+        self.work = 0
+        self.unsure = 0
+        self._renews = renews
+        self._anew: set[Place] = set()
+        self._read: set[Place] = set()
+        self._begun: set[Place] = set()
         self._begin = begin
         self._tokens = frozenset().union(*(s.tokens for s in streams)) - {UNKNOWN}
         self._readers = {(s.reader.family, s.name) for s in streams}
+
+    @property
+    def strays(self) -> bool:
+        """Whether somebody may read what is given back as it was of whom nothing is known."""
+        return not self.places <= self._read
 
     def see(
         self,
@@ -69,37 +101,63 @@ class Beside:
         family: Hashable,
         facts: GraphFacts,
         sources: Mapping[str, Source],
-        outputs: Sequence[Any],
+        tensors: Collection[int],
+        through: Collection[int],
         ends: Collection[int],
-    ) -> None:
-        """Takes notice of a call of the span.
+    ) -> tuple[int, ...] | None:
+        """Takes notice of a call of the span, in their order, and says what of it is to be made anew on a hit.
 
         Args:
             at: its number.
             family: its code.
             facts: of its graph.
-            sources: where the tensors come from that it was given, by name.
-            outputs: what it made, or the forms of that; what is no tensor is not looked at.
-            ends: numbers of those of the tensors that end a stream.
+            sources: the tensors that it was given, by name, but for weights.
+            tensors: numbers of its outputs that are tensors.
+            through: numbers of those that are inputs of it, handed through.
+            ends: numbers of those that end a stream.
+
+        Returns:
+            Numbers of outputs; None: the whole call is to be run.
         """
-        streams = {
-            name
-            for name, (made_by, tokens) in sources.items()
-            if (family, name) in self._readers
-            or tokens & self._tokens
-            or (made_by is not None and made_by[0] >= self._begin and made_by not in self.places)
-        }
+        streams = {name for name, source in sources.items() if self._is_stream(family, name, source)}
+        unsure = {name for name, source in sources.items() if name not in streams and self._is_unsure(source.origin)}
+        self._begun.update(p for name in streams for p in sources[name].origin.of if p[0] < self._begin)
+        self._read.update(*(self.places & source.origin.of for source in sources.values()))
         if not streams:
-            written = (sources.get(facts.names[i], (None, None))[0] for i in facts.written)
-            self.places.update(place for place in written if place is not None)
-        number = -1
-        for output, (made, shown) in enumerate(zip(outputs, facts.shown, strict=True)):
-            if not isinstance(made, torch.Tensor | tuple):
-                continue
-            number += 1
-            constant = set(shown).issubset(facts.roles.weights)
-            if number not in ends and not constant and not streams.intersection(facts.names[i] for i in shown):
-                self.places.add((at, output))
+            for written in (s.origin.of for i in facts.written if (s := sources.get(facts.names[i])) is not None):
+                self.places |= written
+                self._read -= written
+        made: dict[int, set[str]] = {}
+        for k, shown in enumerate(facts.shown):
+            data = {facts.names[i] for i in shown if i not in facts.roles.weights}
+            if k not in through and k not in ends and (k in tensors or data):
+                made[k] = data
+        beside = {k for k, data in made.items() if streams.isdisjoint(data)}
+        doubtful = {k for k in beside if not unsure.isdisjoint(made[k])}
+        constant = {k for k in beside if not made[k]}
+        anew = beside if self._renews else beside - doubtful
+        whole = anew == made.keys() and anew != constant and not ends and not facts.written
+        if not whole:
+            anew = anew & constant.union(facts.parts.work)
+        self._anew.update((at, k) for k in anew)
+        self.places.update((at, k) for k in beside - anew)
+        parts = tuple(sorted(anew - constant))
+        work = facts.work if whole else sum(facts.parts.work[k] for k in parts)
+        self.work += work
+        self.unsure += work if doubtful & anew else 0
+        return None if whole else parts
+
+    def _is_stream(self, family: Hashable, name: str, source: Source) -> bool:
+        """Whether an input of a call is one of the streams, or made of one within the span."""
+        if (family, name) in self._readers:
+            return True
+        if not source.origin.known:
+            return not self._tokens.isdisjoint(source.tokens)
+        own = self.places | self._anew
+        return any(p in self._begun or (p[0] >= self._begin and p not in own) for p in source.origin.of)
+
+    def _is_unsure(self, origin: Origin) -> bool:
+        return not origin.known or not self.places.isdisjoint(origin.of)
 
 
 def plan_relays(
@@ -168,15 +226,20 @@ def _plan(calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConf
                 "blocks that write only to tensors of their own",
                 "replace the write in place by an operation that returns a new tensor",
             )
-    if _read_beside(calls, stretch, begin, end):
+    work = _work(calls, begin, end)
+    beside = _beside(calls, stretch, begin, end, renews=True)
+    renews = beside.unsure <= MAX_RENEWED * work
+    if not renews:
+        beside = _beside(calls, stretch, begin, end, renews=False)
+    if _is_read(beside, calls[end + 1 :]):
         return Refusal(
             f"stack {name}",
-            "a value that its blocks make beside their streams, of what may change at every step, and that is read "
-            "behind them",
+            "a value that its blocks make beside their streams, of what code between the graphs has made, and that is "
+            "read by others than them",
             "blocks that hand on nothing but their streams",
-            "compute it before the blocks, or set options={'Bn_compute_blocks': 1} if the last block makes it",
+            "compute it before the blocks, or in a function that is captured as one graph",
         )
-    share = _work(calls, begin, end) / total if total else None
+    share = (work - beside.work) / total if total else None
     if share is not None and share < MIN_SHARE:
         return Refusal(
             f"stack {name}",
@@ -186,7 +249,9 @@ def _plan(calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConf
         )
     ranges = ((0, fn), (fn, count - bn), (count - bn, count))
     groups = tuple(dict.fromkeys(g for call in calls[starts[0] : stretch.end + 1] for g in call.facts.groups))
-    return RelayPlan(name, stretch.begin, count, stretch.streams, share, ranges, groups or config.process_groups)
+    return RelayPlan(
+        name, stretch.begin, count, stretch.streams, share, ranges, groups or config.process_groups, renews
+    )
 
 
 def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
@@ -195,20 +260,26 @@ def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
     return traced is not None and traced.memory is not None and begin <= traced.memory <= end
 
 
-def _read_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> bool:
-    """Whether a call behind a span reads what one of its calls made beside its streams."""
-    beside = Beside(stretch.streams, begin)
+def _beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int, renews: bool) -> Beside:
+    """What the calls of a span make beside its streams."""
+    beside = Beside(stretch.streams, begin, renews)
     last = sum(start <= end for start in stretch.starts) - 1
     numbers: Counter[Hashable] = Counter()
     for k, call in enumerate(calls[: end + 1]):
         numbers[call.family] += 1
         if k >= begin:
-            ends = {s.last for s in stretch.streams if s.maker.is_call(call.family, numbers[call.family], last)}
-            sources = {name: (i.made_by, i.tokens) for name, i in call.inputs.items()}
-            beside.see(k, call.family, call.facts, sources, call.outputs, ends)
-    made = {k for k, _ in beside.places}
-    behind = (i for call in calls[end + 1 :] for i in call.inputs.values())
-    return any(i.made_by in beside.places or (i.made_by is None and i.memory in made) for i in behind)
+            tensors = [i for i, form in enumerate(call.outputs) if form is not None]
+            of_call = [s.last for s in stretch.streams if s.maker.is_call(call.family, numbers[call.family], last)]
+            ends = {tensors[i] for i in of_call if i < len(tensors)}
+            sources = {name: Source(i.origin, i.tokens) for name, i in call.inputs.items()}
+            beside.see(k, call.family, call.facts, sources, tensors, call.through, ends)
+    return beside
+
+
+def _is_read(beside: Beside, behind: Sequence[Call]) -> bool:
+    """Whether a call behind a span, or code beside all graphs, may read what is given back as it was."""
+    given = (i.origin.of for call in behind for i in call.inputs.values())
+    return beside.strays or any(not beside.places.isdisjoint(places) for places in given)
 
 
 def _outermost(stretches: Iterator[Stretch], calls: Sequence[Call]) -> list[Stretch]:

@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 
 from fx_cache.errors import guarded
-from fx_cache.patterns.calls import UNKNOWN, Call, Form, GraphFacts, InputTrace, Place, Source
+from fx_cache.patterns.calls import UNKNOWN, Call, Form, GraphFacts, InputTrace, Origin, Place
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.programs import Program
 from fx_cache.runtime.clock import is_counted
@@ -118,7 +118,6 @@ class Forward:
         self._notes: dict[int | None, list[_Note]] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
         self._origins: dict[int, tuple[int, int]] = {}
-        self._numbers: dict[float, int] = {}
 
     @property
     def root(self) -> Any:
@@ -165,6 +164,10 @@ class Forward:
         exact = [n.tokens for n in notes if n.view == _view(value)]
         return frozenset().union(*(exact or (n.tokens for n in notes)))
 
+    def tokens_held(self, value: Any) -> frozenset[int]:
+        """The same, also of what a graph has made in place of something else."""
+        return self.tokens_of(value) or self._held.get(self.made_by(value), frozenset())
+
     def shown_by(self, value: Any) -> frozenset[int]:
         """The user's inputs that a tensor is known to depend on: what code between graphs has made of one is not."""
         key, view = (value.untyped_storage()._cdata, _view(value)) if stored(value) else (None, ())
@@ -184,13 +187,10 @@ class Forward:
         """Whether something that the user gave it was written to since it began."""
         return any(value._version != version for value, version in self._versions)
 
-    def is_strange(self, value: Any, begin: int) -> bool:
-        """Whether a number is none that the user gave, and no graph was given it before a call of that number.
-
-        Integers are not asked for: they are compared as sizes are.
-        """
+    def is_strange(self, value: Any) -> bool:
+        """Whether it is a real number that the user has not given; integers are compared as sizes are."""
         number = _real(value)
-        if number is None or self._numbers.get(number, begin) < begin:
+        if number is None:
             return False
         return all(isinstance(v, torch.Tensor) or as_number(v) != number for v in self.inputs)
 
@@ -207,21 +207,27 @@ class Forward:
         notes = self._notes.get(value.untyped_storage()._cdata, []) if stored(value) else []
         return next((n.made_by for n in reversed(notes) if n.view == _view(value)), None)
 
-    def sources(self, facts: GraphFacts, args: Sequence[Any]) -> dict[str, Source]:
-        """Of the tensors that a graph is given, by name, but for weights: who made them, and whose tokens they hold."""
-        found: dict[str, Source] = {}
-        for i, (name, a) in enumerate(zip(facts.names, args, strict=True)):
-            if isinstance(a, torch.Tensor) and i not in facts.roles.weights:
-                place = self.made_by(a)
-                found[name] = place, self.tokens_of(a) or self._held.get(place, frozenset())
-        return found
+    def origin(self, name: str, value: Any) -> Origin:
+        """Where something comes from that a graph is given by a name: what code between graphs has made is not known.
+
+        What is found outside the forward, and real numbers, are compared where that matters, and so are known.
+        """
+        if not stored(value):
+            return Origin(known=not isinstance(value, torch.Tensor))
+        key = value.untyped_storage()._cdata
+        notes = self._notes.get(key)
+        if notes is None:
+            return Origin(known=key in self._user or is_held(name) or as_number(value) is not None)
+        view = _view(value)
+        same = next((n.made_by for n in reversed(notes) if n.view == view), None)
+        if same is not None:
+            return Origin(frozenset({same}), True)
+        written = value.is_inference() or any(n.view[-1] != view[-1] for n in notes)
+        return Origin(frozenset(n.made_by for n in notes), not written)
 
     def shows(self, value: Any, places: Collection[Place]) -> bool:
-        """Whether a tensor is one of some outputs, or lies in the memory of one and was made of it otherwise."""
-        place = self.made_by(value)
-        if place is not None or not stored(value):
-            return place in places
-        return any(n.made_by in places for n in self._notes.get(value.untyped_storage()._cdata, ()))
+        """Whether a tensor lies in the memory of one of some outputs, and may be made of it."""
+        return stored(value) and not self.origin("", value).of.isdisjoint(places)
 
     def note(self, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Remembers of the outputs of one more graph where they come from; it did not make what it hands through."""
@@ -230,8 +236,6 @@ class Forward:
         unknown = frozenset({UNKNOWN})
         tokens = {i: self.tokens_of(args[i]) or unknown for sources in facts.tokens for i in sources}
         shown = {i: self.shown_by(args[i]) for sources in facts.shown for i in sources}
-        for number in (number for a in args if (number := _real(a)) is not None):
-            self._numbers.setdefault(number, self.count)
         kept = [a for i, a in enumerate(args) if stored(a) and i not in facts.written]
         through = {memory_of(a) for a in kept}
         for k, (output, sources, behind) in enumerate(zip(outputs, facts.tokens, facts.shown, strict=True)):
@@ -272,7 +276,9 @@ class Forward:
             tokens = self.tokens_of(value) or self._held.get(place, frozenset())
             notes = self._notes.get(value.untyped_storage()._cdata) if stored(value) else None
             memory = notes[0].made_by[0] if notes else None
-            return InputTrace(_form(value), place, tokens, others, place == made_by, memory, name in unseen)
+            whole = place == made_by
+            origin = self.origin(name, value) if whole or place is None else Origin(frozenset({place}))
+            return InputTrace(_form(value), place, tokens, others, whole, memory, name in unseen, origin)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}
@@ -283,7 +289,8 @@ class Forward:
             if isinstance(a, torch.Tensor) and i not in facts.roles.weights
         }
         forms = tuple(_form(o) if isinstance(o, torch.Tensor) else None for o in outputs)
-        self.calls.append(Call(family, facts, owner, inputs, forms))
+        through = frozenset(k for k, name in enumerate(handed_through(facts, args, outputs)) if name is not None)
+        self.calls.append(Call(family, facts, owner, inputs, forms, through))
 
     def see_schedule(self, roles: InputRoles, args: Sequence[Any]) -> None:
         """Learns from a graph which of the user's inputs are the timestep or the like: for this forward and others."""
@@ -579,6 +586,17 @@ def as_number(value: Any) -> float | None:
 def _real(value: Any) -> float | None:
     """A real number that a graph is given."""
     return None if isinstance(value, int) or (isinstance(value, torch.Tensor) and value.ndim) else as_number(value)
+
+
+def is_held(name: str) -> bool:
+    """Whether an input, by its name in the captured code, comes from a global variable, or is an attribute."""
+    return name.startswith("G[") or "." in name
+
+
+def handed_through(facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> list[str | None]:
+    """Which input, not written to, each output of a call is, by name."""
+    given = {memory_of(a): facts.names[i] for i, a in enumerate(args) if stored(a) and i not in facts.written}
+    return [given.get(memory_of(output)) if stored(output) else None for output in outputs]
 
 
 def memory_of(value: torch.Tensor) -> Hashable:

@@ -12,11 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
-from fx_cache.patterns.calls import GraphFacts, Place
-from fx_cache.patterns.relays import Beside, RelayPlan
+from fx_cache.patterns.calls import GraphFacts, Origin, Place
+from fx_cache.patterns.relays import Beside, RelayPlan, Source
 from fx_cache.patterns.stretches import RelayStream
 from fx_cache.runtime.batches import Separation
-from fx_cache.runtime.forwards import Forward, Joined, as_number, memory_of, stored
+from fx_cache.runtime.forwards import Forward, Joined, as_number, handed_through, is_held, memory_of, stored
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.identity import identity_key, signature
 from fx_cache.runtime.net import Astray
@@ -33,6 +33,7 @@ HELD = 0.25
 
 _NOTHING: frozenset[Place] = frozenset()
 
+BESIDE = "what its blocks made beside their streams may be read by others"
 WRITES = "the forward writes to tensors from outside before the span ends, and could not be begun anew"
 OTHER_CALLS = "other code was called before the span, or where it begins"
 
@@ -58,9 +59,9 @@ class Called:
     """Which call of a forward it was: of what code, with tensors of which shapes, and for which weights.
 
     Attributes:
-        what: the code, what the graph computes, the forms of all inputs but weights, which calls of the span made them,
-            the numbers that the model holds, and those that code between graphs has given it alone. The time is none
-            of it, where it is an integer.
+        what: the code, what the graph computes, the forms of all inputs but weights, where they come from, the numbers
+            that the model holds, and real ones that the user has not given. The time is none of it, where it is an
+            integer.
         weights: those that it was given, as they were, and what else it found outside the forward.
         lasting: tensors, by name, that code between graphs has given it: those that outlive the forward.
     """
@@ -99,18 +100,23 @@ def _what(
     roles = graph.facts.roles
     scalars = [i for i in roles.scalars if args[i] not in forward.counts]
     forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
-    made = zip(graph.facts.names, map(forward.made_by, args), strict=True)
-    within = frozenset((name, (at[0] - begin, at[1])) for name, at in made if at is not None and at[0] >= begin)
-    others = [(n, a) for n, a in zip(graph.facts.names, args, strict=True) if forward.is_strange(a, begin)]
+    given = [(n, a) for i, (n, a) in enumerate(zip(graph.facts.names, args, strict=True)) if i not in roles.weights]
+    origins = frozenset((name, *_seen_from(forward.origin(name, a), begin)) for name, a in given)
+    others = [(n, a) for n, a in given if forward.is_strange(a)]
     numbers = tuple(name for name, _ in others), identity_key([number for _, number in others])
     return (
         family,
         graph.facts.program.at(args, scalars),
         forms,
-        within,
+        origins,
         identity_key([a for a in held if is_number(a)]),
         numbers,
     )
+
+
+def _seen_from(origin: Origin, begin: int) -> tuple[frozenset[Place | None], bool]:
+    """The same for another forward: calls are counted from the span's first one, those before it not told apart."""
+    return frozenset((at - begin, output) if at >= begin else None for at, output in origin.of), origin.known
 
 
 def _strangers(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str, tuple[StorageWeakRef, Hashable]]:
@@ -119,7 +125,7 @@ def _strangers(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str,
     return {
         name: (StorageWeakRef(a.untyped_storage()), memory_of(a))
         for name, a in given
-        if stored(a) and not (forward.knows(a) or _is_held(name) or as_number(a) is not None)
+        if stored(a) and not (forward.knows(a) or is_held(name) or as_number(a) is not None)
     }
 
 
@@ -132,21 +138,9 @@ def _held(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Ten
     """The weights that a graph is given and does not write to itself, and other tensors that are held outside the
     forward, in the order of their names."""
     facts = graph.facts
-    held = {i for i, name in enumerate(facts.names) if _is_held(name) and not forward.knows(args[i])}
+    held = {i for i, name in enumerate(facts.names) if is_held(name) and not forward.knows(args[i])}
     kept = sorted(held.union(facts.roles.weights).difference(facts.written), key=facts.names.__getitem__)
     return [a for i in kept if isinstance(a := args[i], torch.Tensor)]
-
-
-def _is_held(name: str) -> bool:
-    """Whether an input comes from a global variable, or is an attribute of something."""
-    return name.startswith("G[") or "." in name
-
-
-def handed_through(graph: Graph, args: Sequence[Any], outputs: Sequence[Any]) -> list[str | None]:
-    """Which input, not written to, each output of a call is, by name."""
-    facts = graph.facts
-    given = {memory_of(a): facts.names[i] for i, a in enumerate(args) if stored(a) and i not in facts.written}
-    return [given.get(memory_of(output)) if stored(output) else None for output in outputs]
 
 
 def written_by(graph: Graph, args: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -164,11 +158,13 @@ class Entry:
             the number, the strides it has, and the input that it is, if any; of one that goes on number, strides, and
             the number of the stored tensor that says how far it had come; the number of a stored tensor; or itself.
         written: inputs that it writes to, by name, and the number of the stored tensor that says what.
+        anew: numbers of outputs that are made anew; None: all, the call is run.
     """
 
     called: Called
     outputs: tuple[tuple[str, Any], ...]
     written: tuple[tuple[str, int], ...]
+    anew: tuple[int, ...] | None
 
 
 class Script:
@@ -178,7 +174,8 @@ class Script:
         before: the code that was called before the span.
         weights: those that it was given, where they are known by nothing else.
         writes: whether something that the user gave was written to by its end.
-        beside: outputs of its calls that are not made of its streams (`Beside`); calls are counted from its first one.
+        beside: outputs that are given back as they were, and are not made of its streams (`Beside`); calls are counted
+            from its first one.
     """
 
     def __init__(self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor]) -> None:
@@ -198,6 +195,7 @@ class Script:
         written: Mapping[str, torch.Tensor],
         ends: dict[int, int],
         passed: dict[int, int],
+        anew: tuple[int, ...] | None,
         starts: Sequence[torch.Tensor],
     ) -> None:
         """Keeps what a call made.
@@ -207,29 +205,29 @@ class Script:
             through: which of its inputs each output is, if any (`handed_through`).
             outputs: what it made.
             written: the inputs that it wrote to, by name (`written_by`).
-            ends: for tensors among them that end a stream, its number.
+            ends: for outputs that end a stream, its number.
             passed: the same for those that are a stream on its way: code between graphs may make something of it.
+            anew: outputs that are not kept, but made anew; None: the call is run.
             starts: what each stream began with.
         """
         kept: list[tuple[str, Any]] = []
-        number = -1
-        for output, same in zip(outputs, through, strict=True):
-            if not isinstance(output, torch.Tensor):
+        for k, (output, same) in enumerate(zip(outputs, through, strict=True)):
+            stream = ends.get(k)
+            if anew is None or k in anew:
+                kept.append(("anew", None))
+            elif not isinstance(output, torch.Tensor):
                 kept.append(("constant", output))
-                continue
-            number += 1
-            stream = ends.get(number)
-            if same is not None and stream is None:
+            elif same is not None and stream is None:
                 kept.append(("input", same))
             elif stream is not None:
                 kept.append(("stream", (stream, output.stride(), same)))
                 self.residuals[stream] = output - starts[stream]
-            elif number in passed:
-                self.values.append(output - starts[passed[number]])
-                kept.append(("on its way", (passed[number], output.stride(), len(self.values) - 1)))
+            elif k in passed:
+                self.values.append(output - starts[passed[k]])
+                kept.append(("on its way", (passed[k], output.stride(), len(self.values) - 1)))
             else:
                 kept.append(("value", self._keep(output)))
-        self.entries.append(Entry(called, tuple(kept), tuple((n, self._keep(v)) for n, v in written.items())))
+        self.entries.append(Entry(called, tuple(kept), tuple((n, self._keep(v)) for n, v in written.items()), anew))
 
     def over(self) -> None:
         """The forward is over."""
@@ -246,16 +244,27 @@ class Script:
         """Whether a call is that of number `at`, of a span that begins with the forward's call of number `begin`."""
         return at < len(self.entries) and self.entries[at].called.same(forward, graph, family, args, begin)
 
-    def outputs(self, at: int, graph: Graph, args: Sequence[Any], starts: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """What a call gives back, given what each stream begins with now; writes what it wrote."""
+    def outputs(
+        self, at: int, graph: Graph, args: Sequence[Any], starts: Sequence[torch.Tensor]
+    ) -> tuple[Any, ...] | None:
+        """What a call gives back, given what each stream begins with now; writes what it wrote.
+
+        Returns:
+            The outputs; None: it is to be run.
+        """
         outputs: list[Any] = []
-        names = graph.facts.names
+        names, anew = graph.facts.names, self.entries[at].anew
+        if anew is None:
+            return None
+        made = iter(graph.facts.parts.make(anew, args) if anew else ())
         for name, number in self.entries[at].written:
             if name not in names:
                 raise Astray
             args[names.index(name)].copy_(self.values[number])
         for kind, what in self.entries[at].outputs:
-            if kind == "input":
+            if kind == "anew":
+                outputs.append(next(made))
+            elif kind == "input":
                 if what not in names:
                     raise Astray
                 outputs.append(args[names.index(what)])
@@ -550,7 +559,7 @@ class Leg:
         ranks = (groups, probe.device) if groups else None
         self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
         self._script = script if self._hit else Script(len(self._plan.streams), before, weights)
-        self._beside = None if self._hit else Beside(self._plan.streams, self._call)
+        self._beside = None if self._hit else Beside(self._plan.streams, self._call, self._plan.renews)
 
     def skip(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
@@ -567,7 +576,7 @@ class Leg:
             return None
         if not expected or not self._script.goes_on(self._at, forward, graph, family, args, self._call):
             raise Astray
-        outputs: Sequence[Any] = self._script.outputs(self._at, graph, args, self._starts)
+        outputs = self._script.outputs(self._at, graph, args, self._starts)
         self._ended |= self._script.ended(self._at)
         self._at += 1
         return outputs
@@ -584,6 +593,15 @@ class Leg:
                     return False
         return True
 
+    @staticmethod
+    def _sources(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str, Source]:
+        """The tensors that a call is given, by name, but for weights."""
+        return {
+            name: Source(forward.origin(name, a), forward.tokens_held(a))
+            for i, (name, a) in enumerate(zip(graph.facts.names, args, strict=True))
+            if isinstance(a, torch.Tensor) and i not in graph.facts.roles.weights
+        }
+
     def take(
         self,
         forward: Forward,
@@ -594,24 +612,23 @@ class Leg:
         number: int,
     ) -> None:
         """Takes notice of what came of a call, skipped or run; keeps what was made when the span is over."""
-        made = [o for o in outputs if isinstance(o, torch.Tensor)]
+        made = [k for k, output in enumerate(outputs) if isinstance(output, torch.Tensor)]
         if self._script is None:
             for k, s in enumerate(self._plan.streams):
                 fed = s.reader != self._plan.begin and s.maker.is_call(family, number, self._plan.ranges[1][0] - 1)
                 if fed and s.output < len(made):
-                    self._came[k] = made[s.output]
+                    self._came[k] = outputs[made[s.output]]
         if self._called is not None:
-            assert self._script is not None
+            assert self._script is not None and self._beside is not None
             ends, passed = (
-                {i: k for i, k in of_call.items() if i < len(made) and made[i].shape == self._starts[k].shape}
+                {made[i]: k for i, k in of_call.items() if i < len(made) and _fits(outputs[made[i]], self._starts[k])}
                 for of_call in (_ends(self._plan, family, number), _passed(self._plan, family, number))
             )
-            through, written = handed_through(graph, args, outputs), written_by(graph, args)
-            self._script.add(self._called, through, outputs, written, ends, passed, self._starts)
-            assert self._beside is not None
-            sources = forward.sources(graph.facts, args)
-            own = [None if same is not None else o for o, same in zip(outputs, through, strict=True)]
-            self._beside.see(forward.count, family, graph.facts, sources, own, ends)
+            through, written = handed_through(graph.facts, args, outputs), written_by(graph, args)
+            own = [k for k, name in enumerate(through) if name is not None]
+            sources = self._sources(forward, graph, args)
+            anew = self._beside.see(forward.count, family, graph.facts, sources, made, own, ends)
+            self._script.add(self._called, through, outputs, written, ends, passed, anew, self._starts)
             self._ended |= set(ends.values())
         if self.over:
             assert self._branch is not None and self._gate is not None
@@ -624,8 +641,14 @@ class Leg:
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
                 forward.when_over(self._script.over)
                 self._gate.remember_control()
+                if self._beside.strays:
+                    slot.forget(BESIDE)
             self._gate.record()
             slot.open = False
+
+
+def _fits(value: torch.Tensor, start: torch.Tensor) -> bool:
+    return value.shape == start.shape
 
 
 def _argument(graph: Graph, args: Sequence[Any], name: str) -> torch.Tensor:

@@ -28,7 +28,7 @@ from fx_cache.patterns.relays import RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_SHARE, least_gain
 from fx_cache.runtime.forwards import Forward, family_of, surroundings, weakly
 from fx_cache.runtime.habits import Habits
-from fx_cache.runtime.legs import WRITES, Graph, Leg, Misfit, WatchRun
+from fx_cache.runtime.legs import BESIDE, WRITES, Graph, Leg, Misfit, WatchRun
 from fx_cache.runtime.named import NamedSession, named_session, within
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.policy import decide
@@ -58,7 +58,6 @@ NOT_SETTLED = "whether forwards go as planned is not known yet"
 STRAYED = "the forward went another way than the step that it was to reuse"
 FAILED = "an error of dit_cache"
 WAYWARD = "the forward went another way than planned"
-BESIDE = "what its blocks made beside their streams is read behind them"
 
 
 class Run(Protocol):
