@@ -6,13 +6,14 @@ Such a stack is a *relay*: its streams are handed on from graph to graph.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
-from fx_cache.patterns.calls import UNKNOWN, Call, GraphFacts, Origin, Place
+from fx_cache.patterns.calls import Call, GraphFacts, Origin, Place
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, stretches
 
@@ -32,7 +33,9 @@ class RelayPlan:
         share: the part of the forward's FLOPs that a hit saves; None where none were counted.
         ranges: (head, span, tail) as block ranges.
         groups: names of the process groups whose ranks decide together.
-        renews: whether a hit makes anew what code between the graphs may have made of a stream (`Beside`).
+        joined: inputs, by code and name, in which code between the graphs has joined a stream with something else.
+        light: FLOPs up to which a hit runs a call that may work on a stream.
+        compares: whether a hit makes sure that what heavier ones are given is what it was.
     """
 
     name: str
@@ -42,52 +45,66 @@ class RelayPlan:
     share: float | None
     ranges: Ranges
     groups: tuple[str, ...]
-    renews: bool
+    joined: frozenset[tuple[Hashable, str]]
+    light: float
+    compares: bool
 
 
 @dataclass(frozen=True)
-class Source:
-    """A tensor that a call of a span is given.
+class Renewal:
+    """What a hit does about a call instead of giving back what it made.
 
     Attributes:
-        origin: where it comes from.
-        tokens: the user's inputs whose tokens it holds.
+        outputs: numbers of the outputs that are made anew; None: the call is run.
+        compared: names of the inputs that have to be what they were.
     """
 
-    origin: Origin
-    tokens: frozenset[int]
+    outputs: tuple[int, ...] | None
+    compared: tuple[str, ...]
 
 
 class Beside:
     """What the calls of a span make that is made of none of its streams.
 
     It may be made of the time, and change at every step however little the streams do. So on a hit it is made anew.
-    What code between the graphs has made may hold something of a stream, and be much work. Where it is, what is made
-    of it is given back as it was, and nobody behind the span is to read that, nor code between its graphs, of which
-    nothing is known: what no graph of the span reads is made for such.
+    So is what is made of what code between the graphs has made, which may be of a stream, of the time, or of both; but
+    not if that is much work. Then it is given back as it was, if nobody behind the span reads it, nor code between its
+    graphs, of which nothing is known: what no graph of the span reads is made for such. If somebody does, it is given
+    back if what it is made of is what it was.
 
     Attributes:
         places: what is given back as it was.
+        sure: what is on a hit what it would be without: made anew, or known to be the same.
+        joined: inputs, by code and name, in which code between the graphs has joined a stream with something else.
         work: FLOPs of what is made anew.
-        unsure: FLOPs of what is made of what code between the graphs has made.
+        unsure: for each call that may work on a stream the FLOPs of what it makes anew.
     """
 
-    def __init__(self, streams: Sequence[RelayStream], begin: int, renews: bool) -> None:
+    def __init__(
+        self,
+        streams: Sequence[RelayStream],
+        joined: Collection[tuple[Hashable, str]],
+        begin: int,
+        light: float,
+        compares: bool,
+    ) -> None:
         """
         Args:
             streams: of the span.
+            joined: such inputs, as far as they are known.
             begin: number of its first call.
-            renews: whether also that is made anew of which it is not known what it is made of.
+            light: FLOPs up to which what may be made of a stream is made anew.
+            compares: whether it is made sure that what heavier calls are given is what it was.
         """
         self.places: set[Place] = set()
+        self.sure: set[Place] = set()
+        self.joined = set(joined)
         self.work = 0
-        self.unsure = 0
-        self._renews = renews
-        self._anew: set[Place] = set()
+        self.unsure: list[int] = []
+        self._light, self._compares = light, compares
         self._read: set[Place] = set()
         self._begun: set[Place] = set()
         self._begin = begin
-        self._tokens = frozenset().union(*(s.tokens for s in streams)) - {UNKNOWN}
         self._readers = {(s.reader.family, s.name) for s in streams}
 
     @property
@@ -100,33 +117,32 @@ class Beside:
         at: int,
         family: Hashable,
         facts: GraphFacts,
-        sources: Mapping[str, Source],
+        origins: Mapping[str, Origin],
         tensors: Collection[int],
         through: Collection[int],
         ends: Collection[int],
-    ) -> tuple[int, ...] | None:
-        """Takes notice of a call of the span, in their order, and says what of it is to be made anew on a hit.
+    ) -> Renewal:
+        """Takes notice of a call of the span, in their order, and says what a hit does about it.
 
         Args:
             at: its number.
             family: its code.
             facts: of its graph.
-            sources: the tensors that it was given, by name, but for weights.
+            origins: where the tensors come from that it was given, by name, but for weights.
             tensors: numbers of its outputs that are tensors.
             through: numbers of those that are inputs of it, handed through.
             ends: numbers of those that end a stream.
-
-        Returns:
-            Numbers of outputs; None: the whole call is to be run.
         """
-        streams = {name for name, source in sources.items() if self._is_stream(family, name, source)}
-        unsure = {name for name, source in sources.items() if name not in streams and self._is_unsure(source.origin)}
-        self._begun.update(p for name in streams for p in sources[name].origin.of if p[0] < self._begin)
-        self._read.update(*(self.places & source.origin.of for source in sources.values()))
+        streams = {name for name, origin in origins.items() if self._is_stream(family, name, origin)}
+        written = {facts.names[i] for i in facts.written}
+        unsure = {name for name, origin in origins.items() if name not in streams and self._is_unsure(origin)}
+        self.joined.update((family, name) for name in streams if not origins[name].known)
+        self._begun.update(p for name in streams for p in origins[name].of if p[0] < self._begin)
+        self._read.update(*(self.places & origin.of for origin in origins.values()))
         if not streams:
-            for written in (s.origin.of for i in facts.written if (s := sources.get(facts.names[i])) is not None):
-                self.places |= written
-                self._read -= written
+            for places in (origins[name].of for name in written & origins.keys()):
+                self.places |= places
+                self._read -= places
         made: dict[int, set[str]] = {}
         for k, shown in enumerate(facts.shown):
             data = {facts.names[i] for i in shown if i not in facts.roles.weights}
@@ -135,26 +151,27 @@ class Beside:
         beside = {k for k, data in made.items() if streams.isdisjoint(data)}
         doubtful = {k for k in beside if not unsure.isdisjoint(made[k])}
         constant = {k for k in beside if not made[k]}
-        anew = beside if self._renews else beside - doubtful
-        whole = anew == made.keys() and anew != constant and not ends and not facts.written
-        if not whole:
-            anew = anew & constant.union(facts.parts.work)
-        self._anew.update((at, k) for k in anew)
-        self.places.update((at, k) for k in beside - anew)
-        parts = tuple(sorted(anew - constant))
+        whole = not ends and not facts.written and made.keys() == beside != constant
+        parts = (beside - constant) & facts.parts.work.keys()
         work = facts.work if whole else sum(facts.parts.work[k] for k in parts)
+        if doubtful and work > self._light:
+            whole, parts = False, parts - doubtful
+            work = sum(facts.parts.work[k] for k in parts)
+        elif doubtful:
+            self.unsure.append(work)
         self.work += work
-        self.unsure += work if doubtful & anew else 0
-        return None if whole else parts
+        anew = beside if whole else parts | constant
+        same = {k for k in doubtful - anew if self._compares and written.isdisjoint(made[k])}
+        self.sure.update((at, k) for k in anew | same)
+        self.places.update((at, k) for k in beside - anew - same)
+        compared = unsure & set().union(*(made[k] for k in same))
+        return Renewal(None if whole else tuple(sorted(parts)), tuple(sorted(compared)))
 
-    def _is_stream(self, family: Hashable, name: str, source: Source) -> bool:
+    def _is_stream(self, family: Hashable, name: str, origin: Origin) -> bool:
         """Whether an input of a call is one of the streams, or made of one within the span."""
-        if (family, name) in self._readers:
-            return True
-        if not source.origin.known:
-            return not self._tokens.isdisjoint(source.tokens)
-        own = self.places | self._anew
-        return any(p in self._begun or (p[0] >= self._begin and p not in own) for p in source.origin.of)
+        own = self.places | self.sure
+        made = (p in self._begun or (p[0] >= self._begin and p not in own) for p in origin.of)
+        return (family, name) in self._readers or (family, name) in self.joined or any(made)
 
     def _is_unsure(self, origin: Origin) -> bool:
         return not origin.known or not self.places.isdisjoint(origin.of)
@@ -226,18 +243,23 @@ def _plan(calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConf
                 "blocks that write only to tensors of their own",
                 "replace the write in place by an operation that returns a new tensor",
             )
+    stretch = _without_beside(calls, stretch, begin, end)
     work = _work(calls, begin, end)
-    beside = _beside(calls, stretch, begin, end, renews=True)
-    renews = beside.unsure <= MAX_RENEWED * work
-    if not renews:
-        beside = _beside(calls, stretch, begin, end, renews=False)
+    light, compares = math.inf, False
+    beside = _beside(calls, stretch, begin, end, light, compares)
+    if sum(beside.unsure) > MAX_RENEWED * work:
+        light = _lightest(beside.unsure, MAX_RENEWED * work)
+        beside = _beside(calls, stretch, begin, end, light, compares)
+        if _is_read(beside, calls[end + 1 :]):
+            compares = True
+            beside = _beside(calls, stretch, begin, end, light, compares)
     if _is_read(beside, calls[end + 1 :]):
         return Refusal(
             f"stack {name}",
-            "a value that its blocks make beside their streams, of what code between the graphs has made, and that is "
-            "read by others than them",
+            "a value that its blocks write beside their streams, of what may change at every step, and that is read by "
+            "others than them",
             "blocks that hand on nothing but their streams",
-            "compute it before the blocks, or in a function that is captured as one graph",
+            "return it as a new tensor instead of writing it to one from outside, or compute it before the blocks",
         )
     share = (work - beside.work) / total if total else None
     if share is not None and share < MIN_SHARE:
@@ -247,10 +269,18 @@ def _plan(calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConf
             f"at least {MIN_SHARE:.0%}",
             "choose a smaller Fn_compute_blocks or Bn_compute_blocks, or run this model uncached",
         )
-    ranges = ((0, fn), (fn, count - bn), (count - bn, count))
-    groups = tuple(dict.fromkeys(g for call in calls[starts[0] : stretch.end + 1] for g in call.facts.groups))
     return RelayPlan(
-        name, stretch.begin, count, stretch.streams, share, ranges, groups or config.process_groups, renews
+        name=name,
+        begin=stretch.begin,
+        blocks=count,
+        streams=stretch.streams,
+        share=share,
+        ranges=((0, fn), (fn, count - bn), (count - bn, count)),
+        groups=tuple(dict.fromkeys(g for call in calls[starts[0] : stretch.end + 1] for g in call.facts.groups))
+        or config.process_groups,
+        joined=frozenset(beside.joined),
+        light=light,
+        compares=compares,
     )
 
 
@@ -260,20 +290,51 @@ def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
     return traced is not None and traced.memory is not None and begin <= traced.memory <= end
 
 
-def _beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int, renews: bool) -> Beside:
+def _without_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> Stretch:
+    """A stretch without what is handed on beside its main stream, and made of that nowhere: a hit makes it anew."""
+    beside = _beside(calls, replace(stretch, streams=stretch.streams[:1]), begin, end, light=-1, compares=False)
+    made_of_it = {
+        stream
+        for k, _, ends in _with_ends(calls, stretch, begin, end)
+        for output, stream in ends.items()
+        if (k, output) not in beside.sure
+    }
+    return replace(stretch, streams=tuple(s for s in stretch.streams if s in made_of_it))
+
+
+def _beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int, light: float, compares: bool) -> Beside:
     """What the calls of a span make beside its streams."""
-    beside = Beside(stretch.streams, begin, renews)
+    beside = Beside(stretch.streams, (), begin, light, compares)
+    for k, call, ends in _with_ends(calls, stretch, begin, end):
+        tensors = [i for i, form in enumerate(call.outputs) if form is not None]
+        origins = {name: i.origin for name, i in call.inputs.items()}
+        beside.see(k, call.family, call.facts, origins, tensors, call.through, ends)
+    return beside
+
+
+def _with_ends(
+    calls: Sequence[Call], stretch: Stretch, begin: int, end: int
+) -> Iterator[tuple[int, Call, dict[int, RelayStream]]]:
+    """The calls of a span: the number of each, itself, and which of its outputs end a stream."""
     last = sum(start <= end for start in stretch.starts) - 1
     numbers: Counter[Hashable] = Counter()
     for k, call in enumerate(calls[: end + 1]):
         numbers[call.family] += 1
         if k >= begin:
             tensors = [i for i, form in enumerate(call.outputs) if form is not None]
-            of_call = [s.last for s in stretch.streams if s.maker.is_call(call.family, numbers[call.family], last)]
-            ends = {tensors[i] for i in of_call if i < len(tensors)}
-            sources = {name: Source(i.origin, i.tokens) for name, i in call.inputs.items()}
-            beside.see(k, call.family, call.facts, sources, tensors, call.through, ends)
-    return beside
+            ended = [s for s in stretch.streams if s.maker.is_call(call.family, numbers[call.family], last)]
+            yield k, call, {tensors[s.last]: s for s in ended if s.last < len(tensors)}
+
+
+def _lightest(work: Sequence[int], most: float) -> float:
+    """The work up to which calls do as much as may be together."""
+    done, light = 0.0, 0.0
+    for one, count in sorted(Counter(work).items()):
+        done += one * count
+        if done > most:
+            break
+        light = one
+    return light
 
 
 def _is_read(beside: Beside, behind: Sequence[Call]) -> bool:

@@ -164,10 +164,6 @@ class Forward:
         exact = [n.tokens for n in notes if n.view == _view(value)]
         return frozenset().union(*(exact or (n.tokens for n in notes)))
 
-    def tokens_held(self, value: Any) -> frozenset[int]:
-        """The same, also of what a graph has made in place of something else."""
-        return self.tokens_of(value) or self._held.get(self.made_by(value), frozenset())
-
     def shown_by(self, value: Any) -> frozenset[int]:
         """The user's inputs that a tensor is known to depend on: what code between graphs has made of one is not."""
         key, view = (value.untyped_storage()._cdata, _view(value)) if stored(value) else (None, ())
@@ -207,13 +203,13 @@ class Forward:
         notes = self._notes.get(value.untyped_storage()._cdata, []) if stored(value) else []
         return next((n.made_by for n in reversed(notes) if n.view == _view(value)), None)
 
-    def origin(self, name: str, value: Any) -> Origin:
-        """Where something comes from that a graph is given by a name: what code between graphs has made is not known.
+    def origin(self, name: str, value: torch.Tensor) -> Origin:
+        """Where a tensor comes from that a graph is given by a name: what code between graphs has made is not known.
 
         What is found outside the forward, and real numbers, are compared where that matters, and so are known.
         """
         if not stored(value):
-            return Origin(known=not isinstance(value, torch.Tensor))
+            return Origin()
         key = value.untyped_storage()._cdata
         notes = self._notes.get(key)
         if notes is None:
@@ -277,7 +273,7 @@ class Forward:
             notes = self._notes.get(value.untyped_storage()._cdata) if stored(value) else None
             memory = notes[0].made_by[0] if notes else None
             whole = place == made_by
-            origin = self.origin(name, value) if whole or place is None else Origin(frozenset({place}))
+            origin = self.origin(name, value) if whole else Origin(frozenset({place}) if place else frozenset())
             return InputTrace(_form(value), place, tokens, others, whole, memory, name in unseen, origin)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):

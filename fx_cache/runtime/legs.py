@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
 from fx_cache.patterns.calls import GraphFacts, Origin, Place
-from fx_cache.patterns.relays import Beside, RelayPlan, Source
+from fx_cache.patterns.relays import Beside, RelayPlan
 from fx_cache.patterns.stretches import RelayStream
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined, as_number, handed_through, is_held, memory_of, stored
@@ -101,7 +101,8 @@ def _what(
     scalars = [i for i in roles.scalars if args[i] not in forward.counts]
     forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
     given = [(n, a) for i, (n, a) in enumerate(zip(graph.facts.names, args, strict=True)) if i not in roles.weights]
-    origins = frozenset((name, *_seen_from(forward.origin(name, a), begin)) for name, a in given)
+    tensors = [(n, a) for n, a in given if isinstance(a, torch.Tensor)]
+    origins = frozenset((name, *_seen_from(forward.origin(name, a), begin)) for name, a in tensors)
     others = [(n, a) for n, a in given if forward.is_strange(a)]
     numbers = tuple(name for name, _ in others), identity_key([number for _, number in others])
     return (
@@ -159,12 +160,14 @@ class Entry:
             the number of the stored tensor that says how far it had come; the number of a stored tensor; or itself.
         written: inputs that it writes to, by name, and the number of the stored tensor that says what.
         anew: numbers of outputs that are made anew; None: all, the call is run.
+        compared: inputs that have to be what they were, by name, and the number of the stored tensor that is that.
     """
 
     called: Called
     outputs: tuple[tuple[str, Any], ...]
     written: tuple[tuple[str, int], ...]
     anew: tuple[int, ...] | None
+    compared: tuple[tuple[str, int], ...]
 
 
 class Script:
@@ -196,6 +199,7 @@ class Script:
         ends: dict[int, int],
         passed: dict[int, int],
         anew: tuple[int, ...] | None,
+        compared: Mapping[str, torch.Tensor],
         starts: Sequence[torch.Tensor],
     ) -> None:
         """Keeps what a call made.
@@ -208,6 +212,7 @@ class Script:
             ends: for outputs that end a stream, its number.
             passed: the same for those that are a stream on its way: code between graphs may make something of it.
             anew: outputs that are not kept, but made anew; None: the call is run.
+            compared: inputs that have to be the same on a hit, by name.
             starts: what each stream began with.
         """
         kept: list[tuple[str, Any]] = []
@@ -227,7 +232,8 @@ class Script:
                 kept.append(("on its way", (passed[k], output.stride(), len(self.values) - 1)))
             else:
                 kept.append(("value", self._keep(output)))
-        self.entries.append(Entry(called, tuple(kept), tuple((n, self._keep(v)) for n, v in written.items()), anew))
+        writes, unchanged = (tuple((n, self._keep(v)) for n, v in some.items()) for some in (written, compared))
+        self.entries.append(Entry(called, tuple(kept), writes, anew, unchanged))
 
     def over(self) -> None:
         """The forward is over."""
@@ -281,6 +287,11 @@ class Script:
             else:
                 outputs.append(_copied(self.values[what]) if kind == "value" else what)
         return tuple(outputs)
+
+    def changed(self, at: int, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
+        """Of the inputs that have to be what they were, whether they are not, as tensors: nothing is waited for."""
+        compared = self.entries[at].compared
+        return [(_argument(graph, args, name) != self.values[number]).any() for name, number in compared]
 
     def ended(self, at: int) -> set[int]:
         """The streams that a call ends."""
@@ -459,6 +470,7 @@ class Leg:
         self._called: Called | None = None
         self._call = 0
         self._beside: Beside | None = None
+        self._changed: list[torch.Tensor] = []
 
     @property
     def over(self) -> bool:
@@ -559,7 +571,8 @@ class Leg:
         ranks = (groups, probe.device) if groups else None
         self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
         self._script = script if self._hit else Script(len(self._plan.streams), before, weights)
-        self._beside = None if self._hit else Beside(self._plan.streams, self._call, self._plan.renews)
+        plan = self._plan
+        self._beside = None if self._hit else Beside(plan.streams, plan.joined, self._call, plan.light, plan.compares)
 
     def skip(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
@@ -576,6 +589,7 @@ class Leg:
             return None
         if not expected or not self._script.goes_on(self._at, forward, graph, family, args, self._call):
             raise Astray
+        self._changed += self._script.changed(self._at, graph, args)
         outputs = self._script.outputs(self._at, graph, args, self._starts)
         self._ended |= self._script.ended(self._at)
         self._at += 1
@@ -592,15 +606,6 @@ class Leg:
                 if place is None or place != forward.made_by(came):
                     return False
         return True
-
-    @staticmethod
-    def _sources(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str, Source]:
-        """The tensors that a call is given, by name, but for weights."""
-        return {
-            name: Source(forward.origin(name, a), forward.tokens_held(a))
-            for i, (name, a) in enumerate(zip(graph.facts.names, args, strict=True))
-            if isinstance(a, torch.Tensor) and i not in graph.facts.roles.weights
-        }
 
     def take(
         self,
@@ -626,11 +631,20 @@ class Leg:
             )
             through, written = handed_through(graph.facts, args, outputs), written_by(graph, args)
             own = [k for k, name in enumerate(through) if name is not None]
-            sources = self._sources(forward, graph, args)
-            anew = self._beside.see(forward.count, family, graph.facts, sources, made, own, ends)
-            self._script.add(self._called, through, outputs, written, ends, passed, anew, self._starts)
+            origins = {
+                name: forward.origin(name, a)
+                for i, (name, a) in enumerate(zip(graph.facts.names, args, strict=True))
+                if isinstance(a, torch.Tensor) and i not in graph.facts.roles.weights
+            }
+            renewal = self._beside.see(forward.count, family, graph.facts, origins, made, own, ends)
+            compared = {name: _argument(graph, args, name) for name in renewal.compared}
+            self._script.add(
+                self._called, through, outputs, written, ends, passed, renewal.outputs, compared, self._starts
+            )
             self._ended |= set(ends.values())
         if self.over:
+            if self._changed and bool(torch.stack([c.to(self._changed[0].device) for c in self._changed]).any()):
+                raise Astray
             assert self._branch is not None and self._gate is not None
             assert self._script is not None and self._probe is not None
             slot = self._branch.slots[self._number]

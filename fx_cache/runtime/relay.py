@@ -279,7 +279,7 @@ class Relay:
         limit = dynamo_config.recompile_limit
         return Refusal(
             "the forward, captured in several graphs",
-            "calls of other graphs from forward to forward",
+            "calls of other graphs, or of the same ones with other values between them, from forward to forward",
             "the same ones",
             f"raise torch._dynamo.config.recompile_limit (now {limit}), which many small graphs run into (offloading "
             "by leaf makes them), or look for code in or between the blocks that goes another way at every step",
