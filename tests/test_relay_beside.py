@@ -283,3 +283,94 @@ def test_what_is_gathered_in_a_tensor(where: str) -> None:
     for seed in (1, 2):
         for step, (_, shown) in zip(walk(seed), sampled(compiled, seed), strict=True):
             assert torch.equal(shown, model(**step)[1])
+
+
+class Plain(Block):
+    """Captured whole."""
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.time(time)[:, None] * self.mix(self.norm(x)) + text.mean(dim=1, keepdim=True)
+        return x, text + torch.tanh(self.text(text)) * x.mean(dim=1, keepdim=True)
+
+
+class Chained(Model):
+    """Every block makes of the time what the next one is given, and the tail reads the last of it."""
+
+    def __init__(self, made: str, first: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Plain() for _ in range(BLOCKS))
+        self.turns = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS))
+        self.made, self.first = made, first
+
+    def turn(self, i: int, time: Tensor) -> Tensor:
+        return time + torch.tanh(self.turns[i](time))
+
+    @uncaptured
+    def turn_in_python(self, i: int, time: Tensor) -> Tensor:
+        return self.turn(i, time)
+
+    def step(self, i: int, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        turn = self.turn_in_python if self.made == "in Python" else self.turn
+        if self.first:
+            time = turn(i, time)
+            return *self.blocks[i](x, text, time), time
+        return *self.blocks[i](x, text, time), turn(i, time)
+
+    def tail(self, x: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        return self.out(x + text.mean(dim=1, keepdim=True) + time[:, None])
+
+    def in_one_graph(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for i in range(BLOCKS):
+            x, text, time = self.step(i, x, text, time)
+        return (self.tail(x, text, time),)
+
+    def by_step(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        """The same; what a step makes comes of one graph."""
+        x, time = self.begin(latent, timestep)
+        for i in range(BLOCKS):
+            torch._dynamo.graph_break()
+            x, text, time = self.step(i, x, text, time)
+        torch._dynamo.graph_break()
+        return (self.tail(x, text, time),)
+
+    def forward(self, **given: Tensor) -> tuple[Tensor]:
+        if self.made == "in one graph":
+            return self.in_one_graph(**given)
+        return self.by_step(**given) if self.made == "with the block" else in_python(self.in_one_graph)(**given)
+
+
+class ChainedOracle:
+    def __init__(self, model: Chained) -> None:
+        self.model = model
+        self.added: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, step: int, latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x, time = self.model.begin(latent, timestep)
+        times = [time]
+        for i in range(BLOCKS):
+            times.append(self.model.turn(i, times[-1]))
+        given = times[1:] if self.model.first else times
+        x, text = self.model.blocks[0](x, text, given[0])
+        if step < 2 or self.added is None:
+            begun = x, text
+            for i in range(1, BLOCKS):
+                x, text = self.model.blocks[i](x, text, given[i])
+            self.added = x - begun[0], text - begun[1]
+        else:
+            x, text = x + self.added[0], text + self.added[1]
+        return self.model.tail(x, text, times[-1])
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("made", ["in one graph", "with the block", "in graphs of its own", "in Python"])
+def test_a_chain_beside_the_streams(made: str, first: bool) -> None:
+    """It is handed on from block to block as streams are, and is none: nothing of what is denoised is in it."""
+    model = Chained(made, first)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for seed in (1, 2):
+        sampled(compiled, seed)
+    outputs, oracle = sampled(compiled, 3), ChainedOracle(model)
+    for i, (step, (output,)) in enumerate(zip(walk(3), outputs, strict=True)):
+        assert torch.allclose(output, oracle(i, **step), atol=1e-5)
+    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]

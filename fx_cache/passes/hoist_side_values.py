@@ -7,7 +7,8 @@ from torch import fx
 from fx_cache.errors import Refusal
 from fx_cache.passes.outline import REGION, region_nodes
 from fx_cache.passes.runner import RewriteContext
-from fx_cache.patterns.graph import ancestors, is_tensor, is_tensor_sequence, storage_key, touches, written_storages
+from fx_cache.patterns.graph import storage_key, touches, written_storages
+from fx_cache.patterns.sinking import find_side_values
 
 
 def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -29,12 +30,7 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
     count = 0
     for k, span in enumerate(context.plan.spans):
         nodes = region_nodes(gm.graph, 2 * k + 1)
-        inside = set(nodes)
-        live = {lo.value for lo in span.live_outs}
-        side = [n for n in nodes if is_tensor(n) and n not in live and any(u not in inside for u in n.users)]
-        moving = {a for n in side for a in ancestors(n) if a in inside}
-        # A tuple is not carried over a cut: all its elements go with it.
-        moving |= {u for n in moving if is_tensor_sequence(n) for u in n.users if u in inside}
+        moving = find_side_values(nodes, {lo.value for lo in span.live_outs})
         inner = written_storages(nodes)
         stuck = next((n for n in moving if storage_key(n) in written or touches(n, inner)), None)
         if stuck is not None:

@@ -1,4 +1,4 @@
-"""Finds what the head computes for a span alone: a hit needs none of it."""
+"""Finds what the head computes for a span alone, and what a span computes for others without its streams."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import fx
 
 from fx_cache.patterns.contexts import within_contexts
 from fx_cache.patterns.graph import (
+    ancestors,
     draws_random,
     is_scalar,
     is_tensor,
@@ -52,3 +53,17 @@ def find_sinks(
             for user in node.users:
                 sunk.pop(user, None)
     return tuple(n for n in before if n in sunk)
+
+
+def find_side_values(nodes: Sequence[fx.Node], live: Collection[fx.Node]) -> set[fx.Node]:
+    """What a span computes for others without its own streams, and all that it takes for that.
+
+    Args:
+        nodes: the span's.
+        live: what it hands on of its streams.
+    """
+    inside = set(nodes)
+    side = [n for n in nodes if is_tensor(n) and n not in live and any(u not in inside for u in n.users)]
+    found = {a for n in side for a in ancestors(n) if a in inside}
+    # A tuple is not carried over a cut: all its elements go with it.
+    return found | {u for n in found if is_tensor_sequence(n) for u in n.users if u in inside}

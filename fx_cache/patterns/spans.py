@@ -29,7 +29,7 @@ from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls
 from fx_cache.patterns.invariants import Invariants, find_invariants, step_share
 from fx_cache.patterns.joins import Carried, carried_from, parts_taken, place_in
 from fx_cache.patterns.samples import count_samples
-from fx_cache.patterns.sinking import find_sinks
+from fx_cache.patterns.sinking import find_side_values, find_sinks
 from fx_cache.patterns.work import Work
 
 MIN_SHARE = 0.05
@@ -235,7 +235,8 @@ def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[Span
         before = nodes[begin : order[span.nodes[0]]]
         begin = order[span.nodes[-1]] + 1
         needed = {*span.probe, *(p for lo in span.live_outs if lo.continues is not None for p in lo.continues.parts)}
-        sinks = find_sinks(graph, before, set(span.nodes), needed)
+        side = find_side_values((*span.nodes, *span.taken), {lo.value for lo in span.live_outs})
+        sinks = find_sinks(graph, before, set(span.nodes) - side, needed)
         saved = work.share(sinks)
         found.append(replace(span, sinks=sinks, share=(span.share or 0.0) + saved) if saved > least else span)
     return found
@@ -285,7 +286,9 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     parted = _parted(nodes, (first, start, end, *cuts), where)
     if parted is not None:
         return parted
-    varying = descendants(graph, [v for s in group[0].streams.streams if (v := s.values[0]) is not None])
+    # What else is handed on from block to block, and is made of the main stream nowhere, may be made of the time.
+    main = _main(group[0], 0)
+    varying = descendants(graph, [] if main is None else [main])
     live = [n for n in span if is_tensor(n) and n in varying and any(order[u] >= end for u in n.users)]
     live_outs, taken = [], []
     for node in live:
