@@ -396,13 +396,19 @@ class Embedding(Model):
         x, time = self.begin(latent, timestep)
         if self.plain:
             time = self.time(torch.stack([timestep, 1 - timestep], dim=-1))
+        return self.through(x, time, text, guidance)
+
+    def through(self, x: Tensor, time: Tensor, text: Tensor, guidance: Tensor) -> tuple[Tensor]:
         other = self.guided(torch.stack([guidance.sin(), guidance.cos()], dim=-1))
         x = x + text.mean(dim=1, keepdim=True)
         for i, block in enumerate(self.blocks):
             if self.graphs > 1:
                 torch._dynamo.graph_break()
-            x = self.layer(block, x, time if i < 2 else time + other)
+            x = self.layer(block, x, self.given(i, time, other))
         return (self.out(x),)
+
+    def given(self, i: int, time: Tensor, other: Tensor) -> Tensor:
+        return time if i < 2 else time + other
 
     def layer(self, block: Block, x: Tensor, time: Tensor) -> Tensor:
         return x + block.time(time)[:, None] * block.mix(block.norm(x))
@@ -421,15 +427,8 @@ class Formed(Embedding):
 
     form = "zeros_like"
 
-    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, guidance: Tensor) -> tuple[Tensor]:  # type: ignore[override]
-        x, time = self.begin(latent, timestep)
-        other = self.guided(torch.stack([guidance.sin(), guidance.cos()], dim=-1))
-        x = x + text.mean(dim=1, keepdim=True)
-        for i, block in enumerate(self.blocks):
-            if self.graphs > 1:
-                torch._dynamo.graph_break()
-            x = self.layer(block, x, time + (FORMS[self.form](other) if i < 2 else other))
-        return (self.out(x),)
+    def given(self, i: int, time: Tensor, other: Tensor) -> Tensor:
+        return time + (FORMS[self.form](other) if i < 2 else other)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -453,14 +452,7 @@ class Timed(Embedding):
     """The time comes as an embedding; guidance alone looks like one."""
 
     def forward(self, latent: Tensor, time: Tensor, text: Tensor, guidance: Tensor) -> tuple[Tensor]:  # type: ignore[override]
-        x, embedded = self.embed(latent), self.time(time)
-        other = self.guided(torch.stack([guidance.sin(), guidance.cos()], dim=-1))
-        x = x + text.mean(dim=1, keepdim=True)
-        for i, block in enumerate(self.blocks):
-            if self.graphs > 1:
-                torch._dynamo.graph_break()
-            x = self.layer(block, x, embedded if i < 2 else embedded + other)
-        return (self.out(x),)
+        return self.through(self.embed(latent), self.time(time), text, guidance)
 
 
 @pytest.mark.parametrize("way", ["up", "always"])
