@@ -155,7 +155,8 @@ def _read(reading: Reading, config: CacheConfig) -> None:
         share = 0.0 if reading.refusal is not None else sum(s.share or 0.0 for s in found.plan.spans)
     with stage("read_facts"):
         work = Work(gm.graph)
-        reading.facts = read_facts(gm, broken, gradients, share, work.total, GraphParts(gm, work))
+        parts = GraphParts(None if reading.whole else gm, work)
+        reading.facts = read_facts(gm, broken, gradients, share, work.total, parts)
 
 
 def _cached_forward(reading: Reading, compiler: Compiler, overwritten: bool, config: CacheConfig) -> CachedForward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,6 +27,10 @@ UNKNOWN = -1
 """In the place of a user's input: something of which it is not known where it comes from."""
 
 
+Part = Callable[[Sequence[Any]], Sequence[Any]]
+"""Makes some outputs of a graph of what that is called with."""
+
+
 class Parts(Protocol):
     """What a graph can make without all that it is given.
 
@@ -37,8 +41,8 @@ class Parts(Protocol):
     @property
     def work(self) -> Mapping[int, int]: ...
 
-    def make(self, outputs: Sequence[int], args: Sequence[Any]) -> Sequence[Any]:
-        """Makes some of these outputs of what the graph is called with."""
+    def part(self, outputs: Sequence[int]) -> Part:
+        """What makes some of these outputs."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ class Origin:
 
     Attributes:
         of: the outputs of calls in whose memory it lies.
-        known: whether it is known what it holds: just what calls made, or what was there before the forward.
+        known: whether it holds just what these made, or what is looked at otherwise: what the user gave, what objects
+            hold, and real numbers. It is not known what code between graphs has made.
     """
 
     of: frozenset[Place] = frozenset()

@@ -72,6 +72,7 @@ class SpanPlan:
         nodes: the nodes that a hit skips.
         taken: nodes behind them that take the parts of a joined stream that are read there: the span hands on these.
         sinks: nodes before them that only they use: a hit skips these too.
+        side: those of them that are computed for others, of none of the streams: no hit skips them.
         probe: (value before the head's blocks, value after them) of the main stream.
         part: where in the second of them the stream lies, if it was joined to others in the head: an index.
         live_outs: what is used behind the span.
@@ -86,6 +87,7 @@ class SpanPlan:
     nodes: tuple[fx.Node, ...]
     taken: tuple[fx.Node, ...]
     sinks: tuple[fx.Node, ...]
+    side: frozenset[fx.Node]
     probe: tuple[fx.Node, fx.Node]
     part: tuple[slice, ...] | None
     live_outs: tuple[LiveOut, ...]
@@ -235,8 +237,7 @@ def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[Span
         before = nodes[begin : order[span.nodes[0]]]
         begin = order[span.nodes[-1]] + 1
         needed = {*span.probe, *(p for lo in span.live_outs if lo.continues is not None for p in lo.continues.parts)}
-        side = find_side_values((*span.nodes, *span.taken), {lo.value for lo in span.live_outs})
-        sinks = find_sinks(graph, before, set(span.nodes) - side, needed)
+        sinks = find_sinks(graph, before, set(span.nodes) - span.side, needed)
         saved = work.share(sinks)
         found.append(replace(span, sinks=sinks, share=(span.share or 0.0) + saved) if saved > least else span)
     return found
@@ -287,8 +288,7 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     if parted is not None:
         return parted
     # What else is handed on from block to block, and is made of the main stream nowhere, may be made of the time.
-    main = _main(group[0], 0)
-    varying = descendants(graph, [] if main is None else [main])
+    varying = descendants(graph, [probe[0][0]])
     live = [n for n in span if is_tensor(n) and n in varying and any(order[u] >= end for u in n.users)]
     live_outs, taken = [], []
     for node in live:
@@ -303,12 +303,15 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     written = _outer_writes(nodes, start, end, where)
     if written is not None:
         return written
-    share = work.share(span) if work.total else None
+    side = find_side_values((*span, *taken), {lo.value for lo in live_outs})
+    share = work.share(n for n in span if n not in side) if work.total else None
     blocks = _ranges(group, fn, total - bn)
     samples = count_samples(graph, probe[0][1])
     names = tuple(r.stack.name for r in group)
     groups = groups_of((*head, *span))
-    return SpanPlan(names, head, span, tuple(taken), (), *probe, tuple(live_outs), blocks, share, samples, groups)
+    return SpanPlan(
+        names, head, span, tuple(taken), (), frozenset(side), *probe, tuple(live_outs), blocks, share, samples, groups
+    )
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:

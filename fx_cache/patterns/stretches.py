@@ -40,6 +40,11 @@ class Point:
         """Whether it is, in a block, the call of that number of a family."""
         return self.family == family and self.number(block) == number
 
+    def block(self, family: Hashable, number: int) -> int | None:
+        """In which block it is the call of that number of a family; None: in none."""
+        block, rest = divmod(number - 1 - self.before, self.every)
+        return block if self.family == family and not rest else None
+
 
 @dataclass(frozen=True)
 class RelayStream:

@@ -204,10 +204,7 @@ class Forward:
         return next((n.made_by for n in reversed(notes) if n.view == _view(value)), None)
 
     def origin(self, name: str, value: torch.Tensor) -> Origin:
-        """Where a tensor comes from that a graph is given by a name: what code between graphs has made is not known.
-
-        What is found outside the forward, and real numbers, are compared where that matters, and so are known.
-        """
+        """Where a tensor comes from that a graph is given by a name."""
         if not stored(value):
             return Origin()
         key = value.untyped_storage()._cdata
@@ -221,9 +218,13 @@ class Forward:
         written = value.is_inference() or any(n.view[-1] != view[-1] for n in notes)
         return Origin(frozenset(n.made_by for n in notes), not written)
 
-    def shows(self, value: Any, places: Collection[Place]) -> bool:
-        """Whether a tensor lies in the memory of one of some outputs, and may be made of it."""
-        return stored(value) and not self.origin("", value).of.isdisjoint(places)
+    def origins(self, facts: GraphFacts, args: Sequence[Any]) -> dict[str, Origin]:
+        """Where the tensors come from that a graph is given, by name, but for weights. To be asked before it runs."""
+        return {
+            name: self.origin(name, a)
+            for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
+            if isinstance(a, torch.Tensor) and i not in facts.roles.weights
+        }
 
     def note(self, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Remembers of the outputs of one more graph where they come from; it did not make what it hands through."""
@@ -252,6 +253,7 @@ class Forward:
         facts: GraphFacts,
         args: Sequence[Any],
         outputs: Sequence[Any],
+        origins: Mapping[str, Origin],
         joined: Mapping[str, Joined],
         unseen: Collection[str],
     ) -> None:
@@ -262,6 +264,7 @@ class Forward:
             facts: the graph.
             args: what it was called with.
             outputs: what it made.
+            origins: where the tensors come from that it was given, as it stood before.
             joined: for inputs, by name, the output that they hold a part of; for those that no call made as they are.
             unseen: those, by name, that nobody known made, and that are others than at the code's call before.
         """
@@ -273,7 +276,7 @@ class Forward:
             notes = self._notes.get(value.untyped_storage()._cdata) if stored(value) else None
             memory = notes[0].made_by[0] if notes else None
             whole = place == made_by
-            origin = self.origin(name, value) if whole else Origin(frozenset({place}) if place else frozenset())
+            origin = origins[name] if whole else Origin(frozenset({place}) if place else frozenset())
             return InputTrace(_form(value), place, tokens, others, whole, memory, name in unseen, origin)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):

@@ -128,8 +128,7 @@ class ContentHold(StorageHold):
         anew = [i for i, (key, own) in enumerate(zip(keys, self.identity, strict=True)) if key != own]
         if not all(i in self.inputs and _alike(inputs[i], self.inputs[i]) for i in anew):
             return None
-        differ = [(_bits(inputs[i]) != _bits(self.inputs[i])).any() for i in anew]
-        if differ and bool(torch.stack([d.to(differ[0].device) for d in differ]).any()):
+        if any_of([differs(inputs[i], self.inputs[i]) for i in anew]):
             return None
         self.inputs = {i: self.inputs[i] for i in anew}
         return dict(zip(keys, self.identity, strict=True))
@@ -140,6 +139,16 @@ def _alike(a: Any, b: Any) -> bool:
     if type(a) is not torch.Tensor or type(b) is not torch.Tensor or _by_value(a):
         return False
     return a.layout is b.layout is torch.strided and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def differs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Whether two tensors of one form hold other bits: on their device, so that nothing is waited for."""
+    return (_bits(a) != _bits(b)).any()
+
+
+def any_of(found: Sequence[torch.Tensor]) -> bool:
+    """Whether one of some tensors says so; waits for their device, once."""
+    return bool(found) and bool(torch.stack([d.to(found[0].device) for d in found]).any())
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:

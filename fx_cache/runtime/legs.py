@@ -12,13 +12,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
-from fx_cache.patterns.calls import GraphFacts, Origin, Place
-from fx_cache.patterns.relays import Beside, RelayPlan
+from fx_cache.patterns.beside import Beside, Renewal
+from fx_cache.patterns.calls import GraphFacts, Origin, Part, Place
+from fx_cache.patterns.relays import RelayPlan
 from fx_cache.patterns.stretches import RelayStream
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined, as_number, handed_through, is_held, memory_of, stored
 from fx_cache.runtime.gate import SpanGate
-from fx_cache.runtime.identity import identity_key, signature
+from fx_cache.runtime.identity import any_of, differs, identity_key, signature
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
@@ -31,9 +32,7 @@ HELD = 0.25
 """The part of a tensor's tokens that are those of an output, at the same places, where it goes on from that."""
 
 
-_NOTHING: frozenset[Place] = frozenset()
-
-BESIDE = "what its blocks made beside their streams may be read by others"
+BESIDE = "its blocks made something beside their streams that cannot be made without them"
 WRITES = "the forward writes to tensors from outside before the span ends, and could not be begun anew"
 OTHER_CALLS = "other code was called before the span, or where it begins"
 
@@ -71,16 +70,24 @@ class Called:
     lasting: dict[str, tuple[StorageWeakRef, Hashable]]
 
     @classmethod
-    def of(cls, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> Called:
+    def of(
+        cls,
+        forward: Forward,
+        graph: Graph,
+        family: Hashable,
+        args: Sequence[Any],
+        begin: int,
+        origins: Mapping[str, Origin],
+    ) -> Called:
         """A call, of a span that begins with the forward's call of number `begin`."""
         held = _held(forward, graph, args)
-        what = _what(forward, graph, family, args, begin, held)
+        what = _what(forward, graph, family, args, begin, held, origins)
         return cls(what, Given(_weights(held)), _strangers(forward, graph, args))
 
     def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
         all_held = _held(forward, graph, args)
-        if self.what != _what(forward, graph, family, args, begin, all_held):
+        if self.what != _what(forward, graph, family, args, begin, all_held, forward.origins(graph.facts, args)):
             return False
         lasting = self.lasting  # once: the forward that it is of may be over meanwhile
         given = dict(zip(graph.facts.names, args, strict=True)) if lasting else {}
@@ -95,21 +102,25 @@ class Called:
 
 
 def _what(
-    forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int, held: Sequence[torch.Tensor]
+    forward: Forward,
+    graph: Graph,
+    family: Hashable,
+    args: Sequence[Any],
+    begin: int,
+    held: Sequence[torch.Tensor],
+    origins: Mapping[str, Origin],
 ) -> Hashable:
     roles = graph.facts.roles
     scalars = [i for i in roles.scalars if args[i] not in forward.counts]
     forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
-    given = [(n, a) for i, (n, a) in enumerate(zip(graph.facts.names, args, strict=True)) if i not in roles.weights]
-    tensors = [(n, a) for n, a in given if isinstance(a, torch.Tensor)]
-    origins = frozenset((name, *_seen_from(forward.origin(name, a), begin)) for name, a in tensors)
-    others = [(n, a) for n, a in given if forward.is_strange(a)]
+    named = zip(graph.facts.names, args, strict=True)
+    others = [(n, a) for i, (n, a) in enumerate(named) if i not in roles.weights and forward.is_strange(a)]
     numbers = tuple(name for name, _ in others), identity_key([number for _, number in others])
     return (
         family,
         graph.facts.program.at(args, scalars),
         forms,
-        origins,
+        frozenset((name, *_seen_from(origin, begin)) for name, origin in origins.items()),
         identity_key([a for a in held if is_number(a)]),
         numbers,
     )
@@ -157,16 +168,19 @@ class Entry:
         called: which call it was.
         outputs: of each output what it is: the name of an input that is handed through; of a stream that ends with it
             the number, the strides it has, and the input that it is, if any; of one that goes on number, strides, and
-            the number of the stored tensor that says how far it had come; the number of a stored tensor; or itself.
+            the number of the stored tensor that says how far it had come; the number of a stored tensor; that it is
+            made anew; or itself.
         written: inputs that it writes to, by name, and the number of the stored tensor that says what.
-        anew: numbers of outputs that are made anew; None: all, the call is run.
+        runs: whether the call is run.
+        part: what makes anew those of the outputs that are, if any.
         compared: inputs that have to be what they were, by name, and the number of the stored tensor that is that.
     """
 
     called: Called
     outputs: tuple[tuple[str, Any], ...]
     written: tuple[tuple[str, int], ...]
-    anew: tuple[int, ...] | None
+    runs: bool
+    part: Part | None
     compared: tuple[tuple[str, int], ...]
 
 
@@ -177,15 +191,12 @@ class Script:
         before: the code that was called before the span.
         weights: those that it was given, where they are known by nothing else.
         writes: whether something that the user gave was written to by its end.
-        beside: outputs that are given back as they were, and are not made of its streams (`Beside`); calls are counted
-            from its first one.
     """
 
     def __init__(self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor]) -> None:
         self.before = frozenset(before)
         self.weights = Given(weights)
         self.writes = False
-        self.beside: frozenset[Place] = frozenset()
         self.entries: list[Entry] = []
         self.residuals: list[torch.Tensor | None] = [None] * streams
         self.values: list[torch.Tensor] = []
@@ -198,7 +209,8 @@ class Script:
         written: Mapping[str, torch.Tensor],
         ends: dict[int, int],
         passed: dict[int, int],
-        anew: tuple[int, ...] | None,
+        renewal: Renewal,
+        part: Part | None,
         compared: Mapping[str, torch.Tensor],
         starts: Sequence[torch.Tensor],
     ) -> None:
@@ -211,14 +223,15 @@ class Script:
             written: the inputs that it wrote to, by name (`written_by`).
             ends: for outputs that end a stream, its number.
             passed: the same for those that are a stream on its way: code between graphs may make something of it.
-            anew: outputs that are not kept, but made anew; None: the call is run.
+            renewal: what a hit does about it.
+            part: what makes outputs anew, if any.
             compared: inputs that have to be the same on a hit, by name.
             starts: what each stream began with.
         """
         kept: list[tuple[str, Any]] = []
         for k, (output, same) in enumerate(zip(outputs, through, strict=True)):
             stream = ends.get(k)
-            if anew is None or k in anew:
+            if renewal.outputs is None or k in renewal.outputs:
                 kept.append(("anew", None))
             elif not isinstance(output, torch.Tensor):
                 kept.append(("constant", output))
@@ -233,7 +246,7 @@ class Script:
             else:
                 kept.append(("value", self._keep(output)))
         writes, unchanged = (tuple((n, self._keep(v)) for n, v in some.items()) for some in (written, compared))
-        self.entries.append(Entry(called, tuple(kept), writes, anew, unchanged))
+        self.entries.append(Entry(called, tuple(kept), writes, renewal.outputs is None, part, unchanged))
 
     def over(self) -> None:
         """The forward is over."""
@@ -259,15 +272,15 @@ class Script:
             The outputs; None: it is to be run.
         """
         outputs: list[Any] = []
-        names, anew = graph.facts.names, self.entries[at].anew
-        if anew is None:
+        names, entry = graph.facts.names, self.entries[at]
+        if entry.runs:
             return None
-        made = iter(graph.facts.parts.make(anew, args) if anew else ())
-        for name, number in self.entries[at].written:
+        made = iter(() if entry.part is None else entry.part(args))
+        for name, number in entry.written:
             if name not in names:
                 raise Astray
             args[names.index(name)].copy_(self.values[number])
-        for kind, what in self.entries[at].outputs:
+        for kind, what in entry.outputs:
             if kind == "anew":
                 outputs.append(next(made))
             elif kind == "input":
@@ -291,7 +304,7 @@ class Script:
     def changed(self, at: int, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
         """Of the inputs that have to be what they were, whether they are not, as tensors: nothing is waited for."""
         compared = self.entries[at].compared
-        return [(_argument(graph, args, name) != self.values[number]).any() for name, number in compared]
+        return [differs(_argument(graph, args, name), self.values[number]) for name, number in compared]
 
     def ended(self, at: int) -> set[int]:
         """The streams that a call ends."""
@@ -382,12 +395,13 @@ class WatchRun:
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         began: dict[str, torch.Tensor] = {}
+        origins: dict[str, Origin] = {}
         with guarded("watch") as before:
-            began = self._before(forward, graph, args)
+            began, origins = self._before(forward, graph, args), forward.origins(graph.facts, args)
         outputs = graph.step(forward, args)
         with guarded("watch") as behind:
             if self.failure is None and before.failure is None:
-                self._behind(forward, graph, family, args, outputs, began)
+                self._behind(forward, graph, family, args, outputs, began, origins)
         self.failure = self.failure or before.failure or behind.failure
         return outputs
 
@@ -408,11 +422,12 @@ class WatchRun:
         args: Sequence[Any],
         outputs: Sequence[Any],
         began: dict[str, torch.Tensor],
+        origins: dict[str, Origin],
     ) -> None:
         """Remembers what came of a call."""
         joined = {name: found for name, a in began.items() if (found := self._holds(a)) is not None}
         unseen = self._unseen(family, {n: a for n, a in began.items() if n not in joined})
-        forward.trace(family, graph.facts, args, outputs, joined, unseen)
+        forward.trace(family, graph.facts, args, outputs, origins, joined, unseen)
         forward.note(graph.facts, args, outputs)
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
         self._count += 1
@@ -470,6 +485,7 @@ class Leg:
         self._called: Called | None = None
         self._call = 0
         self._beside: Beside | None = None
+        self._origins: dict[str, Origin] = {}
         self._changed: list[torch.Tensor] = []
 
     @property
@@ -483,20 +499,8 @@ class Leg:
 
     @property
     def reusing(self) -> bool:
-        """Whether it has skipped calls, and is not over."""
-        return self._hit and self._at > 0 and not self.over
-
-    @property
-    def beside(self) -> frozenset[Place]:
-        """What its calls made beside its streams: on a hit that is what they made at another step."""
-        if self._script is None or not self._script.beside:
-            return _NOTHING
-        return frozenset((self._call + at, output) for at, output in self._script.beside)
-
-    def let_go(self, why: str) -> None:
-        """What it has computed is not to be reused."""
-        if self._branch is not None:
-            self._branch.slots[self._number].forget(why)
+        """Whether it has skipped calls, and is not over, or not known to have been right."""
+        return self._hit and self._at > 0 and (not self.over or bool(self._changed))
 
     def begins(self, graph: Graph, family: Hashable, args: Sequence[Any], number: int) -> bool:
         """Takes notice of a call, the one of that number of its family, and says whether the span begins with it."""
@@ -572,7 +576,9 @@ class Leg:
         self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
         self._script = script if self._hit else Script(len(self._plan.streams), before, weights)
         plan = self._plan
-        self._beside = None if self._hit else Beside(plan.streams, plan.joined, self._call, plan.light, plan.compares)
+        self._beside = (
+            None if self._hit else Beside(plan.streams, range(*plan.ranges[1]), self._call, plan.joined, plan.light)
+        )
 
     def skip(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
@@ -585,7 +591,8 @@ class Leg:
         if not self._hit:
             if not expected:
                 raise Misfit
-            self._called = Called.of(forward, graph, family, args, self._call)
+            self._origins = forward.origins(graph.facts, args)
+            self._called = Called.of(forward, graph, family, args, self._call, self._origins)
             return None
         if not expected or not self._script.goes_on(self._at, forward, graph, family, args, self._call):
             raise Astray
@@ -630,32 +637,28 @@ class Leg:
                 for of_call in (_ends(self._plan, family, number), _passed(self._plan, family, number))
             )
             through, written = handed_through(graph.facts, args, outputs), written_by(graph, args)
-            own = [k for k, name in enumerate(through) if name is not None]
-            origins = {
-                name: forward.origin(name, a)
-                for i, (name, a) in enumerate(zip(graph.facts.names, args, strict=True))
-                if isinstance(a, torch.Tensor) and i not in graph.facts.roles.weights
-            }
-            renewal = self._beside.see(forward.count, family, graph.facts, origins, made, own, ends)
+            handed = [k for k, name in enumerate(through) if name is not None]
+            renewal = self._beside.see(forward.count, family, number, graph.facts, self._origins, made, handed, ends)
+            part = graph.facts.parts.part(renewal.outputs) if renewal.outputs else None
             compared = {name: _argument(graph, args, name) for name in renewal.compared}
             self._script.add(
-                self._called, through, outputs, written, ends, passed, renewal.outputs, compared, self._starts
+                self._called, through, outputs, written, ends, passed, renewal, part, compared, self._starts
             )
             self._ended |= set(ends.values())
         if self.over:
-            if self._changed and bool(torch.stack([c.to(self._changed[0].device) for c in self._changed]).any()):
+            if any_of(self._changed):
                 raise Astray
+            self._changed = []
             assert self._branch is not None and self._gate is not None
             assert self._script is not None and self._probe is not None
             slot = self._branch.slots[self._number]
             if not self._hit:
                 assert self._beside is not None
                 self._script.writes = forward.writes
-                self._script.beside = frozenset((at - self._call, output) for at, output in self._beside.places)
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
                 forward.when_over(self._script.over)
                 self._gate.remember_control()
-                if self._beside.strays:
+                if self._beside.stale:
                     slot.forget(BESIDE)
             self._gate.record()
             slot.open = False

@@ -3,8 +3,8 @@
 The first forward of a model is watched; from the order of its calls its stacks are known (`patterns/relays.py`). From
 then on one decision is made where a span begins. On a miss every graph in the span computes, and what it makes is
 kept; on a hit every graph gives back what it made then, and those that end the streams give what the span began with
-plus what the blocks added. Code between the graphs runs either way; on a hit it sees the same values as then, and so
-takes the same way.
+plus what the blocks added. What is made of no stream is made anew (`patterns/beside.py`). Code between the graphs runs
+either way; where it takes another way than then, the forward is begun anew.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fx_cache.patterns.relays import RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_SHARE, least_gain
 from fx_cache.runtime.forwards import Forward, family_of, surroundings, weakly
 from fx_cache.runtime.habits import Habits
-from fx_cache.runtime.legs import BESIDE, WRITES, Graph, Leg, Misfit, WatchRun
+from fx_cache.runtime.legs import WRITES, Graph, Leg, Misfit, WatchRun
 from fx_cache.runtime.named import NamedSession, named_session, within
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.policy import decide
@@ -392,7 +392,6 @@ class RelayRun:
         self._relay = relay
         self._plans = relay.plans
         self._legs = [Leg(plan, k) for k, plan in enumerate(relay.plans)]
-        self._over: list[Leg] = []
         self._store: Store | None = None
         self._branch: Branch | None = None
         self._lost = None if relay.settled and forward.caught else NOT_SETTLED
@@ -423,6 +422,8 @@ class RelayRun:
             with guarded("relay") as guard:
                 return what()
         except Misfit:  # nothing was computed for this call yet
+            if self.reusing:
+                raise Astray from None
             self._give_up(WAYWARD)
         if guard.failure is not None:
             self._failed, self._relay.refusal = True, guard.failure
@@ -437,7 +438,6 @@ class RelayRun:
         self._settled = relay.ran(graph, args) and self._settled
         if any(not forward.made(args[i]) for i in graph.facts.written):
             self._lost = self._lost or WRITES
-        self._behind(forward, graph, args)
         if not isinstance(forward.root, torch.nn.Module):  # else all that it holds is looked at
             weights = [a for i in graph.facts.roles.weights if isinstance(a := args[i], torch.nn.Parameter)]
             self._weights += weights
@@ -463,21 +463,6 @@ class RelayRun:
             )
         return leg.skip(forward, graph, family, args, number)
 
-    def _behind(self, forward: Forward, graph: Graph, args: Sequence[Any]) -> None:
-        """A call behind spans: it may not be given what these made beside their streams, if they are reused.
-
-        Nor may it write to what outlives the forward as long as one behind it may be given that: behind such a write
-        the forward could not begin anew.
-        """
-        for leg in self._over:
-            if leg.beside and (
-                any(forward.shows(a, leg.beside) for a in args)
-                or any(not forward.made(args[i]) for i in graph.facts.written)
-            ):
-                if leg.hit:
-                    raise Astray
-                leg.let_go(BESIDE)
-
     def _take(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
@@ -487,7 +472,7 @@ class RelayRun:
             leg.take(forward, graph, family, args, outputs, self._calls[family] + 1)
             if leg.over:
                 self._reused = self._reused or leg.hit
-                self._over.append(self._legs.pop(0))
+                self._legs.pop(0)
                 self._relay.found_by(self._anchors, forward)
                 if not self._legs:
                     assert self._store is not None and self._branch is not None
