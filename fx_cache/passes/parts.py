@@ -11,6 +11,7 @@ from fx_cache.passes.outline import build
 from fx_cache.patterns.calls import Part
 from fx_cache.patterns.contexts import find_contexts
 from fx_cache.patterns.graph import ancestors, draws_random, positions, storage_key, written_inputs
+from fx_cache.patterns.values import data_inputs
 from fx_cache.patterns.work import Work
 
 
@@ -36,9 +37,10 @@ class GraphParts:
         if gm is None:
             return
         inputs = list(gm.graph.find_nodes(op="placeholder"))
-        behind = {k: _behind(gm.graph, [n]) for k, n in _outputs(gm.graph).items()}
-        if len({frozenset(nodes.intersection(inputs)) for nodes in behind.values()}) < 2:
+        outputs = _outputs(gm.graph)
+        if len({frozenset(ancestors(n, reads=data_inputs).intersection(inputs)) for n in outputs.values()}) < 2:
             return
+        behind = {k: _behind(gm.graph, [n]) for k, n in outputs.items()}
         self._gm = gm
         memory = {storage_key(n) for n in inputs}
         self.work = {

@@ -151,7 +151,7 @@ def plan_spans(graph: fx.Graph, config: CacheConfig, without: Mapping[str, Refus
     roles = with_controls(roles, graph, [s.nodes for s in spans], [s.probe[1] for s in spans])
     spans = _with_sinks(graph, spans, work)
     cached = 1.0 - sum(s.share or 0.0 for s in spans)
-    skipped = {n for s in spans for n in (*s.nodes, *s.sinks)}
+    skipped = {n for s in spans for n in (*s.nodes, *s.sinks) if n not in s.side}
     invariants = find_invariants(graph, roles, reports, work, skipped, cached) if hoists else Invariants()
     return Plan(roles, tuple(reports), tuple(spans), None, reasons, invariants, tuple(sorted(work.estimated)))
 
