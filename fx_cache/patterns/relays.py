@@ -16,7 +16,7 @@ from fx_cache.errors import Failure, Refusal, StageError, stage
 from fx_cache.patterns.beside import Beside, Joined, Kind
 from fx_cache.patterns.calls import Call
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
-from fx_cache.patterns.stretches import Point, RelayStream, Stretch, stretches
+from fx_cache.patterns.stretches import Point, RelayStream, Stretch, ended_by, stretches
 
 MAX_RENEWED = 0.1
 """The part of a span's work up to which a hit does what may be work on its streams, where that is not known."""
@@ -203,8 +203,9 @@ def _with_ends(
         numbers[call.family] += 1
         if k >= begin:
             tensors = [i for i, form in enumerate(call.outputs) if form is not None]
-            ended = [s for s in stretch.streams if s.maker.is_call(call.family, numbers[call.family], last)]
-            yield k, numbers[call.family], call, {tensors[s.last]: s for s in ended if s.last < len(tensors)}
+            ended = ended_by(stretch.streams, call.family, numbers[call.family], last)
+            ends = {tensors[i]: stretch.streams[s] for i, s in ended.items() if i < len(tensors)}
+            yield k, numbers[call.family], call, ends
 
 
 def _lightest(work: Mapping[int, int], most: float) -> frozenset[int]:

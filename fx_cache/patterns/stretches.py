@@ -72,6 +72,18 @@ class RelayStream:
     others: tuple[int, int]
 
 
+def ended_by(streams: Sequence[RelayStream], family: Hashable, number: int, last: int) -> dict[int, int]:
+    """Which of the tensors that a call gives back end which of some streams, by number.
+
+    Args:
+        streams: of a span.
+        family: the code that is called.
+        number: the call's number among those of that code, from 1.
+        last: the span's last block.
+    """
+    return {s.last: k for k, s in enumerate(streams) if s.maker.is_call(family, number, last)}
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Blocks one after another.

@@ -117,7 +117,7 @@ class Forward:
         self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if stored(t)}
         self._notes: dict[int | None, list[_Note]] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
-        self._origins: dict[int, tuple[int, int]] = {}
+        self._first_versions: dict[int, tuple[int, int]] = {}
 
     @property
     def root(self) -> Any:
@@ -335,19 +335,19 @@ class Forward:
         for i, v in enumerate(self.inputs):
             if stored(v) and not v.is_inference():
                 version = begun.get(id(v), v._version)
-                self._origins[i] = version, habits.writes.origin(v, version)
-        for i in habits.own & self._origins.keys():
+                self._first_versions[i] = version, habits.writes.origin(v, version)
+        for i in habits.own & self._first_versions.keys():
             key = self.keys[i]
             if key is not None and isinstance(key[0], tuple) and key[0][-1] == self.inputs[i]._version:
-                self.keys[i] = ((*key[0][:-1], self._origins[i][1]),)
+                self.keys[i] = ((*key[0][:-1], self._first_versions[i][1]),)
         for i, (hold, origin) in habits.put.items():
             if i < len(self.keys) and (key := self.keys[i]) is not None and hold.same([self.inputs[i]], key):
                 self.keys[i] = origin
 
     def _see_writes(self) -> None:
         """Takes notice of what it has written to, or put in another's place, among what it was given."""
-        written = [i for i, (version, _) in self._origins.items() if self.inputs[i]._version != version]
-        self.habits.writes.wrote([self.inputs[i] for i in written], [self._origins[i][1] for i in written])
+        written = [i for i, (version, _) in self._first_versions.items() if self.inputs[i]._version != version]
+        self.habits.writes.wrote([self.inputs[i] for i in written], [self._first_versions[i][1] for i in written])
         now = contents(self._given)
         pairs = enumerate(zip(now, self.inputs, strict=True)) if len(now) == len(self.inputs) else ()
         # Only what can be recognised: another value may be what the user has put there, and equal.

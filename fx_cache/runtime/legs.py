@@ -15,7 +15,7 @@ from fx_cache.ops import residual_diff, residual_sums
 from fx_cache.patterns.beside import Beside, Renewal
 from fx_cache.patterns.calls import GraphFacts, Origin, Part, Place
 from fx_cache.patterns.relays import RelayPlan
-from fx_cache.patterns.stretches import RelayStream
+from fx_cache.patterns.stretches import RelayStream, ended_by
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined, as_number, handed_through, is_held, memory_of, stored
 from fx_cache.runtime.gate import SpanGate
@@ -334,12 +334,6 @@ def _copied(value: torch.Tensor) -> torch.Tensor:
     return _laid_out(value.clone(), value.stride())
 
 
-def _ends(plan: RelayPlan, family: Hashable, number: int) -> dict[int, int]:
-    """Which tensors that a call, the one of that number of its family, gives back end which streams of the span."""
-    last = plan.ranges[1][1] - 1
-    return {s.last: k for k, s in enumerate(plan.streams) if s.maker.is_call(family, number, last)}
-
-
 def _passed(plan: RelayPlan, family: Hashable, number: int) -> dict[int, int]:
     """Which tensors that a call gives back are streams of the span, on their way from one block to the next."""
     blocks = range(plan.ranges[1][0], plan.ranges[1][1] - 1)
@@ -634,7 +628,10 @@ class Leg:
             assert self._script is not None and self._beside is not None
             ends, passed = (
                 {made[i]: k for i, k in of_call.items() if i < len(made) and _fits(outputs[made[i]], self._starts[k])}
-                for of_call in (_ends(self._plan, family, number), _passed(self._plan, family, number))
+                for of_call in (
+                    ended_by(self._plan.streams, family, number, self._plan.ranges[1][1] - 1),
+                    _passed(self._plan, family, number),
+                )
             )
             through, written = handed_through(graph.facts, args, outputs), written_by(graph, args)
             handed = [k for k, name in enumerate(through) if name is not None]
