@@ -115,7 +115,7 @@ def _plan(calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConf
                 "blocks that write only to tensors of their own",
                 "replace the write in place by an operation that returns a new tensor",
             )
-    stretch = _without_beside(calls, stretch, begin, end)
+    stretch = _without_beside(calls, _main_first(calls, stretch, begin, end), begin, end)
     work = _work(calls, begin, end)
     beside = _beside(calls, stretch, begin, end)
     light = _lightest(beside.doubtful, MAX_RENEWED * work)
@@ -155,6 +155,22 @@ def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
     """Whether the memory of an input was made by a call of a span."""
     traced = call.inputs.get(call.facts.names[i])
     return traced is not None and traced.memory is not None and begin <= traced.memory <= end
+
+
+def _main_first(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> Stretch:
+    """A stretch whose main stream is none that another one is made of without being made of that."""
+    made_of = {
+        s: {
+            t
+            for k, _, _, ends in _with_ends(calls, stretch, begin, end)
+            for output, t in ends.items()
+            if kinds.get((k, output)) is Kind.STREAM
+        }
+        for s in stretch.streams
+        for kinds in (_beside(calls, replace(stretch, streams=(s,)), begin, end, renews=False).kinds,)
+    }
+    main = next((s for s in stretch.streams if all(s in made_of[t] for t in made_of[s])), stretch.streams[0])
+    return replace(stretch, streams=(main, *(s for s in stretch.streams if s != main)))
 
 
 def _without_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> Stretch:

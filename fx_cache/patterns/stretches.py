@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise, takewhile
 
@@ -60,6 +60,7 @@ class RelayStream:
         tokens: the user's inputs whose tokens it holds where it enters the first block, and `UNKNOWN` if it may hold
             others; none if nothing is known.
         others: how many tokens at its beginning and at its end are not handed on, but joined to it before every block.
+        shown: the user's inputs that it is known to depend on where it enters the first block.
     """
 
     name: str
@@ -70,6 +71,7 @@ class RelayStream:
     form: Form
     tokens: frozenset[int]
     others: tuple[int, int]
+    shown: frozenset[int] = field(compare=False)
 
 
 def ended_by(streams: Sequence[RelayStream], family: Hashable, number: int, last: int) -> dict[int, int]:
@@ -235,18 +237,20 @@ class _Finder:
             traced = [self._calls[self._at(reader, b)].inputs[name] for b in range(len(starts))]
             others = {t.others for t in traced[1:]}
             joined = others.pop() if len(others) == 1 else (0, 0)
-            stream = RelayStream(name, reader, maker, output, last, traced[0].form, traced[0].tokens, joined)
+            first = traced[0]
+            stream = RelayStream(name, reader, maker, output, last, first.form, first.tokens, joined, first.shown)
             found[stream] = last_call, last
         if not given_back or not found:
             return None
         if all(self._still[self._at(s.maker, 0)] for s in found):
             return None
-        # The stream that is not known to hold nothing that is denoised, and goes on behind the blocks, before others.
+        # First what is not known to hold nothing that is denoised, shows what may be, and goes on behind the blocks.
         end = max(i for i, _ in found.values())
 
-        def order(stream: RelayStream) -> tuple[bool, bool, int]:
+        def order(stream: RelayStream) -> tuple[bool, bool, bool, int]:
             read = self._read_behind(found[stream], end)
-            return self._is_other(stream), not read, -math.prod(stream.form[0])
+            shows = bool(stream.shown - self._others)
+            return self._is_other(stream), not shows, not read, -math.prod(stream.form[0])
 
         streams = tuple(sorted(found, key=order))
         return None if self._hands_on_unseen(starts, streams, end) else (streams, end)

@@ -277,7 +277,8 @@ class Forward:
             memory = notes[0].made_by[0] if notes else None
             whole = place == made_by
             origin = origins[name] if whole else Origin(frozenset({place}) if place else frozenset())
-            return InputTrace(_form(value), place, tokens, others, whole, memory, name in unseen, origin)
+            shown = self.shown_by(value)
+            return InputTrace(_form(value), place, tokens, others, whole, memory, name in unseen, origin, shown)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}

@@ -34,6 +34,7 @@ HELD = 0.25
 
 BESIDE = "its blocks made something beside their streams that cannot be made without them"
 WRITES = "the forward writes to tensors from outside before the span ends, and could not be begun anew"
+UNPLANNED = "a forward meanwhile did not run as planned, and may have been a step of the request"
 OTHER_CALLS = "other code was called before the span, or where it begins"
 
 
@@ -190,10 +191,14 @@ class Script:
     Attributes:
         before: the code that was called before the span.
         weights: those that it was given, where they are known by nothing else.
+        unplanned: forwards of the model before it that did not run as planned.
         writes: whether something that the user gave was written to by its end.
     """
 
-    def __init__(self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor], unplanned: int
+    ) -> None:
+        self.unplanned = unplanned
         self.before = frozenset(before)
         self.weights = Given(weights)
         self.writes = False
@@ -523,6 +528,7 @@ class Leg:
         before: Collection[Hashable],
         weights: Sequence[torch.Tensor],
         lost: str | None,
+        unplanned: int,
     ) -> None:
         """The one decision for all graphs of the span and all samples.
 
@@ -533,6 +539,7 @@ class Leg:
             before: the code that was called before that.
             weights: those that it was given, where they are known by nothing else.
             lost: why nothing that was cached before may be reused; None: it may.
+            unplanned: forwards of the model so far that did not run as planned.
         """
         self._branch = branch
         # Copies: the graphs of the blocks, or code between them, may write to them.
@@ -551,6 +558,8 @@ class Leg:
         )
         if script is not None and script.writes:
             lost = lost or WRITES
+        if script is not None and script.unplanned != unplanned:
+            lost = lost or UNPLANNED
         if kept and (lost is not None or not fits or kept[0].shape != self._probe.shape):
             slot.forget(lost or OTHER_CALLS)
             slot.open = True
@@ -568,7 +577,7 @@ class Leg:
 
         ranks = (groups, probe.device) if groups else None
         self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
-        self._script = script if self._hit else Script(len(self._plan.streams), before, weights)
+        self._script = script if self._hit else Script(len(self._plan.streams), before, weights, unplanned)
         plan = self._plan
         self._beside = (
             None if self._hit else Beside(plan.streams, range(*plan.ranges[1]), self._call, plan.joined, plan.light)

@@ -121,6 +121,7 @@ class Relays:
         if guard.failure is not None and forward is not None:
             if forward.reusing:
                 raise Astray
+            self.of(forward.compilation, config).unplanned += 1
             forward.run = ComputingRun()
         if forward is None:
             return graph.compute(*args)
@@ -139,6 +140,8 @@ class Relay:
         enabled: wirings of the graphs that hold a stack worth caching by themselves.
         refusal: why nothing is cached; None while that is not known.
         misfits: forwards since one ran as planned.
+        unplanned: forwards so far that ran otherwise than planned. Which requests they were steps of is not known in
+            time: nothing that was cached before one is reused behind it.
         settled: whether the last of those that did ran no graph for the first time: the next one may reuse.
     """
 
@@ -148,6 +151,7 @@ class Relay:
         self.enabled: frozenset[str] = frozenset()
         self.refusal: Refusal | None = None
         self.misfits = 0
+        self.unplanned = 0
         self.settled = False
         self.store: Store | None = None
         self.lock = threading.RLock()
@@ -176,6 +180,7 @@ class Relay:
             self._habits.popitem(last=False)
         forward.habits.see(forward.inputs, forward.keys, forward.telling)
         if self._watched is not None and not self._watched[0].over:  # in another thread
+            self.unplanned += 1
             return ComputingRun()
         self._learn()
         if self.enabled or self.refusal is not None:
@@ -184,6 +189,7 @@ class Relay:
             self.misfits += 1
             return RelayRun(self, forward)
         self.misfits, self.settled = 0, False
+        self.unplanned += 1
         self._watches += 1
         run = WatchRun()
         forward.when_over(run.forget)
@@ -460,6 +466,7 @@ class RelayRun:
                 self._calls.keys(),
                 self._weights,
                 self._lost,
+                relay.unplanned,
             )
         return leg.skip(forward, graph, family, args, number)
 
@@ -499,6 +506,7 @@ class RelayRun:
         self._legs = []
         branch, self._branch = self._branch, None
         if branch is None:
+            self._relay.unplanned += 1
             return
         store, step = self._store, branch.record.step
         assert store is not None
