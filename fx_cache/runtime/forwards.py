@@ -398,6 +398,15 @@ class Forward:
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
         )
 
+    @property
+    def step_of(self) -> Hashable:
+        """What it may be a step of: a named pass, a named request, or whatever has its conditioning."""
+        named = named_session()
+        if named is not None:
+            return named.name, named.branch
+        moving = self.habits.latents() | self.timed
+        return tuple((i, key) for i, key in enumerate(self.keys) if i not in moving)
+
     def control(self, shown: frozenset[int], denoised: Collection[int] = ()) -> Control:
         """What may change from step to step, and reach a span and not its probe.
 

@@ -191,12 +191,12 @@ class Script:
     Attributes:
         before: the code that was called before the span.
         weights: those that it was given, where they are known by nothing else.
-        unplanned: forwards of the model before it that did not run as planned.
+        unplanned: stands for the forwards before it that did not run as planned.
         writes: whether something that the user gave was written to by its end.
     """
 
     def __init__(
-        self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor], unplanned: int
+        self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor], unplanned: Hashable
     ) -> None:
         self.unplanned = unplanned
         self.before = frozenset(before)
@@ -528,7 +528,7 @@ class Leg:
         before: Collection[Hashable],
         weights: Sequence[torch.Tensor],
         lost: str | None,
-        unplanned: int,
+        unplanned: Hashable,
     ) -> None:
         """The one decision for all graphs of the span and all samples.
 
@@ -539,7 +539,7 @@ class Leg:
             before: the code that was called before that.
             weights: those that it was given, where they are known by nothing else.
             lost: why nothing that was cached before may be reused; None: it may.
-            unplanned: forwards of the model so far that did not run as planned.
+            unplanned: another one than before if a forward meanwhile may have been a step of the request (`Unplanned`).
         """
         self._branch = branch
         # Copies: the graphs of the blocks, or code between them, may write to them.

@@ -51,6 +51,9 @@ MAX_LAYOUTS = 32
 ENOUGH_WATCHES = 2
 """Forwards that show nothing to cache, for there to be nothing."""
 
+MAX_UNPLANNED = 1024
+"""Requests and passes of which it is known at a time whether they had steps that ran otherwise than planned."""
+
 MAX_STRAYS = 3
 """Forwards that may have to be begun anew, beyond as many that reused something, before the model is left alone."""
 
@@ -121,7 +124,7 @@ class Relays:
         if guard.failure is not None and forward is not None:
             if forward.reusing:
                 raise Astray
-            self.of(forward.compilation, config).unplanned += 1
+            self.of(forward.compilation, config).unplanned.add(forward)
             forward.run = ComputingRun()
         if forward is None:
             return graph.compute(*args)
@@ -132,6 +135,27 @@ RELAYS = Relays()
 """Those of all that the backend has compiled."""
 
 
+class Unplanned:
+    """Forwards of a model that ran otherwise than planned, by what they may have been steps of.
+
+    That is found out too late, or never. What was cached before one is not the last computed step's behind it.
+    """
+
+    def __init__(self) -> None:
+        self._count: Counter[Hashable] = Counter()
+        self._forgotten = 0
+
+    def add(self, forward: Forward) -> None:
+        if len(self._count) >= MAX_UNPLANNED:
+            self._count.clear()
+            self._forgotten += 1
+        self._count[forward.step_of] += 1
+
+    def before(self, forward: Forward) -> Hashable:
+        """Another one than before if there was one that may be of the same request and pass."""
+        return self._forgotten, self._count[forward.step_of]
+
+
 class Relay:
     """What is known of one compiled model that is captured in several graphs.
 
@@ -140,8 +164,7 @@ class Relay:
         enabled: wirings of the graphs that hold a stack worth caching by themselves.
         refusal: why nothing is cached; None while that is not known.
         misfits: forwards since one ran as planned.
-        unplanned: forwards so far that ran otherwise than planned. Which requests they were steps of is not known in
-            time: nothing that was cached before one is reused behind it.
+        unplanned: forwards that ran otherwise than planned.
         settled: whether the last of those that did ran no graph for the first time: the next one may reuse.
     """
 
@@ -151,7 +174,7 @@ class Relay:
         self.enabled: frozenset[str] = frozenset()
         self.refusal: Refusal | None = None
         self.misfits = 0
-        self.unplanned = 0
+        self.unplanned = Unplanned()
         self.settled = False
         self.store: Store | None = None
         self.lock = threading.RLock()
@@ -180,7 +203,7 @@ class Relay:
             self._habits.popitem(last=False)
         forward.habits.see(forward.inputs, forward.keys, forward.telling)
         if self._watched is not None and not self._watched[0].over:  # in another thread
-            self.unplanned += 1
+            self.unplanned.add(forward)
             return ComputingRun()
         self._learn()
         if self.enabled or self.refusal is not None:
@@ -189,7 +212,7 @@ class Relay:
             self.misfits += 1
             return RelayRun(self, forward)
         self.misfits, self.settled = 0, False
-        self.unplanned += 1
+        self.unplanned.add(forward)
         self._watches += 1
         run = WatchRun()
         forward.when_over(run.forget)
@@ -396,6 +419,7 @@ class RelayRun:
 
     def __init__(self, relay: Relay, forward: Forward) -> None:
         self._relay = relay
+        self._forward = forward
         self._plans = relay.plans
         self._legs = [Leg(plan, k) for k, plan in enumerate(relay.plans)]
         self._store: Store | None = None
@@ -466,7 +490,7 @@ class RelayRun:
                 self._calls.keys(),
                 self._weights,
                 self._lost,
-                relay.unplanned,
+                relay.unplanned.before(forward),
             )
         return leg.skip(forward, graph, family, args, number)
 
@@ -506,7 +530,7 @@ class RelayRun:
         self._legs = []
         branch, self._branch = self._branch, None
         if branch is None:
-            self._relay.unplanned += 1
+            self._relay.unplanned.add(self._forward)
             return
         store, step = self._store, branch.record.step
         assert store is not None
