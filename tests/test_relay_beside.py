@@ -499,6 +499,14 @@ class PerToken(Chained):
         return self.out(x), time.sin()
 
 
+class Dependent(PerToken):
+    """The stream is added to the chain, which so is another stream: they are made of each other one way alone."""
+
+    def both(self, i: int, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        x, a = super().both(i, x, a)
+        return x, a + x.mean(dim=1, keepdim=True)
+
+
 class Alone(Plain):
     """One stream."""
 
@@ -528,6 +536,42 @@ def test_a_chain_as_large_as_the_stream(name: str, reads: bool, width: int) -> N
         assert torch.allclose(output, model.out(begun + added), atol=1e-5)
         assert torch.equal(found, model(**step)[1])
     assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["a", "zz"])
+def test_a_stream_that_is_made_of_the_main_one(name: str) -> None:
+    model = Dependent("with the block", name, reads=False, width=1)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for seed in (1, 2):
+        sampled(compiled, seed)
+    added: tuple[Tensor, Tensor] | None = None
+    for i, (step, found) in enumerate(zip(walk(3), sampled(compiled, 3), strict=True)):
+        begun = model.both(0, *model.begin(step["latent"], step["timestep"]))
+        if i < 2 or added is None:
+            x, time = begun
+            for k in range(1, BLOCKS):
+                x, time = model.both(k, x, time)
+            added = x - begun[0], time - begun[1]
+        expected = model.out(begun[0] + added[0]), (begun[1] + added[1]).sin()
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["a", "zz"])
+def test_it_is_not_known_which_stream_is_denoised(name: str) -> None:
+    """Python has made what both begin with. Neither is taken for the main one."""
+
+    class Unknown(PerToken):
+        @uncaptured
+        def begin(self, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+            return super().begin(latent, timestep)
+
+    model = Unknown("with the block", name, reads=False, width=1)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    with pytest.warns(fx_cache.CacheWarning, match="neither known to hold what is denoised"):
+        for seed in (1, 2):
+            for step, found in zip(walk(seed), sampled(compiled, seed), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(found, model(**step), strict=True))
 
 
 class Failing(Model):

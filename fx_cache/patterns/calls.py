@@ -155,7 +155,7 @@ class InputTrace:
         memory: the call that made the memory it lies in, whatever has been written there since; None if none did.
         unseen: whether nobody known made it, and it holds other numbers than at the call before of the same code.
         origin: where it comes from, but for what it holds a part of.
-        shown: the user's inputs that it is known to depend on.
+        shown: the user's inputs that it depends on, and `UNKNOWN` if it may depend on others.
     """
 
     form: Form

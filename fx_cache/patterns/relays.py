@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
 from fx_cache.patterns.beside import Beside, Joined, Kind
-from fx_cache.patterns.calls import Call
+from fx_cache.patterns.calls import UNKNOWN, Call
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, ended_by, stretches
 
@@ -76,7 +76,7 @@ def _planned(
     if not found:
         return (), _no_stack(calls)
     total = sum(c.facts.work for c in calls)
-    plans = [_plan(calls, stretch, total, config) for stretch in found]
+    plans = [_plan(calls, stretch, total, config, frozenset(others)) for stretch in found]
     possible = [plan for plan in plans if isinstance(plan, RelayPlan)]
     kept: list[RelayPlan] = []
     for plan in sorted(possible, key=lambda p: -(p.share or 0.0)):
@@ -91,7 +91,9 @@ def _work(calls: Sequence[Call], first: int, last: int) -> int:
     return sum(c.facts.work for c in calls[first : last + 1])
 
 
-def _plan(calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConfig) -> RelayPlan | Refusal:
+def _plan(
+    calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConfig, others: frozenset[int]
+) -> RelayPlan | Refusal:
     starts, name = stretch.starts, stretch.name
     fn, bn, count = config.Fn_compute_blocks, config.Bn_compute_blocks, len(starts)
     if fn + bn >= count:
@@ -115,7 +117,10 @@ def _plan(calls: Sequence[Call], stretch: Stretch, total: int, config: CacheConf
                 "blocks that write only to tensors of their own",
                 "replace the write in place by an operation that returns a new tensor",
             )
-    stretch = _without_beside(calls, _main_first(calls, stretch, begin, end), begin, end)
+    unknown = _unknown_main(calls, stretch, begin, end, others)
+    if unknown is not None:
+        return unknown
+    stretch = _without_beside(calls, stretch, begin, end)
     work = _work(calls, begin, end)
     beside = _beside(calls, stretch, begin, end)
     light = _lightest(beside.doubtful, MAX_RENEWED * work)
@@ -157,20 +162,32 @@ def _made_within(call: Call, i: int, begin: int, end: int) -> bool:
     return traced is not None and traced.memory is not None and begin <= traced.memory <= end
 
 
-def _main_first(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> Stretch:
-    """A stretch whose main stream is none that another one is made of without being made of that."""
-    made_of = {
-        s: {
-            t
-            for k, _, _, ends in _with_ends(calls, stretch, begin, end)
-            for output, t in ends.items()
-            if kinds.get((k, output)) is Kind.STREAM
-        }
-        for s in stretch.streams
-        for kinds in (_beside(calls, replace(stretch, streams=(s,)), begin, end, renews=False).kinds,)
-    }
-    main = next((s for s in stretch.streams if all(s in made_of[t] for t in made_of[s])), stretch.streams[0])
-    return replace(stretch, streams=(main, *(s for s in stretch.streams if s != main)))
+def _unknown_main(
+    calls: Sequence[Call], stretch: Stretch, begin: int, end: int, others: frozenset[int]
+) -> Refusal | None:
+    """Where it is not known which of the streams shows the step: one may be made of the time alone.
+
+    It need not be known if what enters the main stream is, no other one may hold what is denoised, or each is made of
+    the other.
+    """
+    main = stretch.streams[0]
+    if not main.shown - others <= {UNKNOWN}:
+        return None
+
+    def made_of(stream: RelayStream) -> set[RelayStream]:
+        kinds = _beside(calls, replace(stretch, streams=(stream,)), begin, end, renews=False).kinds
+        ended = ((k, i, s) for k, _, _, ends in _with_ends(calls, stretch, begin, end) for i, s in ends.items())
+        return {s for k, i, s in ended if kinds.get((k, i)) is not Kind.CURRENT}
+
+    for stream in stretch.streams[1:]:
+        if stream.shown - others and not (stream in made_of(main) and main in made_of(stream)):
+            return Refusal(
+                f"stack {stretch.name}",
+                f"{main.name} and {stream.name} handed on beside each other, neither known to hold what is denoised",
+                "one stream that it enters",
+                "compute what the blocks begin with in code that is captured",
+            )
+    return None
 
 
 def _without_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> Stretch:

@@ -60,7 +60,8 @@ class RelayStream:
         tokens: the user's inputs whose tokens it holds where it enters the first block, and `UNKNOWN` if it may hold
             others; none if nothing is known.
         others: how many tokens at its beginning and at its end are not handed on, but joined to it before every block.
-        shown: the user's inputs that it is known to depend on where it enters the first block.
+        shown: the user's inputs that it depends on where it enters the first block, and `UNKNOWN` if it may depend on
+            others.
     """
 
     name: str

@@ -232,7 +232,9 @@ class Forward:
             self.weight = next((args[i] for i in facts.roles.weights if isinstance(args[i], torch.nn.Parameter)), None)
         unknown = frozenset({UNKNOWN})
         tokens = {i: self.tokens_of(args[i]) or unknown for sources in facts.tokens for i in sources}
-        shown = {i: self.shown_by(args[i]) for sources in facts.shown for i in sources}
+        known = set(facts.roles.weights)
+        read = {i for sources in facts.shown for i in sources}
+        shown = {i: frozenset() if i in known else self.shown_by(args[i]) or unknown for i in read}
         kept = [a for i, a in enumerate(args) if stored(a) and i not in facts.written]
         through = {memory_of(a) for a in kept}
         for k, (output, sources, behind) in enumerate(zip(outputs, facts.tokens, facts.shown, strict=True)):
@@ -277,7 +279,7 @@ class Forward:
             memory = notes[0].made_by[0] if notes else None
             whole = place == made_by
             origin = origins[name] if whole else Origin(frozenset({place}) if place else frozenset())
-            shown = self.shown_by(value)
+            shown = self.shown_by(value) or frozenset({UNKNOWN})
             return InputTrace(_form(value), place, tokens, others, whole, memory, name in unseen, origin, shown)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):
