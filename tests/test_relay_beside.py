@@ -447,32 +447,6 @@ def test_a_chain_beside_the_streams(made: str, first: bool, cast: bool) -> None:
     assert hits_of(compiled)[-1:] == ([] if refused else [[2, 3, 4, 5, 6, 7]])
 
 
-class Accumulating(Chained):
-    """Behind every block, outside it, something of the time is added, and behind one of them of the stream."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__("in one graph", first=False, cast=False)
-        self.at = at
-
-    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        x, time = self.begin(latent, timestep)
-        found = time
-        for i, block in enumerate(self.blocks):
-            x, text = block(x, text, time)
-            found = found + self.turns[i](time)
-            found = found + x.mean(dim=1) if i == self.at else found
-        return self.out(x), found
-
-
-def test_what_is_made_of_the_stream_before_the_span_alone() -> None:
-    """A hit computes it: it takes nothing of what is skipped."""
-    model = Accumulating(0)
-    compiled = compile_broken(model, residual_diff_threshold=10.0)
-    for step, (_, found) in zip(walk(1), sampled(compiled, 1), strict=True):
-        assert torch.allclose(found, model(**step)[1], atol=1e-6)
-    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]
-
-
 class PerToken(Chained):
     """A time for each token: the chain has the stream's shape."""
 

@@ -287,10 +287,8 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     parted = _parted(nodes, (first, start, end, *cuts), where)
     if parted is not None:
         return parted
-    # What else is made in the blocks, of no stream behind a skipped one, may be made of the time, and can be computed.
-    main = descendants(graph, [probe[0][0]])
-    values = [(k, b, v) for k, r in enumerate(group) for s in r.streams.streams for b, v in enumerate(s.values)]
-    varying = descendants(graph, [v for k, b, v in values if v in main and start_at < (k, b) <= end_at])
+    # What else is handed on from block to block, and is made of the main stream nowhere, may be made of the time.
+    varying = descendants(graph, [probe[0][0]])
     live = [n for n in span if is_tensor(n) and n in varying and any(order[u] >= end for u in n.users)]
     live_outs, taken = [], []
     for node in live:
