@@ -191,14 +191,17 @@ def _unknown_main(
 
 
 def _without_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> Stretch:
-    """A stretch without what is handed on beside its main stream, and made of that nowhere: a hit makes it anew."""
+    """A stretch without what is handed on beside its main stream, and made of that nowhere: a hit makes it anew.
+
+    What a call hands through it has not made: it stays, and on a hit it is handed through as well.
+    """
     kinds = _beside(calls, replace(stretch, streams=stretch.streams[:1]), begin, end, renews=False).kinds
     kept = {
         stream
         for k, _, _, ends in _with_ends(calls, stretch, begin, end)
         for output, stream in ends.items()
-        if kinds[k, output] is Kind.STREAM
-        or (kinds[k, output] is Kind.DOUBTFUL and math.prod(stream.form[0][1:-1]) > 1)
+        if (kind := kinds.get((k, output), Kind.STREAM)) is Kind.STREAM
+        or (kind is Kind.DOUBTFUL and math.prod(stream.form[0][1:-1]) > 1)
     }
     return replace(stretch, streams=tuple(s for s in stretch.streams if s in kept))
 
