@@ -119,11 +119,11 @@ class Beside:
             return Renewal((), ())
 
         highest = Kind.DOUBTFUL if self._light is None or at - self._begin in self._light else Kind.CURRENT
-        wanted = {k for k, kind in kinds.items() if kind <= highest and made[k]}
+        renewed = {k for k, kind in kinds.items() if kind <= highest and made[k]}
         # What it writes may be made of all that it is given.
-        whole = max(kinds.values(), default=highest) <= highest and bool(wanted or written)
+        whole = max(kinds.values(), default=highest) <= highest and bool(renewed or written)
         whole = whole and (not written or max(given.values()) <= highest)
-        anew = wanted if whole else wanted & facts.parts.work.keys()
+        anew = renewed if whole else renewed & facts.parts.work.keys()
         doubts = {k for k, kind in kinds.items() if kind is Kind.DOUBTFUL}
         tested = {k for k in doubts - anew if written.isdisjoint(made[k]) and made[k] <= given.keys()}
 
