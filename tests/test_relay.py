@@ -657,6 +657,8 @@ OFFLOADED = [
     ("MochiTransformer3DModel", "leaf"),  # the second stream is taken later in a block
     ("NucleusMoEImageTransformer2DModel+moe", "leaf"),
     ("MochiTransformer3DModel", "block"),
+    ("HiDreamImageTransformer2DModel", "block"),  # the time is what Python has made
+    ("SD3Transformer2DModel+controlnet", "block"),  # and so is the stream, between the blocks
 ]
 
 

@@ -217,6 +217,93 @@ def test_what_may_be_work_on_a_stream_is_what_it_was(
     assert hits == ([2, 3, 4] if fails else [2, 3, 4, 7])  # behind a forward begun anew one step computes
 
 
+class Given(Heavy):
+    """What Python has made of the time before the blocks is given to all of them, or a slice of it to each."""
+
+    def __init__(self, given: str) -> None:
+        super().__init__("tail")
+        self.given = given
+
+    @uncaptured
+    def make(self, time: Tensor) -> Tensor:
+        return torch.tanh(torch.stack([time * (k + 1) for k in range(BLOCKS)]))
+
+    @uncaptured
+    def write(self, made: Tensor) -> None:
+        made.mul_(1.5)
+
+    def hand(self, made: Tensor) -> tuple[Tensor, Tensor]:
+        return made, made.sum()
+
+    @in_python
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, read: bool = True) -> tuple[Tensor, Any]:
+        x, time = self.begin(latent, timestep)
+        made = self.make(time)
+        for i, block in enumerate(self.blocks):
+            if self.given == "written" and i == 2:
+                self.write(made)
+            mine = made[i] if self.given == "cut" else self.hand(made[0])[0] if self.given == "handed" else made[0]
+            shift = self.weigh(mine, time)
+            x, text = block(x, text, time)
+        return self.finish(x, text, shift)
+
+
+@pytest.mark.parametrize("given", ["whole", "cut", "handed", "written"])
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_what_python_has_made_before_the_blocks(given: str) -> None:
+    """The head was given it, and nobody has written to it since: it is of this step, whatever it is made of."""
+    model = Given(given)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for seed in (1, 2):
+        sampled(compiled, seed)
+    outputs, oracle = sampled(compiled, 3), Oracle(model, 1, 0, 10.0)
+    for i, (step, (output, shown)) in enumerate(zip(walk(3), outputs, strict=True)):
+        own, own_shown = model(**step)
+        assert torch.equal(shown, own_shown)
+        assert torch.equal(output, own) if given == "written" else torch.allclose(output, oracle(i, **step), atol=1e-5)
+    assert hits_of(compiled)[-1:] == ([] if given == "written" else [[2, 3, 4, 5, 6, 7]])
+
+
+class HandedOn(Model):
+    """Python makes the stream another tensor before every block, and a graph hands that to the block."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        if whole:
+            self.blocks = nn.ModuleList(Plain() for _ in range(BLOCKS))
+
+    @uncaptured
+    def add(self, x: Tensor, number: int) -> Tensor:
+        return x + 0.3 * number
+
+    def hand(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, text, x.sum()
+
+    @in_python
+    def window(self, i: int, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        x, text, _ = self.hand(self.add(x, i), text)
+        return self.blocks[i](x, text, time)
+
+    @in_python
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for i in range(BLOCKS):
+            x, text = self.window(i, x, text, time)
+        return (self.out(x + text.mean(dim=1, keepdim=True)),)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_stream_that_python_has_made_is_handed_to_the_blocks(whole: bool) -> None:
+    model = HandedOn(whole)
+    compiled = compile_broken(model, residual_diff_threshold=10.0)
+    for seed in (1, 2):
+        sampled(compiled, seed)
+    outputs, oracle = sampled(compiled, 3), Oracle(model, 1, 0, 10.0)
+    for i, (step, (output,)) in enumerate(zip(walk(3), outputs, strict=True)):
+        assert torch.allclose(output, oracle(i, **step), atol=1e-5)
+    assert last_branch(compiled)["spans"][0]["hits"] == oracle.hits == [2, 3, 4, 5, 6, 7]
+
+
 class Entered(Plain):
     """A layer of one kind takes the stream first, and another one the time."""
 

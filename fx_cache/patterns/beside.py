@@ -9,7 +9,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from fx_cache.patterns.calls import GraphFacts, Origin, Place
+from fx_cache.patterns.calls import GraphFacts, Origin, Place, given_as
 from fx_cache.patterns.stretches import RelayStream
 
 Joined = tuple[int, str]
@@ -114,6 +114,8 @@ class Beside:
         kinds = {k: max((given.get(n, Kind.CURRENT) for n in data), default=Kind.CURRENT) for k, data in made.items()}
         kinds |= dict.fromkeys(ends, Kind.STREAM)
         written = {facts.names[i] for i in facts.written} & given.keys()
+        unknown = {name for name, origin in origins.items() if not origin.known}
+        self.kinds |= {(at, given_as(i)): given[n] for i, n in enumerate(facts.names) if n in unknown}
         if not self._renews:
             self.kinds.update(((at, k), kind) for k, kind in kinds.items())
             return Renewal((), ())

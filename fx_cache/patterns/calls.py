@@ -21,7 +21,13 @@ Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
 Place = tuple[int, int]
-"""A call, and one of its outputs."""
+"""A call, and one of its outputs; or what it was the first to be given (`given_as`), if nobody known made that."""
+
+
+def given_as(position: int) -> int:
+    """What stands in a place for an argument of a call, instead of the number of an output."""
+    return -1 - position
+
 
 UNKNOWN = -1
 """In the place of a user's input: something of which it is not known where it comes from."""

@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 
 from fx_cache.errors import guarded
-from fx_cache.patterns.calls import UNKNOWN, Call, Form, GraphFacts, InputTrace, Origin, Place
+from fx_cache.patterns.calls import UNKNOWN, Call, Form, GraphFacts, InputTrace, Origin, Place, given_as
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.programs import Program
 from fx_cache.runtime.clock import is_counted
@@ -61,6 +61,15 @@ class _Note:
     view: tuple[Any, ...]
     tokens: frozenset[int]
     shown: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of memory that nobody known made: as what a call was given it first, and its version behind that call."""
+
+    reference: StorageWeakRef
+    place: Place
+    version: int
 
 
 Joined = tuple[Place, tuple[int, int]]
@@ -116,6 +125,7 @@ class Forward:
         self.count = 0
         self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if stored(t)}
         self._notes: dict[int | None, list[_Note]] = {}
+        self._seen: dict[int, _Seen] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
         self._first_versions: dict[int, tuple[int, int]] = {}
 
@@ -210,6 +220,9 @@ class Forward:
         key = value.untyped_storage()._cdata
         notes = self._notes.get(key)
         if notes is None:
+            seen = self._seen.get(key)
+            if seen is not None and not value.is_inference() and value._version == seen.version:
+                return Origin(frozenset({seen.place}), True)
             return Origin(known=key in self._user or is_held(name) or as_number(value) is not None)
         view = _view(value)
         same = next((n.made_by for n in reversed(notes) if n.view == view), None)
@@ -247,7 +260,17 @@ class Forward:
                 depends = frozenset().union(*(shown[i] for i in behind))
                 note = _Note(StorageWeakRef(storage), (self.count, k), _view(output), held, depends)
                 self._notes.setdefault(storage._cdata, []).append(note)
+        for i, arg in enumerate(args):
+            if i not in known and i not in facts.written and stored(arg) and not arg.is_inference():
+                self._see(arg, (self.count, given_as(i)))
         self.count += 1
+
+    def _see(self, value: torch.Tensor, place: Place) -> None:
+        """Takes notice that a call was given a tensor."""
+        storage = value.untyped_storage()
+        seen = self._seen.get(storage._cdata)
+        if not self.knows(value) and (seen is None or seen.version != value._version):
+            self._seen[storage._cdata] = _Seen(StorageWeakRef(storage), place, value._version)
 
     def trace(
         self,
@@ -278,7 +301,7 @@ class Forward:
             notes = self._notes.get(value.untyped_storage()._cdata) if stored(value) else None
             memory = notes[0].made_by[0] if notes else None
             whole = place == made_by
-            origin = origins[name] if whole else Origin(frozenset({place}) if place else frozenset())
+            origin = origins[name] if whole or origins[name].known else Origin(frozenset({place}) if place else frozenset())
             shown = self.shown_by(value) or frozenset({UNKNOWN})
             return InputTrace(_form(value), place, tokens, others, whole, memory, name in unseen, origin, shown)
 
