@@ -9,7 +9,7 @@ from fx_cache.passes.outline import REGION, region_nodes
 from fx_cache.passes.runner import RewriteContext
 from fx_cache.patterns.contexts import within_contexts
 from fx_cache.patterns.graph import storage_key, touches, written_storages
-from fx_cache.patterns.sinking import find_side_values
+from fx_cache.patterns.sinking import find_side_values, forms_read, made_of
 
 
 def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
@@ -32,7 +32,8 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
     count = 0
     for k, span in enumerate(context.plan.spans):
         nodes = region_nodes(gm.graph, 2 * k + 1)
-        moving = find_side_values(nodes, {lo.value for lo in span.live_outs})
+        varying = made_of(gm.graph, span.probe[0])
+        moving = find_side_values(nodes, {lo.value for lo in span.live_outs}, varying)
         inner = written_storages(nodes)
         stuck = next((n for n in moving if storage_key(n) in written or touches(n, inner)), None)
         within = next((n for n in moving if n in contexts), None)
@@ -55,6 +56,8 @@ def hoist_side_values(gm: fx.GraphModule, context: RewriteContext) -> int:
             reasons = {**context.plan.reasons, **dict.fromkeys(span.stacks, refusal)}
             context.plan = replace(context.plan, refusal=refusal, reasons=reasons)
             return count
+        for node, read in forms_read(moving, {n for n in nodes if n in varying}):
+            node.replace_input_with(read, span.probe[1])
         anchor = nodes[0].prev
         for node in nodes:
             if node in moving:

@@ -5,6 +5,7 @@ It may be made of the time, and change at every step however little the streams 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -12,8 +13,11 @@ from enum import IntEnum
 from fx_cache.patterns.calls import GraphFacts, Origin, Place, given_as
 from fx_cache.patterns.stretches import RelayStream
 
-Joined = tuple[int, str]
-"""A call of a span, counted from its first one, and an input of it."""
+SpanCall = tuple[Hashable, int]
+"""A call of a span: the code that is called, and which call of that it is in the span, from 1."""
+
+MixedInput = tuple[SpanCall, str]
+"""A call of a span, and an input of it."""
 
 
 class Kind(IntEnum):
@@ -53,7 +57,7 @@ class Beside:
         kinds: what each output of the calls is on a hit.
         joined: inputs in which code between the graphs has joined a stream with something else.
         work: FLOPs of what is made anew.
-        doubtful: for each call that makes something anew of doubtful tensors, by its number, the FLOPs of that.
+        doubtful: for each call that makes something anew of doubtful tensors, the FLOPs of that.
     """
 
     def __init__(
@@ -61,8 +65,8 @@ class Beside:
         streams: Sequence[RelayStream],
         blocks: range,
         begin: int,
-        joined: Collection[Joined] = (),
-        light: Collection[int] | None = None,
+        joined: Collection[MixedInput] = (),
+        light: Collection[SpanCall] | None = None,
         renews: bool = True,
     ) -> None:
         """
@@ -71,13 +75,14 @@ class Beside:
             blocks: numbers of its blocks.
             begin: number of its first call.
             joined: inputs that are known to hold a stream.
-            light: calls, counted from its first one, that may make anew what is made of doubtful tensors; None: all.
+            light: calls that may make anew what is made of doubtful tensors; None: all.
             renews: whether anything is made anew; else `kinds` say what outputs are made of, and nothing more.
         """
         self.kinds: dict[Place, Kind] = {}
         self.joined = set(joined)
         self.work = 0
-        self.doubtful: dict[int, int] = {}
+        self.doubtful: dict[SpanCall, int] = {}
+        self._called: Counter[Hashable] = Counter()
         self._streams, self._blocks, self._begin = streams, blocks, begin
         self._light, self._renews = light, renews
 
@@ -109,7 +114,9 @@ class Beside:
             through: numbers of those that are inputs of it, handed through.
             ends: numbers of those that end a stream.
         """
-        given = {name: self._given(at, family, number, name, origin) for name, origin in origins.items()}
+        self._called[family] += 1
+        call = family, self._called[family]
+        given = {name: self._given(call, number, name, origin) for name, origin in origins.items()}
         made = {k: data for k, data in enumerate(_data(facts)) if k not in through and (k in tensors or data)}
         kinds = {k: max((given.get(n, Kind.CURRENT) for n in data), default=Kind.CURRENT) for k, data in made.items()}
         kinds |= dict.fromkeys(ends, Kind.STREAM)
@@ -120,7 +127,7 @@ class Beside:
             self.kinds.update(((at, k), kind) for k, kind in kinds.items())
             return Renewal((), ())
 
-        highest = Kind.DOUBTFUL if self._light is None or at - self._begin in self._light else Kind.CURRENT
+        highest = Kind.DOUBTFUL if self._light is None or call in self._light else Kind.CURRENT
         renewed = {k for k, kind in kinds.items() if kind <= highest and made[k]}
         # What it writes may be made of all that it is given.
         whole = max(kinds.values(), default=highest) <= highest and bool(renewed or written)
@@ -137,18 +144,18 @@ class Beside:
         work = facts.work if whole else sum(facts.parts.work[k] for k in anew)
         self.work += work
         if doubts & anew or (whole and Kind.DOUBTFUL in given.values()):
-            self.doubtful[at - self._begin] = work
+            self.doubtful[call] = work
         compared = set().union(*(made[k] for k in tested))
         return Renewal(None if whole else tuple(sorted(anew)), tuple(sorted(compared)))
 
-    def _given(self, at: int, family: Hashable, number: int, name: str, origin: Origin) -> Kind:
+    def _given(self, call: SpanCall, number: int, name: str, origin: Origin) -> Kind:
         """What an input of a call is."""
-        if any(s.name == name and s.reader.block(family, number) in self._blocks for s in self._streams):
+        if any(s.name == name and s.reader.block(call[0], number) in self._blocks for s in self._streams):
             self.kinds.update(dict.fromkeys(origin.of, Kind.STREAM))
             return Kind.STREAM
         kind = max((self._kind(p) for p in origin.of), default=Kind.CURRENT)
-        if (at - self._begin, name) in self.joined or (kind is Kind.STREAM and not origin.known):
-            self.joined.add((at - self._begin, name))
+        if not origin.known and (kind is Kind.STREAM or (call, name) in self.joined):
+            self.joined.add((call, name))
             return Kind.STREAM
         return kind if origin.known else max(kind, Kind.DOUBTFUL)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -194,3 +194,17 @@ class Call:
     inputs: Mapping[str, InputTrace]
     outputs: tuple[Form | None, ...]
     through: frozenset[int]
+
+
+def layout(facts: GraphFacts, outputs: Sequence[Form | None], streams: Collection[str]) -> Hashable:
+    """What has to be the same of two graphs of one code, for their outputs to be the same ones by number.
+
+    Args:
+        facts: of the graph.
+        outputs: what it makes; None for what is no tensor.
+        streams: names of the inputs that may be streams.
+    """
+    return tuple(
+        None if form is None else (len(form[0]), form[1], frozenset(facts.names[i] for i in shown) & frozenset(streams))
+        for form, shown in zip(outputs, facts.shown, strict=True)
+    )

@@ -6,16 +6,16 @@ Such a stack is a *relay*: its streams are handed on from graph to graph.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
-from fx_cache.patterns.beside import Beside, Joined, Kind
-from fx_cache.patterns.calls import UNKNOWN, Call
+from fx_cache.patterns.beside import Beside, Kind, MixedInput, SpanCall
+from fx_cache.patterns.calls import UNKNOWN, Call, Place, layout
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
+from fx_cache.patterns.streams import is_large, outgrows, tokens
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, ended_by, stretches
 
 MAX_RENEWED = 0.1
@@ -35,7 +35,8 @@ class RelayPlan:
         ranges: (head, span, tail) as block ranges.
         groups: names of the process groups whose ranks decide together.
         joined: inputs of the span's calls in which code between the graphs has joined a stream with something else.
-        light: calls of the span, counted from its first one, that a hit may run though they may work on a stream.
+        light: calls of the span that a hit may run though they may work on a stream.
+        layouts: the code that makes streams, and how its graphs give back what they make (`layout`).
     """
 
     name: str
@@ -45,8 +46,9 @@ class RelayPlan:
     share: float | None
     ranges: Ranges
     groups: tuple[str, ...]
-    joined: frozenset[Joined]
-    light: frozenset[int]
+    joined: frozenset[MixedInput]
+    light: frozenset[SpanCall]
+    layouts: frozenset[tuple[Hashable, Hashable]]
 
 
 def plan_relays(
@@ -134,6 +136,10 @@ def _plan(
             "blocks that hand on nothing but their streams",
             "compute it before the blocks, or in a function of its own that writes to nothing from outside",
         )
+    unseen = _unseen_stream(calls, stretch, begin, end, others, beside)
+    if unseen is not None:
+        return unseen
+    names = {s.name for s in stretch.streams}
     share = (work - beside.work) / total if total else None
     if share is not None and share < MIN_SHARE:
         return Refusal(
@@ -153,6 +159,11 @@ def _plan(
         or config.process_groups,
         joined=frozenset(beside.joined),
         light=light,
+        layouts=frozenset(
+            (call.family, layout(call.facts, call.outputs, names))
+            for call in calls[starts[0] : end + 1]
+            if any(s.maker.family == call.family for s in stretch.streams)
+        ),
     )
 
 
@@ -167,20 +178,23 @@ def _unknown_main(
 ) -> Refusal | None:
     """Where it is not known which of the streams shows the step: one may be made of the time alone.
 
-    It need not be known if what enters the main stream is, no other one may hold what is denoised, or each is made of
-    the other.
+    It need not be known if what enters the main stream may be denoised, and no other one may hold that, or each is made
+    of the other.
     """
     main = stretch.streams[0]
-    if not main.shown - others <= {UNKNOWN}:
+    if main.shown - others - {UNKNOWN}:
         return None
-
-    def made_of(stream: RelayStream) -> set[RelayStream]:
-        kinds = _beside(calls, replace(stretch, streams=(stream,)), begin, end, renews=False).kinds
-        ended = ((k, i, s) for k, _, _, ends in _with_ends(calls, stretch, begin, end) for i, s in ends.items())
-        return {s for k, i, s in ended if kinds.get((k, i)) is not Kind.CURRENT}
-
-    for stream in stretch.streams[1:]:
-        if stream.shown - others and not (stream in made_of(main) and main in made_of(stream)):
+    if not main.shown - others:
+        return Refusal(
+            f"stack {stretch.name}",
+            f"{main.name} handed on, which holds nothing that is denoised",
+            "a stream that the latent enters",
+            "hand on the stream itself from block to block, in one shape, as one graph makes it and another takes it",
+        )
+    made = {stream: _made_of(calls, stretch, begin, end, stream) for stream in stretch.streams}
+    through = _handed_through(calls, stretch, begin, end)
+    for stream in (s for s in stretch.streams[1:] if s not in through):
+        if stream.shown - others and not (stream in made[main] and main in made[stream]):
             return Refusal(
                 f"stack {stretch.name}",
                 f"{main.name} and {stream.name} handed on beside each other, neither known to hold what is denoised",
@@ -190,20 +204,84 @@ def _unknown_main(
     return None
 
 
+def _made_of(calls: Sequence[Call], stretch: Stretch, begin: int, end: int, stream: RelayStream) -> set[RelayStream]:
+    """The streams of a span that are made of one of them, as far as is known, or that may be.
+
+    A large one may be that Python has made of something, if the blocks leave it something of that one stream.
+    """
+    kinds = _beside(calls, replace(stretch, streams=(stream,)), begin, end, renews=False).kinds
+    taken = _taken(calls)
+    ended = [((k, i), s) for k, _, _, ends in _with_ends(calls, stretch, begin, end) for i, s in ends.items()]
+    leaves = any(
+        kinds.get((k, i)) is Kind.STREAM and (k, i) not in taken
+        for k, number, call, ends in _with_ends(calls, stretch, begin, end)
+        for i in _beside_streams(stretch.streams, call, number) - ends.keys()
+    )
+    doubtful = leaves and Kind.DOUBTFUL
+    return {
+        s
+        for place, s in ended
+        if (kind := kinds.get(place)) is Kind.STREAM or (kind is doubtful and tokens(s.form[0]) > 1)
+    }
+
+
+def _handed_through(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> set[RelayStream]:
+    """The streams of a span that a call hands through where they end: nothing is added to them."""
+    return {
+        stream
+        for _, _, call, ends in _with_ends(calls, stretch, begin, end)
+        for output, stream in ends.items()
+        if output in call.through
+    }
+
+
+def _beside_streams(streams: Sequence[RelayStream], call: Call, number: int) -> set[int]:
+    """Which outputs of a call are tensors, and none of the streams in any block."""
+    tensors = [i for i, form in enumerate(call.outputs) if form is not None]
+    handed = {s.output for s in streams if s.maker.block(call.family, number) is not None}
+    return {i for n, i in enumerate(tensors) if n not in handed}
+
+
+def _taken(calls: Sequence[Call]) -> dict[Place, int]:
+    """For each output that a graph takes, or something in its memory, the last call that does."""
+    return {p: k for k, call in enumerate(calls) for t in call.inputs.values() for p in (*t.origin.of, t.made_by) if p}
+
+
 def _without_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> Stretch:
     """A stretch without what is handed on beside its main stream, and made of that nowhere: a hit makes it anew.
 
     What a call hands through it has not made: it stays, and on a hit it is handed through as well.
     """
-    kinds = _beside(calls, replace(stretch, streams=stretch.streams[:1]), begin, end, renews=False).kinds
-    kept = {
-        stream
-        for k, _, _, ends in _with_ends(calls, stretch, begin, end)
-        for output, stream in ends.items()
-        if (kind := kinds.get((k, output), Kind.STREAM)) is Kind.STREAM
-        or (kind is Kind.DOUBTFUL and math.prod(stream.form[0][1:-1]) > 1)
-    }
+    main = stretch.streams[0]
+    kept = {main, *_handed_through(calls, stretch, begin, end), *_made_of(calls, stretch, begin, end, main)}
     return replace(stretch, streams=tuple(s for s in stretch.streams if s in kept))
+
+
+def _unseen_stream(
+    calls: Sequence[Call], stretch: Stretch, begin: int, end: int, others: frozenset[int], beside: Beside
+) -> Refusal | None:
+    """Where the last block leaves what may be the picture: no stream, but a value that would be what it was.
+
+    It has more tokens than the main stream; or it is made beside that, which is not known to show what is denoised.
+    """
+    main = stretch.streams[0]
+    known = bool(main.shown - others - {UNKNOWN}) or not others
+    taken = _taken(calls)
+    ends = {k: of_call for k, _, _, of_call in _with_ends(calls, stretch, begin, end) if of_call}
+    for k in range(stretch.starts[_last(stretch, end)], end + 1):
+        for i, form in enumerate(calls[k].outputs):
+            skipped = i in ends.get(k, ()) or i in calls[k].through or begin <= taken.get((k, i), -1) <= end
+            if form is None or skipped or beside.kinds.get((k, i)) is not Kind.STREAM:
+                continue
+            if outgrows(form, main.form) or (not known and k in ends and is_large(form) and len(form[0]) != 4):
+                return Refusal(
+                    f"stack {stretch.name}",
+                    f"{form[0]} made by its last block beside {main.name} {main.form[0]}",
+                    "blocks that hand on all that is made of their streams, each in one shape",
+                    "choose Fn_compute_blocks and Bn_compute_blocks so that shapes are equal between them, or run it "
+                    "uncached",
+                )
+    return None
 
 
 def _beside(
@@ -211,7 +289,7 @@ def _beside(
     stretch: Stretch,
     begin: int,
     end: int,
-    light: Collection[int] | None = None,
+    light: Collection[SpanCall] | None = None,
     renews: bool = True,
 ) -> Beside:
     """What the calls of a span make beside its streams."""
@@ -244,9 +322,9 @@ def _with_ends(
             yield k, numbers[call.family], call, ends
 
 
-def _lightest(work: Mapping[int, int], most: float) -> frozenset[int]:
+def _lightest(work: Mapping[SpanCall, int], most: float) -> frozenset[SpanCall]:
     """The calls that do least work, as many of them as do no more than so much together."""
-    light, done = set(), 0.0
+    light, done = set[SpanCall](), 0.0
     for call, of_call in sorted(work.items(), key=lambda item: item[1]):
         done += of_call
         if done > most:

@@ -9,6 +9,7 @@ from torch import fx
 from fx_cache.patterns.contexts import within_contexts
 from fx_cache.patterns.graph import (
     ancestors,
+    descendants,
     draws_random,
     is_scalar,
     is_tensor,
@@ -17,6 +18,7 @@ from fx_cache.patterns.graph import (
     touches,
     written_storages,
 )
+from fx_cache.patterns.values import data_inputs
 
 
 def find_sinks(
@@ -55,15 +57,30 @@ def find_sinks(
     return tuple(n for n in before if n in sunk)
 
 
-def find_side_values(nodes: Sequence[fx.Node], live: Collection[fx.Node]) -> set[fx.Node]:
+def find_side_values(nodes: Sequence[fx.Node], live: Collection[fx.Node], varying: Collection[fx.Node]) -> set[fx.Node]:
     """What a span computes for others without its own streams, and all that it takes for that.
 
     Args:
         nodes: the span's.
         live: what it hands on of its streams.
+        varying: what is made of the main stream (`made_of`): of that side values may read the form.
     """
     inside = set(nodes)
     side = [n for n in nodes if is_tensor(n) and n not in live and any(u not in inside for u in n.users)]
-    found = {a for n in side for a in ancestors(n) if a in inside}
+
+    def reads(node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes if n not in varying]
+
+    found = {a for n in side for a in ancestors(n, reads=reads) if a in inside}
     # A tuple is not carried over a cut: all its elements go with it.
     return found | {u for n in found if is_tensor_sequence(n) for u in n.users if u in inside}
+
+
+def made_of(graph: fx.Graph, stream: fx.Node) -> set[fx.Node]:
+    """What is made of a stream's numbers, and not of its form alone."""
+    return descendants(graph, [stream], reads=data_inputs)
+
+
+def forms_read(side: Collection[fx.Node], varying: Collection[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """Which side values read the form of something that is made of the main stream, and of what."""
+    return [(n, f) for n in side for f in n.all_input_nodes if f in varying]

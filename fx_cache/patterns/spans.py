@@ -15,21 +15,23 @@ from fx_cache.patterns.candidates import Candidates, find_candidates
 from fx_cache.patterns.chains import Chain, StackReport, read_stacks
 from fx_cache.patterns.contexts import find_contexts
 from fx_cache.patterns.graph import (
-    descendants,
     draws_random,
+    hinted_shape,
     is_scalar,
     is_tensor,
     positions,
+    same_shape,
     storage_key,
     value_of,
     written_inputs,
 )
 from fx_cache.patterns.groups import groups_of
-from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls
+from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources, with_controls
 from fx_cache.patterns.invariants import Invariants, find_invariants, step_share
 from fx_cache.patterns.joins import Carried, carried_from, parts_taken, place_in
 from fx_cache.patterns.samples import count_samples
-from fx_cache.patterns.sinking import find_side_values, find_sinks
+from fx_cache.patterns.sinking import find_side_values, find_sinks, forms_read, made_of
+from fx_cache.patterns.streams import is_large, outgrows
 from fx_cache.patterns.work import Work
 
 MIN_SHARE = 0.05
@@ -214,6 +216,15 @@ def _worth_a_decision(
             "a head that shows how far that has moved",
         )
         return Refusal(where, got, expected, "choose a larger Fn_compute_blocks")
+    unseen = _unseen_stream(plan, candidates.roles)
+    if unseen is not None:
+        return Refusal(
+            where,
+            f"{unseen.name}, made by its blocks of what is denoised and used behind them, which the stream that they "
+            "carry on is not",
+            "blocks that carry on what is denoised in one shape",
+            "choose Fn_compute_blocks and Bn_compute_blocks so that shapes are equal between them, or run it uncached",
+        )
     if any(begin <= order[s.nodes[-1]] and order[s.head[0]] <= end for s in others):
         got, expected = "blocks that run among those of another stack", "one stack after another"
         return Refusal(where, got, expected, "nothing is to be done")
@@ -225,6 +236,21 @@ def _worth_a_decision(
             "choose a smaller Fn_compute_blocks or Bn_compute_blocks, or leave it computed",
         )
     return plan
+
+
+def _unseen_stream(plan: SpanPlan, roles: InputRoles) -> fx.Node | None:
+    """What a span hands on by value that may be the picture: the main stream is something else, or has fewer tokens."""
+    inputs = list(plan.probe[0].graph.find_nodes(op="placeholder"))
+    latents = {inputs[i] for i in roles.latents}
+    stream = value_of(plan.probe[1])
+    held = not latents or bool(token_sources(plan.probe[0]) & latents)
+    for node in (lo.value for lo in plan.live_outs if lo.continues is None):
+        form = hinted_shape(value_of(node)), value_of(node).dtype
+        if outgrows(form, (hinted_shape(stream), stream.dtype)):
+            return node
+        if not held and is_large(form) and token_sources(node) & latents:
+            return node
+    return None
 
 
 def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[SpanPlan]:
@@ -288,7 +314,7 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     if parted is not None:
         return parted
     # What else is handed on from block to block, and is made of the main stream nowhere, may be made of the time.
-    varying = descendants(graph, [probe[0][0]])
+    varying = made_of(graph, probe[0][0])
     live = [n for n in span if is_tensor(n) and n in varying and any(order[u] >= end for u in n.users)]
     live_outs, taken = [], []
     for node in live:
@@ -303,7 +329,15 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     written = _outer_writes(nodes, start, end, where)
     if written is not None:
         return written
-    side = find_side_values((*span, *taken), {lo.value for lo in live_outs})
+    side = find_side_values((*span, *taken), {lo.value for lo in live_outs}, varying)
+    unlike = next((f for _, f in forms_read(side, varying) if not is_tensor(f) or not same_shape(f, probe[0][1])), None)
+    if unlike is not None:
+        return Refusal(
+            f"stack {where}",
+            f"a value made inside blocks, of none of their streams, in the form of {unlike.name}, and used behind them",
+            "values in the form of what the blocks begin with",
+            "compute it before the blocks",
+        )
     share = work.share(n for n in span if n not in side) if work.total else None
     blocks = _ranges(group, fn, total - bn)
     samples = count_samples(graph, probe[0][1])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
@@ -273,3 +275,23 @@ def _next_use(node: fx.Node, order: dict[fx.Node, int], start: int) -> tuple[Any
     user = min((u for u in node.users if order[u] >= start), key=lambda u: order[u])
     places = [i for i, a in enumerate(tree_leaves(user.args)) if a is node]
     return user.op, user.target, tuple(places)
+
+
+Form = tuple[Sequence[int], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
+def outgrows(value: Form, stream: Form) -> bool:
+    """Whether a value has more tokens than a stream: it may be the picture, where the stream is something else."""
+    heads = len(value[0]) == 4 and len(stream[0]) == 3  # of attention
+    return is_large(value) and not heads and tokens(value[0]) > tokens(stream[0])
+
+
+def is_large(form: Form) -> bool:
+    """Whether a tensor has numbers for more than one token."""
+    return (form[1].is_floating_point or form[1].is_complex) and tokens(form[0]) > 1
+
+
+def tokens(shape: Sequence[int]) -> int:
+    """How many tokens a tensor of a shape has in a sample."""
+    return math.prod(shape[1:-1])

@@ -248,10 +248,10 @@ class _Finder:
         # First what is not known to hold nothing that is denoised, shows what may be, and goes on behind the blocks.
         end = max(i for i, _ in found.values())
 
-        def order(stream: RelayStream) -> tuple[bool, bool, bool, int]:
+        def order(stream: RelayStream) -> tuple[bool, bool, bool, bool, int]:
             read = self._read_behind(found[stream], end)
             shows = bool(stream.shown - self._others)
-            return self._is_other(stream), not shows, not read, -math.prod(stream.form[0])
+            return self._is_other(stream), not self._shows(stream), not shows, not read, -math.prod(stream.form[0])
 
         streams = tuple(sorted(found, key=order))
         return None if self._hands_on_unseen(starts, streams, end) else (streams, end)
@@ -259,12 +259,11 @@ class _Finder:
     def _hands_on_unseen(self, starts: Sequence[int], streams: Sequence[RelayStream], end: int) -> bool:
         """Whether code between graphs may hand on a stream that is none of these: it would be given back as it was.
 
-        What a block begins with is handed on; so is what it takes later, if it makes nothing of that form before, and
-        the main stream is not known to hold what is denoised.
+        What a block begins with is handed on; so is what it takes later, unless code between graphs may have made that
+        of something as large that the block has left to it.
         """
         if self._is_other(streams[0]):
             return True
-        known = bool(self._others) and bool(streams[0].tokens - self._others - {UNKNOWN})
         # Heads of attention have four dimensions, and are handed on by nobody.
         handed = min(self._at(s.maker, 0) for s in streams)
         made = {
@@ -275,17 +274,26 @@ class _Finder:
         }
         begin = self._calls[starts[0]].family
         seen = {s.name for s in streams if s.reader.family == begin}
+        ends = {(self._at(s.maker, b), s.output) for s in streams for b in range(len(starts) - 1)}
+
+        def is_left(value: InputTrace, block: int) -> bool:
+            """Whether code between graphs has made something of what an earlier block makes, and no stream is."""
+            made = value.made_by
+            before = made is not None and not value.whole and starts[0] <= made[0] < block
+            return before and made is not None and (made[0], self._tensor(made)) not in ends
+
         for block, i in ((b, i) for b, n in zip(starts[1:], [*starts[2:], end + 1], strict=True) for i in range(b, n)):
             for name, t in self._calls[i].inputs.items():
                 large = len(t.form[0]) >= 3 and t.form[1].is_floating_point
-                accounted = name in seen if i == block else known or self._makes(block, i, t)
-                if t.unseen and large and t.form in made and not accounted:
+                if not large or t.form not in made or t.origin.known or (i == block and name in seen):
+                    continue
+                if is_left(t, block) or (t.unseen and not self._leaves(block, i, math.prod(t.form[0]))):
                     return True
         return False
 
-    def _makes(self, begin: int, end: int, value: InputTrace) -> bool:
-        """Whether calls make something of a tensor's form."""
-        return any(value.form in call.outputs for call in self._calls[begin:end])
+    def _shows(self, stream: RelayStream) -> bool:
+        """Whether a stream is known to depend on what may be denoised."""
+        return bool(self._others) and bool(stream.shown - self._others - {UNKNOWN})
 
     def _is_other(self, stream: RelayStream) -> bool:
         """Whether a stream is known to hold tokens of nothing that is denoised."""
@@ -336,13 +344,17 @@ class _Finder:
 
     def _left(self, begin: int, end: int, form: Form) -> Place | None:
         """What some calls leave to code between graphs: the one tensor of a form that no graph takes, if it is one."""
-        left = [
+        left = [(i, k) for i, k in self._leaves(begin, end, math.prod(form[0])) if self._calls[i].outputs[k] == form]
+        return left[0] if len(left) == 1 and len(form[0]) >= 3 else None
+
+    def _leaves(self, begin: int, end: int, size: int) -> list[Place]:
+        """What some calls make with so many elements, and no graph takes."""
+        return [
             (i, k)
             for i in range(begin, end)
             for k, made in enumerate(self._calls[i].outputs)
-            if made == form and (i, k) not in self._taken
+            if made is not None and math.prod(made[0]) == size and (i, k) not in self._taken
         ]
-        return left[0] if len(left) == 1 and len(form[0]) >= 3 else None
 
     def _maker(self, starts: Sequence[int], block: int, link: _Link) -> int:
         """The call that makes, in the block before, what a block takes."""

@@ -127,6 +127,7 @@ class Forward:
         self._notes: dict[int | None, list[_Note]] = {}
         self._seen: dict[int, _Seen] = {}
         self._held: dict[Place | None, frozenset[int]] = {}
+        self._showing: dict[Place | None, frozenset[int]] = {}
         self._first_versions: dict[int, tuple[int, int]] = {}
 
     @property
@@ -181,9 +182,13 @@ class Forward:
             same = [i for i, v in enumerate(self.inputs) if stored(v) and v.untyped_storage()._cdata == key]
             exact = [i for i in same if _view(self.inputs[i]) == view]
             return frozenset(exact or (same if len(same) == 1 else ()))
-        notes = [n for n in self._notes.get(key, []) if n.view == view]
-        if notes:
-            return notes[-1].shown
+        notes = self._notes.get(key, [])
+        just = [n for n in notes if n.view == view]
+        if just:
+            return just[-1].shown
+        if notes:  # a part of it, if nobody has written there since
+            written = value.is_inference() or any(n.view[-1] != view[-1] for n in notes)
+            return frozenset() if written else frozenset.intersection(*(n.shown for n in notes))
         number = as_number(value)
         same = [i for i, v in enumerate(self.inputs) if not isinstance(v, torch.Tensor) and as_number(v) == number]
         return frozenset(same if number is not None and len(same) == 1 else ())
@@ -203,6 +208,11 @@ class Forward:
     def made(self, value: Any) -> bool:
         """Whether one of its graphs has made a tensor, or what it is a view of."""
         return stored(value) and value.untyped_storage()._cdata in self._notes
+
+    def made_since(self, value: Any, begin: int) -> bool:
+        """Whether one of its calls, from number `begin` on, has made a tensor, or what it is a view of."""
+        notes = self._notes.get(value.untyped_storage()._cdata, []) if stored(value) else []
+        return bool(notes) and notes[0].made_by[0] >= begin
 
     def knows(self, value: Any) -> bool:
         """Whether a tensor lies in what one of its graphs has made, or what the user gave it."""
@@ -257,7 +267,7 @@ class Forward:
                 self._held[self.count, k] = held
                 if memory_of(output) in through:
                     continue
-                depends = frozenset().union(*(shown[i] for i in behind))
+                depends = self._showing[self.count, k] = frozenset().union(*(shown[i] for i in behind))
                 note = _Note(StorageWeakRef(storage), (self.count, k), _view(output), held, depends)
                 self._notes.setdefault(storage._cdata, []).append(note)
         for i, arg in enumerate(args):
@@ -301,9 +311,11 @@ class Forward:
             notes = self._notes.get(value.untyped_storage()._cdata) if stored(value) else None
             memory = notes[0].made_by[0] if notes else None
             whole = place == made_by
-            origin = origins[name] if whole or origins[name].known else Origin(frozenset({place}) if place else frozenset())
-            shown = self.shown_by(value) or frozenset({UNKNOWN})
-            return InputTrace(_form(value), place, tokens, others, whole, memory, name in unseen, origin, shown)
+            origin = origins[name]
+            if not (whole or origin.known):
+                origin = Origin(frozenset({place}) if place else frozenset())
+            shown = self.shown_by(value) or self._showing.get(place, frozenset()) | {UNKNOWN}
+            return InputTrace(form_of(value), place, tokens, others, whole, memory, name in unseen, origin, shown)
 
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}
@@ -313,7 +325,7 @@ class Forward:
             for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
             if isinstance(a, torch.Tensor) and i not in facts.roles.weights
         }
-        forms = tuple(_form(o) if isinstance(o, torch.Tensor) else None for o in outputs)
+        forms = tuple(form_of(o) if isinstance(o, torch.Tensor) else None for o in outputs)
         through = frozenset(k for k, name in enumerate(handed_through(facts, args, outputs)) if name is not None)
         self.calls.append(Call(family, facts, owner, inputs, forms, through))
 
@@ -645,7 +657,7 @@ def stored(value: Any) -> bool:
 
 def comparable(value: Any) -> bool:
     """Whether it can be said of an input that it is the same as before."""
-    return isinstance(value, PLAIN) or stored(value)
+    return (isinstance(value, PLAIN) and type(value).__hash__ is not None) or stored(value)
 
 
 def _view(value: torch.Tensor) -> tuple[Any, ...]:
@@ -653,5 +665,6 @@ def _view(value: torch.Tensor) -> tuple[Any, ...]:
     return value.storage_offset(), tuple(value.shape), value.stride(), value.dtype, version
 
 
-def _form(value: torch.Tensor) -> Form:
+def form_of(value: torch.Tensor) -> Form:
+    """Shape and dtype of a tensor."""
     return tuple(value.shape), value.dtype

@@ -13,13 +13,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
 from fx_cache.patterns.beside import Beside, Renewal
-from fx_cache.patterns.calls import GraphFacts, Origin, Part, Place
+from fx_cache.patterns.calls import GraphFacts, Origin, Part, Place, layout
 from fx_cache.patterns.relays import RelayPlan
 from fx_cache.patterns.stretches import RelayStream, ended_by
 from fx_cache.runtime.batches import Separation
-from fx_cache.runtime.forwards import Forward, Joined, as_number, handed_through, is_held, memory_of, stored
+from fx_cache.runtime.forwards import Forward, Joined, as_number, form_of, handed_through, is_held, memory_of, stored
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.identity import any_of, differs, identity_key, signature
+from fx_cache.runtime.memory import copied, laid_out, parts_of
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
@@ -169,8 +170,8 @@ class Entry:
         called: which call it was.
         outputs: of each output what it is: the name of an input that is handed through; of a stream that ends with it
             the number, the strides it has, and the input that it is, if any; of one that goes on number, strides, and
-            the number of the stored tensor that says how far it had come; the number of a stored tensor; that it is
-            made anew; or itself.
+            the number of the stored tensor that says how far it had come; the number of a stored tensor; of a part of
+            another output the number of that, size, strides and where it begins; that it is made anew; or itself.
         written: inputs that it writes to, by name, and the number of the stored tensor that says what.
         runs: whether the call is run.
         part: what makes anew those of the outputs that are, if any.
@@ -193,6 +194,7 @@ class Script:
         weights: those that it was given, where they are known by nothing else.
         unplanned: stands for the forwards before it that did not run as planned.
         writes: whether something that the user gave was written to by its end.
+        torn: whether tensors that shared memory would not, given back.
     """
 
     def __init__(
@@ -202,6 +204,7 @@ class Script:
         self.before = frozenset(before)
         self.weights = Given(weights)
         self.writes = False
+        self.torn = False
         self.entries: list[Entry] = []
         self.residuals: list[torch.Tensor | None] = [None] * streams
         self.values: list[torch.Tensor] = []
@@ -234,10 +237,16 @@ class Script:
             starts: what each stream began with.
         """
         kept: list[tuple[str, Any]] = []
+        anew = set(range(len(outputs)) if renewal.outputs is None else renewal.outputs)
+        own = [k for k, same in enumerate(through) if stored(outputs[k]) and same is None]
+        parts, torn = parts_of({k: outputs[k] for k in own}, {*ends, *passed}, anew)
+        self.torn = self.torn or (torn and renewal.outputs is not None)
         for k, (output, same) in enumerate(zip(outputs, through, strict=True)):
             stream = ends.get(k)
-            if renewal.outputs is None or k in renewal.outputs:
+            if k in anew:
                 kept.append(("anew", None))
+            elif k in parts:
+                kept.append(("part", parts[k]))
             elif not isinstance(output, torch.Tensor):
                 kept.append(("constant", output))
             elif same is not None and stream is None:
@@ -259,7 +268,7 @@ class Script:
             entry.called.over()
 
     def _keep(self, value: torch.Tensor) -> int:
-        self.values.append(_copied(value))
+        self.values.append(copied(value))
         return len(self.values) - 1
 
     def goes_on(
@@ -298,12 +307,18 @@ class Script:
                 assert residual is not None
                 # What is handed through has come as far already.
                 through = same is not None and same in names
-                outputs.append(args[names.index(same)] if through else _laid_out(starts[stream] + residual, strides))
+                outputs.append(args[names.index(same)] if through else laid_out(starts[stream] + residual, strides))
             elif kind == "on its way":
                 stream, strides, number = what
-                outputs.append(_laid_out(starts[stream] + self.values[number], strides))
+                outputs.append(laid_out(starts[stream] + self.values[number], strides))
+            elif kind == "part":
+                outputs.append(None)
             else:
-                outputs.append(_copied(self.values[what]) if kind == "value" else what)
+                outputs.append(copied(self.values[what]) if kind == "value" else what)
+        for k, (kind, what) in enumerate(entry.outputs):
+            if kind == "part":
+                of, size, strides, begin = what
+                outputs[k] = outputs[of].as_strided(size, strides, outputs[of].storage_offset() + begin)
         return tuple(outputs)
 
     def changed(self, at: int, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -320,23 +335,6 @@ class Script:
         residuals = [r for r in self.residuals if r is not None]
         assert len(residuals) == len(self.residuals)
         return [probe, *residuals, *self.values]
-
-
-def _laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """The same numbers with other strides: on them it hangs which graph is called next."""
-    if value.stride() == tuple(strides):
-        return value
-    length = 1 + sum((n - 1) * s for n, s in zip(value.shape, strides, strict=True)) if value.numel() else 0
-    made = value.new_empty(length).as_strided(value.shape, strides)
-    if all(n == 1 or s for n, s in zip(value.shape, strides, strict=True)):
-        return made.copy_(value)
-    once = tuple(slice(None) if s else slice(0, 1) for s in strides)
-    made[once].copy_(value[once])
-    return made
-
-
-def _copied(value: torch.Tensor) -> torch.Tensor:
-    return _laid_out(value.clone(), value.stride())
 
 
 def _passed(plan: RelayPlan, family: Hashable, number: int) -> dict[int, int]:
@@ -592,7 +590,7 @@ class Leg:
             return None
         expected = self._takes_what_came(forward, graph, family, args, number)
         if not self._hit:
-            if not expected:
+            if not expected or not self._may_skip(forward, graph, args):
                 raise Misfit
             self._origins = forward.origins(graph.facts, args)
             self._called = Called.of(forward, graph, family, args, self._call, self._origins)
@@ -604,6 +602,18 @@ class Leg:
         self._ended |= self._script.ended(self._at)
         self._at += 1
         return outputs
+
+    def _may_skip(self, forward: Forward, graph: Graph, args: Sequence[Any]) -> bool:
+        """Whether a call of the span is one that a hit can skip; those that were planned by may be other graphs."""
+        facts = graph.facts
+        own = all(forward.made_since(args[i], self._call) for i in facts.written)
+        return own and facts.random is None and facts.gradients is None
+
+    def _known(self, graph: Graph, family: Hashable, outputs: Sequence[Any]) -> bool:
+        """Whether a graph gives back its streams in the places in which those of the plan did."""
+        forms = [form_of(o) if isinstance(o, torch.Tensor) else None for o in outputs]
+        names = {s.name for s in self._plan.streams}
+        return (family, layout(graph.facts, forms, names)) in self._plan.layouts
 
     def _takes_what_came(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
@@ -631,7 +641,7 @@ class Leg:
         if self._script is None:
             for k, s in enumerate(self._plan.streams):
                 fed = s.reader != self._plan.begin and s.maker.is_call(family, number, self._plan.ranges[1][0] - 1)
-                if fed and s.output < len(made):
+                if fed and self._known(graph, family, outputs):
                     self._came[k] = outputs[made[s.output]]
         if self._called is not None:
             assert self._script is not None and self._beside is not None
@@ -642,6 +652,8 @@ class Leg:
                     _passed(self._plan, family, number),
                 )
             )
+            if (ends or passed) and not self._known(graph, family, outputs):
+                raise Misfit
             through, written = handed_through(graph.facts, args, outputs), written_by(graph, args)
             handed = [k for k, name in enumerate(through) if name is not None]
             renewal = self._beside.see(forward.count, family, number, graph.facts, self._origins, made, handed, ends)
@@ -664,7 +676,7 @@ class Leg:
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
                 forward.when_over(self._script.over)
                 self._gate.remember_control()
-                if self._beside.stale:
+                if self._beside.stale or self._script.torn:
                     slot.forget(BESIDE)
             self._gate.record()
             slot.open = False

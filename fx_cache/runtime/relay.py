@@ -22,8 +22,8 @@ from torch._dynamo import config as dynamo_config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import CacheWarning, Refusal, guarded
-from fx_cache.patterns.calls import GraphFacts
+from fx_cache.errors import CacheWarning, Failure, Refusal, guarded
+from fx_cache.patterns.calls import UNKNOWN, GraphFacts
 from fx_cache.patterns.relays import RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_SHARE, least_gain
 from fx_cache.runtime.forwards import Forward, family_of, surroundings, weakly
@@ -124,8 +124,7 @@ class Relays:
         if guard.failure is not None and forward is not None:
             if forward.reusing:
                 raise Astray
-            self.of(forward.compilation, config).unplanned.add(forward)
-            forward.run = ComputingRun()
+            self.of(forward.compilation, config).leave(forward, guard.failure)
         if forward is None:
             return graph.compute(*args)
         return forward.run.call(forward, graph, family_of(around.innermost, graph.facts), args)
@@ -144,16 +143,19 @@ class Unplanned:
     def __init__(self) -> None:
         self._count: Counter[Hashable] = Counter()
         self._forgotten = 0
+        self._lock = threading.Lock()
 
     def add(self, forward: Forward) -> None:
-        if len(self._count) >= MAX_UNPLANNED:
-            self._count.clear()
-            self._forgotten += 1
-        self._count[forward.step_of] += 1
+        with self._lock:
+            if len(self._count) >= MAX_UNPLANNED:
+                self._count.clear()
+                self._forgotten += 1
+            self._count[forward.step_of] += 1
 
     def before(self, forward: Forward) -> Hashable:
         """Another one than before if there was one that may be of the same request and pass."""
-        return self._forgotten, self._count[forward.step_of]
+        with self._lock:
+            return self._forgotten, self._count[forward.step_of]
 
 
 class Relay:
@@ -188,6 +190,7 @@ class Relay:
         self._ran: WeakSet[Graph] = WeakSet()
         self._written = WeakTensorKeyDictionary()
         self._layout: Hashable = None
+        self._others: frozenset[int] = frozenset()
         self._watches = 0
         self._strays = 0
 
@@ -219,6 +222,12 @@ class Relay:
         self._watched, self._counts = (forward, run, named_session()), True
         return run
 
+    def leave(self, forward: Forward, failure: Failure) -> None:
+        """Behind an error of ours the model is left alone."""
+        forward.run = ComputingRun()
+        with self.lock:
+            self.plans, self.enabled, self.refusal = (), frozenset(), failure
+
     def let_go(self, of: Callable[[Forward, NamedSession | None], bool]) -> None:
         """What was watched does not count as a step, if it is one `of` those; nothing of it is held any longer."""
         with self.lock:
@@ -230,11 +239,12 @@ class Relay:
                     self._learn()
 
     def _unfit(self, forward: Forward) -> bool:
-        """Whether it has turned out meanwhile that a main stream holds nothing that is denoised."""
+        """Whether a main stream is not known to show what is denoised, and more is known than when it was found."""
         if forward.layout != self._layout:  # there the inputs have other numbers
             return False
         others = forward.not_denoised
-        return any(plan.streams[0].tokens and plan.streams[0].tokens <= others for plan in self.plans)
+        known = all(plan.streams[0].shown - others - {UNKNOWN} for plan in self.plans)
+        return not known and others != self._others
 
     def read(self) -> Forward | None:
         """Plans what is cached where, by the forward that was watched; None if none was."""
@@ -260,7 +270,8 @@ class Relay:
             self.enabled = frozenset(kept)
             self._layers = frozenset(c.facts.layers for c in forward.calls if c.facts.program.wiring in self.enabled)
         else:
-            self.plans, self.refusal, self._layout = plans, refusal, forward.layout
+            self.plans, self.refusal = plans, refusal
+            self._layout, self._others = forward.layout, forward.not_denoised
         return forward
 
     def caches(self, facts: GraphFacts) -> bool:
@@ -410,7 +421,7 @@ class PlainRun(ComputingRun):
         with guarded("note") as guard:
             forward.note(graph.facts, args, outputs)
         if guard.failure is not None:
-            forward.run = ComputingRun()
+            self._relay.leave(forward, guard.failure)
         return outputs
 
 

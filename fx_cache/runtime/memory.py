@@ -1,0 +1,82 @@
+"""How tensors lie in memory, which what is given back from a cache has to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+PartOf = tuple[int, torch.Size, tuple[int, ...], int]
+"""A tensor, by number, and of a part of it size, strides, and where it begins, counted from that."""
+
+
+def parts_of(
+    outputs: Mapping[int, torch.Tensor], streams: Collection[int], anew: Collection[int]
+) -> tuple[dict[int, PartOf], bool]:
+    """Which outputs of a call are parts of others: whoever writes to the one writes to the other.
+
+    Args:
+        outputs: what the call made, by number.
+        streams: numbers of those that are streams: nothing that they are a part of is given back.
+        anew: numbers of those that are made anew.
+
+    Returns:
+        What each such output is a part of. And whether others share memory.
+    """
+    found: dict[int, PartOf] = {}
+    torn = False
+    whole = sorted(outputs, key=lambda k: (k not in streams, -_extent(outputs[k]), k))
+    for n, k in enumerate(whole):
+        part = outputs[k]
+        for of in (w for w in whole[:n] if w not in found and _overlap(outputs[w], part)):
+            begin = int(part.storage_offset() - outputs[of].storage_offset())
+            within = begin >= 0 and begin + _extent(part) <= _extent(outputs[of]) and part.dtype == outputs[of].dtype
+            if {k, of} <= {*anew}:
+                continue
+            if k in found or not within or k in streams or k in anew or of in anew:
+                torn = True
+            else:
+                found[k] = of, part.shape, part.stride(), begin
+    return found, torn
+
+
+def _extent(value: torch.Tensor) -> int:
+    """How many elements of memory a tensor reaches over."""
+    if not value.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors may have an element in common; pieces that one was cut into along a dimension have none."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
+        return False
+    a, b = sorted((a, b), key=lambda t: t.storage_offset())
+    apart = b.storage_offset() - a.storage_offset()
+    if a.dtype == b.dtype and apart >= _extent(a):
+        return False
+    if a.dtype != b.dtype or a.stride() != b.stride():
+        return True
+    for n, m, stride in zip(a.shape, b.shape, a.stride(), strict=True):
+        row = min((s for s in a.stride() if s > stride), default=None)
+        if stride and apart % stride == 0 and apart // stride >= n:
+            return row is not None and apart + m * stride > row
+    return True
+
+
+def laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """The same numbers with other strides: on them it hangs which graph is called next."""
+    if value.stride() == tuple(strides):
+        return value
+    length = 1 + sum((n - 1) * s for n, s in zip(value.shape, strides, strict=True)) if value.numel() else 0
+    made = value.new_empty(length).as_strided(value.shape, strides)
+    if all(n == 1 or s for n, s in zip(value.shape, strides, strict=True)):
+        return made.copy_(value)
+    once = tuple(slice(None) if s else slice(0, 1) for s in strides)
+    made[once].copy_(value[once])
+    return made
+
+
+def copied(value: torch.Tensor) -> torch.Tensor:
+    """The same numbers with the same strides."""
+    return laid_out(value.clone(), value.stride())
