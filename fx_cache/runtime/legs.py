@@ -289,11 +289,9 @@ class Script:
         names, entry = graph.facts.names, self.entries[at]
         if entry.runs:
             return None
+        if any(name not in names for name, _ in entry.written):
+            raise Astray
         made = iter(() if entry.part is None else entry.part(args))
-        for name, number in entry.written:
-            if name not in names:
-                raise Astray
-            args[names.index(name)].copy_(self.values[number])
         for kind, what in entry.outputs:
             if kind == "anew":
                 outputs.append(next(made))
@@ -319,6 +317,8 @@ class Script:
             if kind == "part":
                 of, size, strides, begin = what
                 outputs[k] = outputs[of].as_strided(size, strides, outputs[of].storage_offset() + begin)
+        for name, number in entry.written:  # last: behind an error of ours it is run
+            args[names.index(name)].copy_(self.values[number])
         return tuple(outputs)
 
     def changed(self, at: int, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:

@@ -1,0 +1,201 @@
+"""One graph: what blocks make beside the main stream, and what the main stream is not. Oracle: the rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fx_cache
+from tests.running import compile_cached, hits_of
+
+WIDTH, TOKENS, TEXT, BLOCKS, STEPS = 16, 24, 5, 5, 6
+HITS = [2, 3, 4, 5]
+OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 10.0}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return x + torch.tanh(time) * self.down(torch.tanh(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.time, self.out = nn.Linear(4, WIDTH), nn.Linear(2, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.how = how
+
+    def begin(self, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return self.embed(latent), self.time(torch.stack([timestep.sin(), timestep.cos()], -1))[:, None]
+
+
+def walk(seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    latent, text = random(1, TOKENS, 4), random(1, TEXT, WIDTH)
+    latents = [latent + 0.1 * i * random(1, TOKENS, 4) for i in range(STEPS)]
+    return [{"latent": x, "timestep": torch.tensor([1 - i / 8]), "text": text} for i, x in enumerate(latents)]
+
+
+@torch.no_grad()
+def cached(model: nn.Module) -> tuple[list[Any], list[list[int]]]:
+    """What a named request gives, and the steps that were reused."""
+    compiled = compile_cached(model, **OPTIONS)
+    with fx_cache.session("request", branch="only"):
+        outputs = [compiled(**step) for step in walk()]
+    return outputs, hits_of(compiled)
+
+
+SHAPED = {
+    "type_as": lambda gate, x: gate.type_as(x),
+    "to": lambda gate, x: gate.to(x),
+    "ones_like": lambda gate, x: gate * torch.ones_like(x)[:, :1],
+    "new_ones": lambda gate, x: gate * x.new_ones(1),
+}
+
+
+class Shaped(Model):
+    """The tail reads what each block makes of the time, in the form of its stream."""
+
+    chained = False
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            gate = SHAPED[self.how](block.gate(time), x)
+            x = block(x, gate)
+            time = time + torch.tanh(gate) if self.chained else time
+        return self.out(x), gate
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("how", SHAPED)
+@torch.no_grad()
+def test_what_reads_the_form_of_a_stream_alone(how: str, chained: bool) -> None:
+    """It is none of it: it is made anew at every step."""
+    model = Shaped(how)
+    model.chained = chained
+    outputs, hits = cached(model)
+    added = torch.zeros(())
+    for i, (step, (output, gate)) in enumerate(zip(walk(), outputs, strict=True)):
+        x, time = model.begin(step["latent"], step["timestep"])
+        begun = model.blocks[0](x, SHAPED[how](model.blocks[0].gate(time), x))
+        if i < 2:
+            own = model(**step)[0]
+            added = x = begun
+            for block in model.blocks:
+                made = SHAPED[how](block.gate(time), x)
+                x = block(x, made) if block is not model.blocks[0] else x
+                time = time + torch.tanh(made) if chained else time
+            added = x - begun
+            assert torch.equal(output, own)
+        assert torch.allclose(output, model.out(begun + added), atol=1e-5)
+        assert torch.equal(gate, model(**step)[1])
+    assert hits == [HITS]
+
+
+class Both(Block):
+    """The picture and the text, which reads the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.next = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        made = super().forward(x, time) + text.mean(dim=1, keepdim=True)
+        return made, text + torch.tanh(self.next(text)) + 0.1 * x.mean(dim=1, keepdim=True)
+
+
+class Levels(Model):
+    """A U-Net with one block a level; the text is of one shape everywhere."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.blocks = nn.ModuleList(Both() for _ in range(7))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        skips = []
+        for i in range(3):
+            x, text = self.blocks[i](x, text, time)
+            skips.append(x)
+            x = x.view(1, x.shape[1] // 2, 2, -1).mean(dim=2)
+        x, text = self.blocks[3](x, text, time)
+        for i in range(4, 7):
+            x, text = self.blocks[i](x.repeat_interleave(2, dim=1) + skips.pop(), text, time)
+        return (self.out(x),)
+
+
+class Growing(Model):
+    """A token more behind every block."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.blocks = nn.ModuleList(Both() for _ in range(BLOCKS))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            x, text = block(x, text, time)
+            x = torch.cat([x, x[:, :1]], dim=1)
+        return (self.out(x[:, :TOKENS]),)
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("kind", [Levels, Growing])
+@torch.no_grad()
+def test_a_picture_that_is_no_stream(kind: type[Model]) -> None:
+    """It would be given back as it was: nothing is cached."""
+    model = kind("")
+    outputs, hits = cached(model)
+    assert not hits
+    assert all(torch.equal(a, model(**step)[0]) for step, (a,) in zip(walk(), outputs, strict=True))
+
+
+class Refined(Model):
+    """Blocks that refine the text, then blocks on text and picture."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.refiner = nn.ModuleList(Block() for _ in range(3))
+
+    def joined(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.refiner:
+            text = block(text, time if self.how == "by time" else text.mean(dim=1, keepdim=True))
+        return torch.cat([text, x], dim=1), time
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.joined(latent, timestep, text)
+        for block in self.blocks:
+            x = block(x, time)
+        return (self.out(x[:, TEXT:]),)
+
+
+@pytest.mark.parametrize("how", ["by time", "of itself"])
+@torch.no_grad()
+def test_blocks_on_the_text_come_first(how: str) -> None:
+    """The picture is not what they carry on: behind them a span of its own begins."""
+    model = Refined(how)
+    outputs, hits = cached(model)
+    added = torch.zeros(())
+    for i, (step, (output,)) in enumerate(zip(walk(), outputs, strict=True)):
+        x, time = model.joined(**step)
+        begun = x = model.blocks[0](x, time)
+        if i < 2:
+            for block in model.blocks[1:]:
+                x = block(x, time)
+            added = x - begun
+        assert torch.allclose(output, model.out((begun + added)[:, TEXT:]), atol=1e-5)
+    assert hits == [HITS]
