@@ -245,13 +245,14 @@ class _Finder:
             return None
         if all(self._still[self._at(s.maker, 0)] for s in found):
             return None
-        # First what is not known to hold nothing that is denoised, shows what may be, and goes on behind the blocks.
+        # First what is not known to hold nothing that is denoised, is changed, shows what may be that, and goes on.
         end = max(i for i, _ in found.values())
 
-        def order(stream: RelayStream) -> tuple[bool, bool, bool, bool, int]:
-            read = self._read_behind(found[stream], end)
+        def order(stream: RelayStream) -> tuple[bool, bool, bool, bool, bool, int]:
+            through, read = self._is_through(found[stream]), self._read_behind(found[stream], end)
             shows = bool(stream.shown - self._others)
-            return self._is_other(stream), not self._shows(stream), not shows, not read, -math.prod(stream.form[0])
+            size = math.prod(stream.form[0])
+            return self._is_other(stream), through, not self._shows(stream), not shows, not read, -size
 
         streams = tuple(sorted(found, key=order))
         return None if self._hands_on_unseen(starts, streams, end) else (streams, end)
@@ -259,8 +260,8 @@ class _Finder:
     def _hands_on_unseen(self, starts: Sequence[int], streams: Sequence[RelayStream], end: int) -> bool:
         """Whether code between graphs may hand on a stream that is none of these: it would be given back as it was.
 
-        What a block begins with is handed on; so is what it takes later, unless code between graphs may have made that
-        of something as large that the block has left to it.
+        What a block begins with is handed on; so is what it takes later, if the block before leaves something as large
+        to that code, and this one has left it nothing of which it may have made that.
         """
         if self._is_other(streams[0]):
             return True
@@ -282,12 +283,17 @@ class _Finder:
             before = made is not None and not value.whole and starts[0] <= made[0] < block
             return before and made is not None and (made[0], self._tensor(made)) not in ends
 
+        def is_own(value: InputTrace, block: int, i: int) -> bool:
+            """Whether code between graphs has made it of what its block has made, as far as can be seen."""
+            size, before = math.prod(value.form[0]), starts[bisect_left(starts, block) - 1]
+            return i > block and bool(self._leaves(block, i, size) or not self._leaves(before, block, size))
+
         for block, i in ((b, i) for b, n in zip(starts[1:], [*starts[2:], end + 1], strict=True) for i in range(b, n)):
             for name, t in self._calls[i].inputs.items():
                 large = len(t.form[0]) >= 3 and t.form[1].is_floating_point
                 if not large or t.form not in made or t.origin.known or (i == block and name in seen):
                     continue
-                if is_left(t, block) or (t.unseen and not self._leaves(block, i, math.prod(t.form[0]))):
+                if is_left(t, block) or (t.unseen and not is_own(t, block, i)):
                     return True
         return False
 
@@ -378,6 +384,12 @@ class _Finder:
         first, last = self._at(point, 0), places[number - 1]
         ways = ([c.family for c in self._calls[a : b + 1]] for a, b in ((starts[0], first), (starts[-1], last)))
         return last if last >= starts[-1] and (point.every == 1 or next(ways) == next(ways)) else None
+
+    def _is_through(self, place: Place) -> bool:
+        """Whether the last block hands through what ends a stream."""
+        call, tensor = place
+        tensors = [k for k, form in enumerate(self._calls[call].outputs) if form is not None]
+        return tensor < len(tensors) and tensors[tensor] in self._calls[call].through
 
     def _read_behind(self, place: Place, end: int) -> bool:
         """Whether a later graph reads what the last block makes of a stream."""
