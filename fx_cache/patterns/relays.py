@@ -262,18 +262,21 @@ def _unseen_stream(
 ) -> Refusal | None:
     """Where the last block leaves what may be the picture: no stream, but a value that would be what it was.
 
-    It has more tokens than the main stream; or it is made beside that, which is not known to show what is denoised.
+    It has more tokens than the main stream. Or a graph behind the span takes it; or code between graphs may, and it is
+    not known that it goes on with the main stream, nor that this shows what is denoised.
     """
     main = stretch.streams[0]
     known = bool(main.shown - others - {UNKNOWN}) or not others
     taken = _taken(calls)
     ends = {k: of_call for k, _, _, of_call in _with_ends(calls, stretch, begin, end) if of_call}
+    read = any(taken.get((k, i), -1) > end for k, of_call in ends.items() for i, s in of_call.items() if s is main)
     for k in range(stretch.starts[_last(stretch, end)], end + 1):
         for i, form in enumerate(calls[k].outputs):
             skipped = i in ends.get(k, ()) or i in calls[k].through or begin <= taken.get((k, i), -1) <= end
             if form is None or skipped or beside.kinds.get((k, i)) is not Kind.STREAM:
                 continue
-            if outgrows(form, main.form) or (not known and k in ends and is_large(form) and len(form[0]) != 4):
+            behind = (k, i) in taken or (k in ends and not (known and read))
+            if outgrows(form, main.form) or (behind and is_large(form) and len(form[0]) != 4):
                 return Refusal(
                     f"stack {stretch.name}",
                     f"{form[0]} made by its last block beside {main.name} {main.form[0]}",

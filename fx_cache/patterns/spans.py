@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from fx_cache.patterns.graph import (
     hinted_shape,
     is_scalar,
     is_tensor,
+    operation,
     positions,
     same_shape,
     storage_key,
@@ -220,8 +221,7 @@ def _worth_a_decision(
     if unseen is not None:
         return Refusal(
             where,
-            f"{unseen.name}, made by its blocks of what is denoised and used behind them, which the stream that they "
-            "carry on is not",
+            f"{unseen.name}, made by its blocks and used behind them, which carries on nothing that they begin with",
             "blocks that carry on what is denoised in one shape",
             "choose Fn_compute_blocks and Bn_compute_blocks so that shapes are equal between them, or run it uncached",
         )
@@ -239,18 +239,41 @@ def _worth_a_decision(
 
 
 def _unseen_stream(plan: SpanPlan, roles: InputRoles) -> fx.Node | None:
-    """What a span hands on by value that may be the picture: the main stream is something else, or has fewer tokens."""
+    """What a span hands on by value that may be the picture, or go into it: it would be what it was.
+
+    So it may be if nothing else is handed on that carries anything on; if the main stream is something else, or has
+    fewer tokens; and if something is computed of it behind the span.
+    """
     inputs = list(plan.probe[0].graph.find_nodes(op="placeholder"))
     latents = {inputs[i] for i in roles.latents}
-    stream = value_of(plan.probe[1])
     held = not latents or bool(token_sources(plan.probe[0]) & latents)
+    skipped = {*plan.nodes, *plan.taken}
+    carries_on = any(lo.continues is not None for lo in plan.live_outs)
     for node in (lo.value for lo in plan.live_outs if lo.continues is None):
-        form = hinted_shape(value_of(node)), value_of(node).dtype
-        if outgrows(form, (hinted_shape(stream), stream.dtype)):
-            return node
-        if not held and is_large(form) and token_sources(node) & latents:
+        form, stream = ((hinted_shape(v), v.dtype) for v in map(value_of, (node, plan.probe[1])))
+        another = outgrows(form, stream) or (not held and bool(token_sources(node) & latents))
+        if is_large(form) and (another or not carries_on or _computed_on(node, skipped)):
             return node
     return None
+
+
+_HANDED = {"getitem", "view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze", "to"}
+_HANDED |= {"contiguous", "clone", "detach", "stack", "cat", "concat", "chunk", "split", "unbind", "float", "output"}
+"""Operations that hand a value out, and compute nothing of it."""
+
+
+def _computed_on(value: fx.Node, skipped: Collection[fx.Node]) -> bool:
+    """Whether anything is computed of a value behind the nodes that a hit skips."""
+    todo, seen = [value], set[fx.Node]()
+    while todo:
+        for user in todo.pop().users:
+            if user in seen or user in skipped:
+                continue
+            if user.op != "output" and operation(user) not in _HANDED:
+                return True
+            seen.add(user)
+            todo.append(user)
+    return False
 
 
 def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[SpanPlan]:
@@ -318,11 +341,11 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     live = [n for n in span if is_tensor(n) and n in varying and any(order[u] >= end for u in n.users)]
     live_outs, taken = [], []
     for node in live:
-        continued = carried_from(graph, group, end_at, node, start_at)
+        continued = _carried_on(graph, group, node, start_at, end_at)
         parts = parts_taken(nodes, node, end) if continued is not None and continued.form is not None else []
         taken += parts
         handed = [n for n in parts if is_tensor(n)]
-        live_outs += [LiveOut(n, carried_from(graph, group, end_at, n, start_at)) for n in handed]
+        live_outs += [LiveOut(n, _carried_on(graph, group, n, start_at, end_at)) for n in handed]
         live_outs += [] if handed else [LiveOut(node, continued)]
     if not live_outs:
         return Refusal(f"stack {where}", "no value that is used behind the blocks", "a stream that goes on", "nothing")
@@ -346,6 +369,22 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
     return SpanPlan(
         names, head, span, tuple(taken), (), frozenset(side), *probe, tuple(live_outs), blocks, share, samples, groups
     )
+
+
+def _carried_on(
+    graph: fx.Graph, group: Sequence[StackReport], value: fx.Node, start_at: tuple[int, int], end_at: tuple[int, int]
+) -> Carried | None:
+    """What a value carries on of what a span begins with, behind it or behind a block within; None: of nothing."""
+    found = carried_from(graph, group, end_at, value, start_at)
+    within = (
+        (k, block)
+        for k, report in enumerate(group)
+        for stream in report.streams.streams
+        for block, on_its_way in enumerate(stream.values)
+        if on_its_way is value and start_at < (k, block) < end_at
+    )
+    at = next(within, None) if found is None else None
+    return found if at is None else carried_from(graph, group, at, value, start_at)
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:

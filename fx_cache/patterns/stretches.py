@@ -125,8 +125,11 @@ def stretches(calls: Sequence[Call], at_end: bool, others: Collection[int]) -> I
                         break
 
 
-_Link = tuple[tuple[Hashable, int, int], tuple[Hashable, int, str]]
-"""Who makes a tensor in a block, and who takes it first in the next one: code, which call of it, which tensor."""
+_Link = tuple[tuple[Hashable, int, int], tuple[Hashable, int, str], bool]
+"""Who makes a tensor in a block, and who takes it first in the next one: code, which call of it, which tensor.
+
+And whether code between graphs has made of the one what is the other, as far as can be seen.
+"""
 
 
 class _Finder:
@@ -310,7 +313,7 @@ class _Finder:
         links = [self._links(starts, b) for b in range(1, len(starts))]
         common = reduce(lambda a, b: {link: None for link in a if link in b}, links)
         found = []
-        for (maker, made, output), (reader, taken, name) in common:
+        for (maker, made, output), (reader, taken, name), _ in common:
             points = []
             for family, number in ((maker, made), (reader, taken)):
                 begin, end = (bisect_left(self._places[family], s) for s in starts[:2])
@@ -328,7 +331,7 @@ class _Finder:
         """
         before, begin = starts[block - 1], starts[block]
         end = starts[block + 1] if block + 1 < len(starts) else len(self._calls)
-        found: dict[tuple[Hashable, int, int], tuple[Hashable, int, str]] = {}
+        found: dict[tuple[Hashable, int, int], tuple[tuple[Hashable, int, str], bool]] = {}
         for i in range(begin, end):
             family = self._calls[i].family
             number = self._count(family, begin, i)
@@ -345,8 +348,8 @@ class _Finder:
                 if numbers and (traced.whole or i == begin):
                     maker = self._calls[made[0]].family
                     key = maker, self._count(maker, before, made[0]), self._tensor(made)
-                    found.setdefault(key, (family, number, name))
-        return dict.fromkeys(found.items())
+                    found.setdefault(key, ((family, number, name), traced.made_by is None))
+        return {(maker, *taken): None for maker, taken in found.items()}
 
     def _left(self, begin: int, end: int, form: Form) -> Place | None:
         """What some calls leave to code between graphs: the one tensor of a form that no graph takes, if it is one."""
@@ -364,7 +367,7 @@ class _Finder:
 
     def _maker(self, starts: Sequence[int], block: int, link: _Link) -> int:
         """The call that makes, in the block before, what a block takes."""
-        (family, number, _), _ = link
+        (family, number, _), *_ = link
         return self._places[family][bisect_left(self._places[family], starts[block - 1]) + number]
 
     def _point(self, starts: Sequence[int], i: int) -> Point | None:

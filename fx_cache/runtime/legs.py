@@ -20,7 +20,7 @@ from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined, as_number, form_of, handed_through, is_held, memory_of, stored
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.identity import any_of, differs, identity_key, signature
-from fx_cache.runtime.memory import copied, laid_out, parts_of
+from fx_cache.runtime.memory import ViewOf, copied, laid_out, parts_of
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
@@ -171,7 +171,8 @@ class Entry:
         outputs: of each output what it is: the name of an input that is handed through; of a stream that ends with it
             the number, the strides it has, and the input that it is, if any; of one that goes on number, strides, and
             the number of the stored tensor that says how far it had come; the number of a stored tensor; of a part of
-            another output the number of that, size, strides and where it begins; that it is made anew; or itself.
+            another output the number of that, size, strides and where it begins; of a view of an input its name and
+            how; that it is made anew; or itself.
         written: inputs that it writes to, by name, and the number of the stored tensor that says what.
         runs: whether the call is run.
         part: what makes anew those of the outputs that are, if any.
@@ -221,6 +222,7 @@ class Script:
         part: Part | None,
         compared: Mapping[str, torch.Tensor],
         starts: Sequence[torch.Tensor],
+        views: Mapping[int, tuple[str, ViewOf]],
     ) -> None:
         """Keeps what a call made.
 
@@ -235,11 +237,13 @@ class Script:
             part: what makes outputs anew, if any.
             compared: inputs that have to be the same on a hit, by name.
             starts: what each stream began with.
+            views: for outputs that are views of inputs, and not these, the input and how.
         """
         kept: list[tuple[str, Any]] = []
         anew = set(range(len(outputs)) if renewal.outputs is None else renewal.outputs)
-        own = [k for k, same in enumerate(through) if stored(outputs[k]) and same is None]
+        own = [k for k, same in enumerate(through) if stored(outputs[k]) and same is None and k not in views]
         parts, torn = parts_of({k: outputs[k] for k in own}, {*ends, *passed}, anew)
+        torn = torn or any(k in ends or k in passed or k in anew for k in views)
         self.torn = self.torn or (torn and renewal.outputs is not None)
         for k, (output, same) in enumerate(zip(outputs, through, strict=True)):
             stream = ends.get(k)
@@ -247,6 +251,8 @@ class Script:
                 kept.append(("anew", None))
             elif k in parts:
                 kept.append(("part", parts[k]))
+            elif k in views and stream is None:
+                kept.append(("view", views[k]))
             elif not isinstance(output, torch.Tensor):
                 kept.append(("constant", output))
             elif same is not None and stream is None:
@@ -311,6 +317,11 @@ class Script:
                 outputs.append(laid_out(starts[stream] + self.values[number], strides))
             elif kind == "part":
                 outputs.append(None)
+            elif kind == "view":
+                name, view = what
+                if name not in names or (seen := view.of(args[names.index(name)])) is None:
+                    raise Astray
+                outputs.append(seen)
             else:
                 outputs.append(copied(self.values[what]) if kind == "value" else what)
         for k, (kind, what) in enumerate(entry.outputs):
@@ -659,8 +670,15 @@ class Leg:
             renewal = self._beside.see(forward.count, family, number, graph.facts, self._origins, made, handed, ends)
             part = graph.facts.parts.part(renewal.outputs) if renewal.outputs else None
             compared = {name: _argument(graph, args, name) for name in renewal.compared}
+            views = {
+                k: found
+                for k, name in enumerate(through)
+                if name is None and (found := _view_of_input(graph, args, outputs[k])) is not None
+            }
+            lost = any(view.of(_argument(graph, args, name)) is None for name, view in views.values())
+            self._script.torn = self._script.torn or lost
             self._script.add(
-                self._called, through, outputs, written, ends, passed, renewal, part, compared, self._starts
+                self._called, through, outputs, written, ends, passed, renewal, part, compared, self._starts, views
             )
             self._ended |= set(ends.values())
         if self.over:
@@ -680,6 +698,14 @@ class Leg:
                     slot.forget(BESIDE)
             self._gate.record()
             slot.open = False
+
+
+def _view_of_input(graph: Graph, args: Sequence[Any], output: Any) -> tuple[str, ViewOf] | None:
+    """The input in whose memory an output lies, but for weights, and how."""
+    weights = graph.facts.roles.weights
+    given = ((n, a) for i, (n, a) in enumerate(zip(graph.facts.names, args, strict=True)) if i not in weights)
+    found = ((n, ViewOf.made(a, output)) for n, a in given if stored(a) and stored(output))
+    return next(((n, view) for n, view in found if view is not None), None)
 
 
 def _fits(value: torch.Tensor, start: torch.Tensor) -> bool:

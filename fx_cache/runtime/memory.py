@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 PartOf = tuple[int, torch.Size, tuple[int, ...], int]
 """A tensor, by number, and of a part of it size, strides, and where it begins, counted from that."""
+
+
+@dataclass(frozen=True)
+class ViewOf:
+    """How a tensor lies in the memory of another one.
+
+    Attributes:
+        strides: of the other one.
+        shape: of the tensor.
+        view: its strides, and where it begins, counted from where the other one does.
+        dtype: of the tensor.
+    """
+
+    strides: tuple[int, ...]
+    shape: torch.Size
+    view: tuple[tuple[int, ...], int]
+    dtype: torch.dtype
+
+    @classmethod
+    def made(cls, of: torch.Tensor, part: torch.Tensor) -> ViewOf | None:
+        """How one lies in the memory of the other; None if it does not."""
+        if of.untyped_storage()._cdata != part.untyped_storage()._cdata:
+            return None
+        begin = int(part.storage_offset() - of.storage_offset())
+        return cls(of.stride(), part.shape, (part.stride(), begin), part.dtype)
+
+    def of(self, value: torch.Tensor) -> torch.Tensor | None:
+        """The same view of another tensor; None where that lies otherwise."""
+        strides, begin = self.view
+        reach = begin + 1 + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True))
+        if value.stride() != self.strides or value.dtype != self.dtype or begin < 0 or reach > _extent(value):
+            return None
+        return value.as_strided(self.shape, strides, value.storage_offset() + begin)
 
 
 def parts_of(
