@@ -199,3 +199,72 @@ def test_blocks_on_the_text_come_first(how: str) -> None:
             added = x - begun
         assert torch.allclose(output, model.out((begun + added)[:, TEXT:]), atol=1e-5)
     assert hits == [HITS]
+
+
+class Shapes(Model):
+    """Blocks on one form of the picture, then on another, and perhaps on the first again."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.others = nn.ModuleList(Block() for _ in range(4))
+        self.last = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            x = block(x, time)
+        kept = x
+        x = x.view(1, x.shape[1] // 2, 2, -1).mean(dim=2)
+        for block in self.others:
+            x = block(x, time)
+        x = x.repeat_interleave(2, dim=1)
+        if self.how == "U-net":
+            x = x + kept
+            for block in self.last:
+                x = block(x, time)
+        return (self.out(x),)
+
+
+@pytest.mark.parametrize("how", ["fewer tokens", "U-net"])
+@torch.no_grad()
+def test_stacks_of_other_shapes(how: str) -> None:
+    """What they give moves with the latents."""
+    model = Shapes(how)
+    outputs, hits = cached(model)
+    own = [model(**step)[0] for step in walk()]
+    for i in HITS:
+        assert (outputs[i][0] - outputs[1][0]).norm() > 0.2 * (own[i] - own[1]).norm()
+    assert hits == [HITS]
+
+
+class Features(Model):
+    """What every block hands on is given back too, or the mean of it is what the tail takes."""
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        x, time = self.begin(latent, timestep)
+        found = []
+        for block in self.blocks:
+            x = block(x, time)
+            found.append(x)
+        return (self.out(sum(found)),) if self.how == "mean" else (self.out(x), *found)
+
+
+@pytest.mark.parametrize("how", ["mean", "all"])
+@torch.no_grad()
+def test_what_streams_are_on_their_way(how: str) -> None:
+    """They have come as far as they had, from where they begin now."""
+    model = Features(how)
+    outputs, hits = cached(model)
+    added: list[Tensor] = []
+    for i, (step, found) in enumerate(zip(walk(), outputs, strict=True)):
+        x, time = model.begin(step["latent"], step["timestep"])
+        begun = x = model.blocks[0](x, time)
+        if i < 2:
+            added = [torch.zeros_like(x)]
+            for block in model.blocks[1:]:
+                x = block(x, time)
+                added.append(x - begun)
+        way = [begun + a for a in added]
+        expected = (model.out(sum(way)),) if how == "mean" else (model.out(way[-1]), *way)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    assert hits == [HITS]

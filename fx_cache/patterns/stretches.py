@@ -188,12 +188,21 @@ class _Finder:
         """The blocks that begin with these calls, divided where one hands on something else than the one before."""
         first, same = 0, None
         for block in range(1, len(starts)):
-            links = {link for link in self._links(starts, block) if not self._still[self._maker(starts, block, link)]}
+            links = {
+                (*link[:2], self._is_odd(starts, block, link))
+                for link in self._links(starts, block)
+                if not self._still[self._maker(starts, block, link)]
+            }
             if same is not None and links != same:
                 yield starts[first:block]
                 first = block
             same = links if first < block else None
         yield starts[first:]
+
+    def _is_odd(self, starts: Sequence[int], block: int, link: _Link) -> bool:
+        """Whether only here code between graphs has made what a block takes: of something else than before, perhaps."""
+        beside = (b for b in (block - 1, block + 1) if 0 < b < len(starts))
+        return link[-1] and not any(link in self._links(starts, b) for b in beside)
 
     def cut(self, anchors: Sequence[int]) -> Sequence[int]:
         """Where the blocks begin that make these calls: where the model's own do, and where least is alive."""
@@ -310,10 +319,10 @@ class _Finder:
 
     def _common_links(self, starts: Sequence[int]) -> list[tuple[tuple[Point, Point, str], int]]:
         """What every block takes of the one before: the calls that make and take it, name and number of the tensor."""
-        links = [self._links(starts, b) for b in range(1, len(starts))]
+        links = [{link[:2]: None for link in self._links(starts, b)} for b in range(1, len(starts))]
         common = reduce(lambda a, b: {link: None for link in a if link in b}, links)
         found = []
-        for (maker, made, output), (reader, taken, name), _ in common:
+        for (maker, made, output), (reader, taken, name) in common:
             points = []
             for family, number in ((maker, made), (reader, taken)):
                 begin, end = (bisect_left(self._places[family], s) for s in starts[:2])

@@ -243,7 +243,6 @@ class Script:
         anew = set(range(len(outputs)) if renewal.outputs is None else renewal.outputs)
         own = [k for k, same in enumerate(through) if stored(outputs[k]) and same is None and k not in views]
         parts, torn = parts_of({k: outputs[k] for k in own}, {*ends, *passed}, anew)
-        torn = torn or any(k in ends or k in passed or k in anew for k in views)
         self.torn = self.torn or (torn and renewal.outputs is not None)
         for k, (output, same) in enumerate(zip(outputs, through, strict=True)):
             stream = ends.get(k)
@@ -251,7 +250,7 @@ class Script:
                 kept.append(("anew", None))
             elif k in parts:
                 kept.append(("part", parts[k]))
-            elif k in views and stream is None:
+            elif k in views and stream is None and k not in passed:
                 kept.append(("view", views[k]))
             elif not isinstance(output, torch.Tensor):
                 kept.append(("constant", output))
@@ -675,8 +674,6 @@ class Leg:
                 for k, name in enumerate(through)
                 if name is None and (found := _view_of_input(graph, args, outputs[k])) is not None
             }
-            lost = any(view.of(_argument(graph, args, name)) is None for name, view in views.values())
-            self._script.torn = self._script.torn or lost
             self._script.add(
                 self._called, through, outputs, written, ends, passed, renewal, part, compared, self._starts, views
             )
@@ -701,11 +698,11 @@ class Leg:
 
 
 def _view_of_input(graph: Graph, args: Sequence[Any], output: Any) -> tuple[str, ViewOf] | None:
-    """The input in whose memory an output lies, but for weights, and how."""
+    """The input of whose memory an output is a part, but for weights, and how."""
     weights = graph.facts.roles.weights
     given = ((n, a) for i, (n, a) in enumerate(zip(graph.facts.names, args, strict=True)) if i not in weights)
-    found = ((n, ViewOf.made(a, output)) for n, a in given if stored(a) and stored(output))
-    return next(((n, view) for n, view in found if view is not None), None)
+    found = ((n, a, ViewOf.made(a, output)) for n, a in given if stored(a) and stored(output))
+    return next(((n, view) for n, a, view in found if view is not None and view.of(a) is not None), None)
 
 
 def _fits(value: torch.Tensor, start: torch.Tensor) -> bool:
