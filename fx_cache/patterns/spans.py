@@ -32,7 +32,7 @@ from fx_cache.patterns.invariants import Invariants, find_invariants, step_share
 from fx_cache.patterns.joins import Carried, carried_from, parts_taken, place_in
 from fx_cache.patterns.samples import count_samples
 from fx_cache.patterns.sinking import find_side_values, find_sinks, forms_read, made_of
-from fx_cache.patterns.streams import is_large, outgrows
+from fx_cache.patterns.streams import is_large, outgrows, tokens
 from fx_cache.patterns.work import Work
 
 MIN_SHARE = 0.05
@@ -242,7 +242,7 @@ def _unseen_stream(plan: SpanPlan, roles: InputRoles) -> fx.Node | None:
     """What a span hands on by value that may be the picture, or go into it: it would be what it was.
 
     So it may be if nothing else is handed on that carries anything on; if the main stream is something else, or has
-    fewer tokens; and if something is computed of it behind the span.
+    fewer tokens; and if it has as many, and something is computed of it behind the span.
     """
     inputs = list(plan.probe[0].graph.find_nodes(op="placeholder"))
     latents = {inputs[i] for i in roles.latents}
@@ -252,7 +252,8 @@ def _unseen_stream(plan: SpanPlan, roles: InputRoles) -> fx.Node | None:
     for node in (lo.value for lo in plan.live_outs if lo.continues is None):
         form, stream = ((hinted_shape(v), v.dtype) for v in map(value_of, (node, plan.probe[1])))
         another = outgrows(form, stream) or (not held and bool(token_sources(node) & latents))
-        if is_large(form) and (another or not carries_on or _computed_on(node, skipped)):
+        as_large = tokens(form[0]) >= tokens(stream[0])
+        if is_large(form) and (another or not carries_on or (as_large and _computed_on(node, skipped))):
             return node
     return None
 
