@@ -847,8 +847,8 @@ def _glue(x: Tensor) -> Tensor:
     ],
 )
 def test_uniform_stretches(kinds: str, glue: int | None, blocks: list[int], captured: bool) -> None:
-    """Glue behind some block, or blocks of another kind, end a stack: behind glue outside all graphs may go on something
-    else. Oracle: on the same input it changes nothing.
+    """Glue behind some block, or blocks of another kind, end a stack: behind glue outside all graphs may go on another
+    stream. Oracle: on the same input it changes nothing.
     """
     model, steps = Glued(kinds, glue, captured), split_walk("one", 6)
     found = fx_cache.explain(compile_broken(model), **steps[0])
