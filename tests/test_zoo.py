@@ -49,10 +49,9 @@ def test_exact_and_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             output = tensors(compiled(**steps[0]))
     assert all(span["hits"] == [1] for span in last_branch(compiled)["spans"])
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(expected[0], output, strict=True) if a.any())
-    # Reused on others, it moves as they do: what is given back is no old picture.
+    # On others it moves as they do: what is given back is no old picture.
     with fx_cache.session("on", branch="only"):
         first, second = ([t.clone() for t in tensors(compiled(**step))] for step in steps[:2])
-    assert all(span["hits"] == [1] for span in last_branch(compiled)["spans"])
     moved, own = ((b[0] - a[0]).norm() for a, b in ((first, second), expected[:2]))
     assert moved > 0.1 * own
     if name not in NOT_FULLGRAPH:
