@@ -19,7 +19,7 @@ class Slot:
 
     probe: Tensor | None = None
     residuals: list[Tensor] = field(default_factory=list)
-    kept: list[Tensor | None] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
     hits: list[int] = field(default_factory=list)
     diffs: dict[int, float] = field(default_factory=dict)
 
@@ -67,8 +67,7 @@ class Oracle:
         if hit:
             slot.hits.append(step)
             streams = [x + r for x, r in zip(first, slot.residuals, strict=False)]
-            for value in slot.kept:
-                kept.append(streams[0] if value is None else value)
+            kept += [first[0] + r for r in slot.kept]
         else:
             start = len(kept)
             streams = self.model.glue(i, streams, at) if joint else streams
@@ -76,8 +75,8 @@ class Oracle:
             streams = self.model.enter(tail[0][0], streams, at) if ends else streams
             slot.probe = probe
             slot.residuals = [x - b for x, b in zip(streams, first, strict=False)]
-            # What a later block reads of the stream's last value is that stream, which goes on by its residual.
-            slot.kept = [None if value is streams[0] else value for value in kept[start:]]
+            # What a later block reads of the stream as it was within is that stream, and goes on by a residual too.
+            slot.kept = [x - first[0] for x in kept[start:]]
         return self._run(tail, ends, streams, kept, at)
 
     def _run(

@@ -377,15 +377,18 @@ def _carried_on(
 ) -> Carried | None:
     """What a value carries on of what a span begins with, behind it or behind a block within; None: of nothing."""
     found = carried_from(graph, group, end_at, value, start_at)
+    if found is not None:
+        return found
     within = (
-        (k, block)
+        carried_from(graph, group, (k, boundary), on_its_way, start_at)
         for k, report in enumerate(group)
         for stream in report.streams.streams
-        for block, on_its_way in enumerate(stream.values)
-        if on_its_way is value and start_at < (k, block) < end_at
+        for boundary, on_its_way in enumerate(stream.values)
+        if on_its_way is not None
+        and start_at < (k, boundary) <= end_at
+        and value in (on_its_way, report.streams.given(boundary, stream))
     )
-    at = next(within, None) if found is None else None
-    return found if at is None else carried_from(graph, group, at, value, start_at)
+    return next(within, None)
 
 
 def _boundary(group: Sequence[StackReport], blocks: int, *, from_end: bool) -> tuple[int, int]:

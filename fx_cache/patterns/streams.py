@@ -91,6 +91,15 @@ class StackStreams:
         self.invariants = self._invariants()
         self.long_skips = self._long_skips()
 
+    def given(self, boundary: int, stream: Stream) -> fx.Node | None:
+        """What the block before a boundary itself gave of a stream, if the glue behind it made another value of that."""
+        value = stream.values[boundary]
+        block = set(self.stack.blocks[boundary - 1].nodes) if boundary > 0 else set()
+        if value is None or not block or value in block:
+            return None
+        glue = [n for n in self._window(boundary - 1) if n not in block]
+        return continues(value, [n for n in external_inputs(glue) if n in block], glue, self._order)
+
     def _trailing_glue(self) -> int:
         """How many nodes behind the last block repeat the glue behind the block before it (a residual add, say)."""
         before, last = (b.nodes[-1] for b in self.stack.blocks[-2:])
