@@ -92,7 +92,7 @@ class StackStreams:
         self.long_skips = self._long_skips()
 
     def given(self, boundary: int, stream: Stream) -> fx.Node | None:
-        """What the block before a boundary itself gave of a stream, if the glue behind it made another value of that."""
+        """What the block before a boundary gave of a stream, if the glue behind it made another value of that."""
         value = stream.values[boundary]
         block = set(self.stack.blocks[boundary - 1].nodes) if boundary > 0 else set()
         if value is None or not block or value in block:
