@@ -377,6 +377,86 @@ def test_what_shares_memory(part: str, hits: list[int]) -> None:
     follow(model, twice(model), hits)
 
 
+class Seen(Later):
+    """A block gives back, beside its streams, what it was given as a view. Python makes something of that."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        views = {"tokens": x[:, :8], "all": x.unflatten(1, (-1, 4)), "turned": x.transpose(1, 2)}
+        return views[self.does]
+
+    def seeing(self, i: int, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.blocks[i](x, text, time), self.seen(x)
+
+    @uncaptured
+    def show(self, view: Tensor) -> Tensor:
+        return view.flatten(1)[:, None, :4].tanh()
+
+    @in_python
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        x, time = self.begin(latent, timestep)
+        for i in range(BLOCKS):
+            x, text, view = self.seeing(i, x, text, time)
+        return (self.finish(x, text) + self.show(view),)
+
+    def head(self, step: dict[str, Any]) -> tuple[Tensor, ...]:
+        x, time = self.begin(step["latent"], step["timestep"])
+        x, text = self.blocks[0](x, step["text"], time)
+        return x, text, x
+
+    def rest(self, streams: Sequence[Tensor], step: dict[str, Any]) -> tuple[Tensor, ...]:
+        x, text, given = streams
+        time = self.begin(step["latent"], step["timestep"])[1]
+        for i in range(1, BLOCKS):
+            given = x
+            x, text = self.blocks[i](x, text, time)
+        return x, text, given
+
+    def tail(self, streams: Sequence[Tensor], step: dict[str, Any]) -> Any:
+        x, text, given = streams
+        return (self.finish(x, text) + self.show(self.seen(given)),)
+
+
+@pytest.mark.parametrize("view", ["tokens", "all", "turned"])
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_a_view_of_what_a_block_is_given(view: str) -> None:
+    """It is a view of that on a hit too: of the stream on its way, which goes on by a residual."""
+    model = Seen(view)
+    follow(model, twice(model), ALL)
+
+
+class Copied(Later):
+    """A block gives back, beside its stream, what it makes of it. The code behind all blocks takes only that."""
+
+    def copy(self, x: Tensor) -> Tensor:
+        copies = {
+            "norm": lambda: self.blocks[0].norm(x),
+            "dtype": x.double,
+            "clone": x.clone,
+            "linear": lambda: self.turn(x),
+            "heads": lambda: x.unflatten(-1, (4, 4)).clone(),
+        }
+        return copies[self.does]()
+
+    def copying(self, i: int, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, text = self.blocks[i](x, text, time)
+        return x, text, self.copy(x)
+
+    @in_python
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        x, time = self.begin(latent, timestep)
+        for i in range(BLOCKS):
+            x, text, copy = self.copying(i, x, text, time)
+        return (self.finish(copy.float().flatten(2), text),)
+
+
+@pytest.mark.parametrize("copy", ["norm", "dtype", "clone", "linear", "heads"])
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_a_copy_of_the_stream_is_taken_behind_the_blocks(copy: str) -> None:
+    """It would be given back as it was: nothing is cached."""
+    model = Copied(copy)
+    follow(model, twice(model), [])
+
+
 class Mode(enum.Enum):
     """It has no hash."""
 

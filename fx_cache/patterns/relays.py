@@ -269,14 +269,17 @@ def _unseen_stream(
     known = bool(main.shown - others - {UNKNOWN}) or not others
     taken = _taken(calls)
     ends = {k: of_call for k, _, _, of_call in _with_ends(calls, stretch, begin, end) if of_call}
-    read = any(taken.get((k, i), -1) > end for k, of_call in ends.items() for i, s in of_call.items() if s is main)
+    # What code between graphs has made may be made of a copy, even if it holds the stream's own numbers.
+    behind_it = (t for call in calls[end + 1 :] for t in call.inputs.values())
+    surely = {p for t in behind_it for p in t.origin.of if t.origin.known or t.memory == p[0]}
+    read = any((k, i) in surely for k, of_call in ends.items() for i, s in of_call.items() if s is main)
     for k in range(stretch.starts[_last(stretch, end)], end + 1):
         for i, form in enumerate(calls[k].outputs):
             skipped = i in ends.get(k, ()) or i in calls[k].through or begin <= taken.get((k, i), -1) <= end
             if form is None or skipped or beside.kinds.get((k, i)) is not Kind.STREAM:
                 continue
             behind = (k, i) in taken or (k in ends and not (known and read))
-            if outgrows(form, main.form) or (behind and is_large(form) and len(form[0]) != 4):
+            if outgrows(form, main.form) or (behind and is_large(form)):
                 return Refusal(
                     f"stack {stretch.name}",
                     f"{form[0]} made by its last block beside {main.name} {main.form[0]}",
