@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import torch
 from torch import fx
 
 from fx_cache.ops import version
+from fx_cache.overlap import overlap
 from fx_cache.patterns.graph import (
     is_scalar,
     is_tensor,
@@ -71,7 +71,7 @@ def _rename(graph: fx.Graph) -> int:
                 continue
             names = holders[key] = [h for h in holders[key] if last_read[h] > order[node]]
             for name in names:
-                if name is node or not _overlap(value_of(name), value_of(target)):
+                if name is node or not overlap(value_of(name), value_of(target)):
                     continue
                 if is_tensor(node) and view_key(node) == view_key(name):
                     now[name] = node  # it gives back what it wrote to
@@ -89,26 +89,3 @@ def _rename(graph: fx.Graph) -> int:
 def _reads_form(node: fx.Node) -> bool:
     """Whether a node reads shapes and the like alone, which no write changes."""
     return is_scalar(node) and operation(node) not in _READS_DATA
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors on one storage may have elements in common: no, if they are parts beside each other."""
-    numbers = (*a.shape, *b.shape, *a.stride(), *b.stride(), a.storage_offset(), b.storage_offset())
-    if a.dtype != b.dtype or a.stride() != b.stride() or not all(isinstance(n, int) for n in numbers):
-        return True
-    dims = sorted(zip(a.stride(), a.shape, b.shape, strict=True), reverse=True)
-    return _meet(int(b.storage_offset() - a.storage_offset()), dims)
-
-
-def _meet(distance: int, dims: list[tuple[int, int, int]]) -> bool:
-    """Whether indices i < m and j < n of each dimension (stride, m, n) exist with sum((i - j) * stride) = distance."""
-    if not dims:
-        return distance == 0
-    (stride, m, n), *rest = dims
-    if stride == 0:
-        return _meet(distance, rest)
-    above, below = (sum((size[k] - 1) * size[0] for size in rest) for k in (1, 2))
-    # What the smaller strides cannot make up for, this one has to.
-    low = max(1 - n, -((above - distance) // stride))
-    high = min(m - 1, (distance + below) // stride)
-    return any(_meet(distance - k * stride, rest) for k in range(low, high + 1))

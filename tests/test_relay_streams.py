@@ -341,6 +341,113 @@ def test_graphs_that_were_not_planned_by(does: str, hits: list[int]) -> None:
     follow(model, twice(model, later=False), hits, new="later")
 
 
+class Swapped(Ruled):
+    """From some step on the blocks give back their two streams in the other order. Each is made of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS))
+
+    def block(self, i: int, x: Tensor, y: Tensor, time: Tensor, later: bool) -> tuple[Tensor, Tensor]:
+        added = torch.tanh(self.blocks[i](x + 0.1 * y)) * time[:, None]
+        x, y = x + added, y + 0.3 * added
+        return (y, x) if later else (x, y)
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(x + y)
+
+    def started(self, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, time = self.begin(latent, timestep)
+        return x, x.flip(1), time
+
+    @in_python
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, later: bool = False) -> tuple[Tensor]:  # type: ignore[override]
+        x, y, time = self.started(latent, timestep)
+        for i in range(BLOCKS):
+            found = self.block(i, x, y, time, later)
+            x, y = found[later], found[not later]
+        return (self.finish(x, y),)
+
+    def head(self, step: dict[str, Any]) -> tuple[Tensor, ...]:
+        x, y, time = self.started(step["latent"], step["timestep"])
+        return self.block(0, x, y, time, later=False)
+
+    def rest(self, streams: Sequence[Tensor], step: dict[str, Any]) -> tuple[Tensor, ...]:
+        (x, y), time = streams, self.begin(step["latent"], step["timestep"])[1]
+        for i in range(1, BLOCKS):
+            x, y = self.block(i, x, y, time, later=False)
+        return x, y
+
+    def tail(self, streams: Sequence[Tensor], step: dict[str, Any]) -> Any:
+        return (self.finish(*streams),)
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_graphs_that_give_back_the_streams_in_another_order() -> None:
+    """They compute, and the model is looked at anew."""
+    model = Swapped()
+    follow(model, twice(model, later=False), [2, 7], new="later")
+
+
+class Written(Ruled):
+    """A block's second graph writes in place to what its first one made, and gives that back, or a copy."""
+
+    def __init__(self, does: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS))
+        self.does = does
+
+    def first(self, i: int, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.tanh(self.blocks[i](x))
+
+    def second(self, i: int, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.does == "the copy":
+            made = x + torch.tanh(self.blocks[i](x)) * time[:, None]
+            x.copy_(made)
+            return made, None
+        x.add_(torch.tanh(self.blocks[i](x)) * time[:, None])
+        return x.view(x.shape), x[:, :4] if self.does == "a part" else None
+
+    @uncaptured
+    def show(self, part: Tensor) -> Tensor:
+        return part.mean(dim=1, keepdim=True).tanh()[..., :4]
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.out(x)
+
+    @in_python
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        x, time = self.begin(latent, timestep)
+        for i in range(BLOCKS):
+            kept = self.first(i, x)
+            x, part = self.second(i, kept, time)
+        shown = self.finish(kept if self.does == "what is written to" else x)
+        return (shown if part is None else shown + self.show(part),)
+
+    def head(self, step: dict[str, Any]) -> tuple[Tensor, ...]:
+        x, time = self.begin(step["latent"], step["timestep"])
+        return self.second(0, self.first(0, x), time)[:1]
+
+    def rest(self, streams: Sequence[Tensor], step: dict[str, Any]) -> tuple[Tensor, ...]:
+        (x,), time = streams, self.begin(step["latent"], step["timestep"])[1]
+        for i in range(1, BLOCKS):
+            x, _ = self.second(i, self.first(i, x), time)
+        return (x,)
+
+    def tail(self, streams: Sequence[Tensor], step: dict[str, Any]) -> Any:
+        return (self.finish(streams[0]),)
+
+
+@pytest.mark.parametrize(
+    ("does", "hits"), [("the copy", ALL), ("what is written to", []), ("what is given back", []), ("a part", [])]
+)
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_a_block_writes_to_what_it_made(does: str, hits: list[int]) -> None:
+    """What it wrote to is not what it was: where that is read, or is the stream, nothing is cached."""
+    model = Written(does)
+    follow(model, twice(model), hits)
+
+
 class Sharing(Later):
     """A block gives back a part of its stream, or another form of it, beside the stream. Python writes to that."""
 
@@ -520,8 +627,9 @@ def test_an_error_of_ours_at_a_step(kind: type[Later], monkeypatch: pytest.Monke
 class Towers(Ruled):
     """Blocks on one picture, then others of the same class on another one, which begins from what is given itself."""
 
-    def __init__(self, reads: bool) -> None:
+    def __init__(self, reads: bool, touches: bool) -> None:
         super().__init__()
+        self.touches = touches
         self.blocks = nn.ModuleList(Alone() for _ in range(BLOCKS))
         self.others = nn.ModuleList(Alone() for _ in range(BLOCKS))
         self.second = nn.Linear(4, WIDTH)
@@ -540,36 +648,41 @@ class Towers(Ruled):
     def finish(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.out(x), self.out(y)
 
+    @uncaptured
+    def touch(self, x: Tensor) -> Tensor:
+        return x * 1.01 if self.touches else x
+
     @in_python
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, y, time = self.started(latent, timestep)
         for block in self.blocks:
-            x = block(x, time)
+            x = self.touch(block(x, time))
         y = self.both(x, y)
         for block in self.others:
-            y = block(y, time)
+            y = self.touch(block(y, time))
         return self.finish(x, y)
 
 
+@pytest.mark.parametrize("touches", [False, True])
 @pytest.mark.parametrize("reads", [False, True])
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
-def test_two_towers_of_one_class(reads: bool) -> None:
+def test_two_towers_of_one_class(reads: bool, touches: bool) -> None:
     """Each is a stack: both pictures move with the latents, by the rule."""
-    model = Towers(reads)
+    model = Towers(reads, touches)
     outputs = sampled(twice(model), 3)
-    added: list[Tensor] = []
+    added: list[Tensor] = [torch.zeros(()), torch.zeros(())]
+
+    def through(blocks: nn.ModuleList, k: int, x: Tensor, time: Tensor, computes: bool) -> Tensor:
+        begun = model.touch(blocks[0](x, time))
+        if computes:
+            x = blocks[1](begun, time)
+            for block in blocks[2:]:
+                x = block(model.touch(x), time)
+            added[k] = x - begun
+        return model.touch(begun + added[k])
+
     for i, (step, found) in enumerate(zip(walk(3), outputs, strict=True)):
         x, y, time = model.started(step["latent"], step["timestep"])
-        first = x = model.blocks[0](x, time)
-        if i < 2:
-            for block in model.blocks[1:]:
-                x = block(x, time)
-            added = [x - first]
-        x = first + added[0]
-        second = y = model.others[0](model.both(x, y), time)
-        if i < 2:
-            for block in model.others[1:]:
-                y = block(y, time)
-            added.append(y - second)
-        expected = model.finish(x, second + added[1])
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)), i
+        x = through(model.blocks, 0, x, time, i < 2)
+        y = through(model.others, 1, model.both(x, y), time, i < 2)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, model.finish(x, y), strict=True)), i

@@ -113,8 +113,8 @@ class Both(Block):
         self.next = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        made = super().forward(x, time) + text.mean(dim=1, keepdim=True)
-        return made, text + torch.tanh(self.next(text)) + 0.1 * x.mean(dim=1, keepdim=True)
+        made = super().forward(x, time) + text.mean(dim=-2, keepdim=True)
+        return made, text + torch.tanh(self.next(text)) + 0.1 * x.mean(dim=-2, keepdim=True)
 
 
 class Levels(Model):
@@ -138,7 +138,7 @@ class Levels(Model):
 
 
 class Growing(Model):
-    """A token more behind every block."""
+    """More tokens behind every block: batched or packed, or as a map; the text may be longer than that."""
 
     def __init__(self, how: str) -> None:
         super().__init__(how)
@@ -146,18 +146,52 @@ class Growing(Model):
 
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
         x, time = self.begin(latent, timestep)
+        text = text + 0.1 * x.mean(dim=1, keepdim=True)  # it shows what is denoised from the beginning
+        if self.how == "a longer text":
+            text = text.repeat(1, 8, 1)
+        if self.how == "packed":
+            x, text, time = x[0], text[0], time[0]
         for block in self.blocks:
+            x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
             x, text = block(x, text, time)
-            x = torch.cat([x, x[:, :1]], dim=1)
-        return (self.out(x[:, :TOKENS]),)
+            x = torch.cat([x, x[..., :4, :]], dim=-2)
+            x = x.transpose(1, 2).unflatten(2, (-1, 4)) if self.how == "a map" else x
+        x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+        x = (x if self.how != "packed" else x[None])[:, :TOKENS]
+        return (self.out(x) + 0.01 * text.mean(),)
+
+
+COPIES = {
+    "flattened": lambda x: x.flatten(1) * 1.0,
+    "another dtype": lambda x: x.double(),
+    "a map": lambda x: x.transpose(1, 2).unflatten(2, (-1, 4)) * 1.0,
+    "some tokens": lambda x: x[:, :12] * 1.0,
+}
+
+
+class Copied(Model):
+    """The tail takes a copy of the stream that the last block makes, and something of the stream itself."""
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            x = block(x, time)
+            copy = COPIES[self.how](x)
+        return (self.out(copy.float().flatten()[: 12 * WIDTH].view(1, 12, WIDTH)) + 0.01 * x.mean(),)
+
+
+PICTURES = [
+    Levels(""),
+    *(Growing(how) for how in ("", "a longer text", "packed", "a map")),
+    *(Copied(how) for how in COPIES),
+]
 
 
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
-@pytest.mark.parametrize("kind", [Levels, Growing])
+@pytest.mark.parametrize("model", PICTURES, ids=lambda model: f"{type(model).__name__} {model.how}".strip())
 @torch.no_grad()
-def test_a_picture_that_is_no_stream(kind: type[Model]) -> None:
+def test_a_picture_that_is_no_stream(model: Model) -> None:
     """It would be given back as it was: nothing is cached."""
-    model = kind("")
     outputs, hits = cached(model)
     assert not hits
     assert all(torch.equal(a, model(**step)[0]) for step, (a,) in zip(walk(), outputs, strict=True))

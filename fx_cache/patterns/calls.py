@@ -186,6 +186,7 @@ class Call:
         inputs: its input tensors by name.
         outputs: forms of its outputs, None for what is no tensor.
         through: numbers of the outputs that are inputs of it, handed through.
+        shared: numbers of those that lie in the memory of another output or an input.
     """
 
     family: Hashable
@@ -194,6 +195,7 @@ class Call:
     inputs: Mapping[str, InputTrace]
     outputs: tuple[Form | None, ...]
     through: frozenset[int]
+    shared: frozenset[int] = frozenset()
 
 
 def layout(facts: GraphFacts, outputs: Sequence[Form | None], streams: Collection[str]) -> Hashable:

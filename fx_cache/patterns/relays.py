@@ -6,6 +6,7 @@ Such a stack is a *relay*: its streams are handed on from graph to graph.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from fx_cache.errors import Failure, Refusal, StageError, stage
 from fx_cache.patterns.beside import Beside, Kind, MixedInput, SpanCall
 from fx_cache.patterns.calls import UNKNOWN, Call, Place, layout
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
-from fx_cache.patterns.streams import is_large, outgrows, tokens
+from fx_cache.patterns.streams import is_heads, may_be_read
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, ended_by, stretches
 
 MAX_RENEWED = 0.1
@@ -217,11 +218,11 @@ def _made_of(calls: Sequence[Call], stretch: Stretch, begin: int, end: int, stre
         for k, number, call, ends in _with_ends(calls, stretch, begin, end)
         for i in _beside_streams(stretch.streams, call, number) - ends.keys()
     )
-    doubtful = leaves and Kind.DOUBTFUL
+    may_be = {Kind.STREAM, Kind.DOUBTFUL} if leaves else {Kind.STREAM}
     return {
         s
         for place, s in ended
-        if (kind := kinds.get(place)) is Kind.STREAM or (kind is doubtful and tokens(s.form[0]) > 1)
+        if (kind := kinds.get(place)) is Kind.STREAM or (kind in may_be and math.prod(s.form[0][1:-1]) > 1)
     }
 
 
@@ -260,34 +261,42 @@ def _without_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: in
 def _unseen_stream(
     calls: Sequence[Call], stretch: Stretch, begin: int, end: int, others: frozenset[int], beside: Beside
 ) -> Refusal | None:
-    """Where the last block leaves what may be the picture: no stream, but a value that would be what it was.
+    """Where the blocks leave what may be the picture: no stream, but a value that would be what it was.
 
-    It has more tokens than the main stream. Or a graph behind the span takes it; or code between graphs may, and it is
-    not known that it goes on with the main stream, nor that this shows what is denoised.
+    So may be what the last block makes of streams, if no graph in it takes that; and what any block writes to, if a
+    graph behind the span takes that. Left are keys and values of attention, and what lies in the memory of others, if
+    no graph behind the span takes them and it is known that it goes on with the main stream, and what that shows.
     """
     main = stretch.streams[0]
     known = bool(main.shown - others - {UNKNOWN}) or not others
     taken = _taken(calls)
-    ends = {k: of_call for k, _, _, of_call in _with_ends(calls, stretch, begin, end) if of_call}
+    span = [(k, call, ends) for k, _, call, ends in _with_ends(calls, stretch, begin, end)]
+    ended = {(k, i): s for k, _, ends in span for i, s in ends.items()}
     # What code between graphs has made may be made of a copy, even if it holds the stream's own numbers.
-    behind_it = (t for call in calls[end + 1 :] for t in call.inputs.values())
-    surely = {p for t in behind_it for p in t.origin.of if t.origin.known or t.memory == p[0]}
-    read = any((k, i) in surely for k, of_call in ends.items() for i, s in of_call.items() if s is main)
-    for k in range(stretch.starts[_last(stretch, end)], end + 1):
-        for i, form in enumerate(calls[k].outputs):
-            skipped = i in ends.get(k, ()) or i in calls[k].through or begin <= taken.get((k, i), -1) <= end
-            if form is None or skipped or beside.kinds.get((k, i)) is not Kind.STREAM:
-                continue
-            behind = (k, i) in taken or (k in ends and not (known and read))
-            if outgrows(form, main.form) or (behind and is_large(form)):
-                return Refusal(
-                    f"stack {stretch.name}",
-                    f"{form[0]} made by its last block beside {main.name} {main.form[0]}",
-                    "blocks that hand on all that is made of their streams, each in one shape",
-                    "choose Fn_compute_blocks and Bn_compute_blocks so that shapes are equal between them, or run it "
-                    "uncached",
-                )
-    return None
+    behind = [t for call in calls[end + 1 :] for t in call.inputs.values()]
+    surely = {p for t in behind for p in t.origin.of if t.origin.known or t.memory == p[0]}
+    goes_on = known and any(s is main and place in surely for place, s in ended.items())
+    names = ((call, call.facts.names[i]) for _, call, _ in span for i in call.facts.written)
+    written = {call.inputs[name].memory for call, name in names if name in call.inputs}
+    rewritten = {t.memory for t in behind if not (t.origin.known and t.origin.of <= ended.keys())} & written - {None}
+    unseen = (
+        form
+        for k, call, _ in span
+        for i, form in enumerate(call.outputs)
+        if form is not None and may_be_read(form) and (k, i) not in ended and i not in call.through
+        if k >= stretch.starts[_last(stretch, end)] and not begin <= taken.get((k, i), -1) <= end
+        if beside.kinds.get((k, i)) is Kind.STREAM
+        if (k, i) in taken or not goes_on or not (i in call.shared or is_heads(form, main.form))
+    )
+    got = "a write to what is read behind the blocks" if rewritten else next(unseen, None)
+    if got is None:
+        return None
+    return Refusal(
+        f"stack {stretch.name}",
+        f"{got if rewritten else f'{got[0]} made by its last block'} beside {main.name} {main.form[0]}",
+        "blocks that hand on all that is made of their streams, each in one shape",
+        "choose Fn_compute_blocks and Bn_compute_blocks so that shapes are equal between them, or run it uncached",
+    )
 
 
 def _beside(

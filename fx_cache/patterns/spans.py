@@ -27,12 +27,12 @@ from fx_cache.patterns.graph import (
     written_inputs,
 )
 from fx_cache.patterns.groups import groups_of
-from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources, with_controls
+from fx_cache.patterns.inputs import InputRoles, classify_inputs, with_controls
 from fx_cache.patterns.invariants import Invariants, find_invariants, step_share
 from fx_cache.patterns.joins import Carried, carried_from, parts_taken, place_in
 from fx_cache.patterns.samples import count_samples
 from fx_cache.patterns.sinking import find_side_values, find_sinks, forms_read, made_of
-from fx_cache.patterns.streams import is_large, outgrows, tokens
+from fx_cache.patterns.streams import Form, is_heads, may_be_read
 from fx_cache.patterns.work import Work
 
 MIN_SHARE = 0.05
@@ -217,7 +217,7 @@ def _worth_a_decision(
             "a head that shows how far that has moved",
         )
         return Refusal(where, got, expected, "choose a larger Fn_compute_blocks")
-    unseen = _unseen_stream(plan, candidates.roles)
+    unseen = _unseen_stream(plan)
     if unseen is not None:
         return Refusal(
             where,
@@ -238,24 +238,24 @@ def _worth_a_decision(
     return plan
 
 
-def _unseen_stream(plan: SpanPlan, roles: InputRoles) -> fx.Node | None:
+def _unseen_stream(plan: SpanPlan) -> fx.Node | None:
     """What a span hands on by value that may be the picture, or go into it: it would be what it was.
 
-    So it may be if nothing else is handed on that carries anything on; if the main stream is something else, or has
-    fewer tokens; and if it has as many, and something is computed of it behind the span.
+    Left are keys and values of attention, of which nothing is computed behind the span, beside what is carried on.
     """
-    inputs = list(plan.probe[0].graph.find_nodes(op="placeholder"))
-    latents = {inputs[i] for i in roles.latents}
-    held = not latents or bool(token_sources(plan.probe[0]) & latents)
     skipped = {*plan.nodes, *plan.taken}
+    stream = _form(plan.probe[1])
     carries_on = any(lo.continues is not None for lo in plan.live_outs)
     for node in (lo.value for lo in plan.live_outs if lo.continues is None):
-        form, stream = ((hinted_shape(v), v.dtype) for v in map(value_of, (node, plan.probe[1])))
-        another = outgrows(form, stream) or (not held and bool(token_sources(node) & latents))
-        as_large = tokens(form[0]) >= tokens(stream[0])
-        if is_large(form) and (another or not carries_on or (as_large and _computed_on(node, skipped))):
+        kept = carries_on and is_heads(_form(node), stream) and not _computed_on(node, skipped)
+        if may_be_read(_form(node)) and not kept:
             return node
     return None
+
+
+def _form(node: fx.Node) -> Form:
+    value = value_of(node)
+    return hinted_shape(value), value.dtype
 
 
 _HANDED = {"getitem", "view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze", "to"}

@@ -290,17 +290,11 @@ Form = tuple[Sequence[int], torch.dtype]
 """Shape and dtype of a tensor."""
 
 
-def outgrows(value: Form, stream: Form) -> bool:
-    """Whether a value has more tokens than a stream: it may be the picture, where the stream is something else."""
-    heads = len(value[0]) == 4 and len(stream[0]) == 3  # of attention
-    return is_large(value) and not heads and tokens(value[0]) > tokens(stream[0])
+def may_be_read(value: Form) -> bool:
+    """Whether a tensor holds more than one number for a sample: it may be the picture, or a part of it."""
+    return (value[1].is_floating_point or value[1].is_complex) and math.prod(value[0][1:]) > 1
 
 
-def is_large(form: Form) -> bool:
-    """Whether a tensor has numbers for more than one token."""
-    return (form[1].is_floating_point or form[1].is_complex) and tokens(form[0]) > 1
-
-
-def tokens(shape: Sequence[int]) -> int:
-    """How many tokens a tensor of a shape has in a sample."""
-    return math.prod(shape[1:-1])
+def is_heads(value: Form, stream: Form) -> bool:
+    """Whether a tensor has the form of keys and values of attention, beside a stream."""
+    return len(value[0]) == 4 and len(stream[0]) == 3

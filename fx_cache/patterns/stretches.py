@@ -189,7 +189,7 @@ class _Finder:
         first, same = 0, None
         for block in range(1, len(starts)):
             links = {
-                (*link[:2], self._is_odd(starts, block, link))
+                (*link[:2], self._is_odd(starts, block, link), self._list_of(starts, block) if link[-1] else ())
                 for link in self._links(starts, block)
                 if not self._still[self._maker(starts, block, link)]
             }
@@ -203,6 +203,12 @@ class _Finder:
         """Whether only here code between graphs has made what a block takes: of something else than before, perhaps."""
         beside = (b for b in (block - 1, block + 1) if 0 < b < len(starts))
         return link[-1] and not any(link in self._links(starts, b) for b in beside)
+
+    def _list_of(self, starts: Sequence[int], block: int) -> tuple[str, ...]:
+        """Module path of the list that a block is in: code between graphs may hand on another stream in each."""
+        end = starts[block + 1] if block + 1 < len(starts) else starts[block] + starts[block] - starts[block - 1]
+        path = _common([p for p in self._paths[starts[block] : end] if p is not None])
+        return tuple(takewhile(lambda part: not any(c.isdigit() for c in part), path))
 
     def cut(self, anchors: Sequence[int]) -> Sequence[int]:
         """Where the blocks begin that make these calls: where the model's own do, and where least is alive."""
@@ -285,6 +291,7 @@ class _Finder:
             for form in self._calls[i].outputs
             if form is not None and (i >= handed or len(form[0]) != 4)
         }
+        least = min(3, len(streams[0].form[0]))  # less is not handed on by token
         begin = self._calls[starts[0]].family
         seen = {s.name for s in streams if s.reader.family == begin}
         ends = {(self._at(s.maker, b), s.output) for s in streams for b in range(len(starts) - 1)}
@@ -302,7 +309,7 @@ class _Finder:
 
         for block, i in ((b, i) for b, n in zip(starts[1:], [*starts[2:], end + 1], strict=True) for i in range(b, n)):
             for name, t in self._calls[i].inputs.items():
-                large = len(t.form[0]) >= 3 and t.form[1].is_floating_point
+                large = len(t.form[0]) >= least and t.form[1].is_floating_point
                 if not large or t.form not in made or t.origin.known or (i == block and name in seen):
                     continue
                 if is_left(t, block) or (t.unseen and not is_own(t, block, i)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -327,7 +328,9 @@ class Forward:
         }
         forms = tuple(form_of(o) if isinstance(o, torch.Tensor) else None for o in outputs)
         through = frozenset(k for k, name in enumerate(handed_through(facts, args, outputs)) if name is not None)
-        self.calls.append(Call(family, facts, owner, inputs, forms, through))
+        memory = Counter(v.untyped_storage()._cdata for v in (*outputs, *args) if stored(v))
+        shared = frozenset(k for k, o in enumerate(outputs) if stored(o) and memory[o.untyped_storage()._cdata] > 1)
+        self.calls.append(Call(family, facts, owner, inputs, forms, through, shared))
 
     def see_schedule(self, roles: InputRoles, args: Sequence[Any]) -> None:
         """Learns from a graph which of the user's inputs are the timestep or the like: for this forward and others."""

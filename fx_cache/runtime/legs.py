@@ -222,7 +222,7 @@ class Script:
         part: Part | None,
         compared: Mapping[str, torch.Tensor],
         starts: Sequence[torch.Tensor],
-        views: Mapping[int, tuple[str, ViewOf]],
+        views: Mapping[int, tuple[str, ViewOf | None]],
     ) -> None:
         """Keeps what a call made.
 
@@ -237,12 +237,14 @@ class Script:
             part: what makes outputs anew, if any.
             compared: inputs that have to be the same on a hit, by name.
             starts: what each stream began with.
-            views: for outputs that are views of inputs, and not these, the input and how.
+            views: for outputs that are views of inputs, and not these, the input and how, if that can be told.
         """
         kept: list[tuple[str, Any]] = []
         anew = set(range(len(outputs)) if renewal.outputs is None else renewal.outputs)
         own = [k for k, same in enumerate(through) if stored(outputs[k]) and same is None and k not in views]
-        parts, torn = parts_of({k: outputs[k] for k in own}, {*ends, *passed}, anew)
+        streams = {*ends, *passed}
+        parts, torn = parts_of({k: outputs[k] for k in own}, streams, anew)
+        torn = torn or any(view is None or (name in written and k in streams) for k, (name, view) in views.items())
         self.torn = self.torn or (torn and renewal.outputs is not None)
         for k, (output, same) in enumerate(zip(outputs, through, strict=True)):
             stream = ends.get(k)
@@ -481,6 +483,7 @@ class Leg:
         self._number = number
         self._head: torch.Tensor | None = None
         self._came: dict[int, torch.Tensor] = {}
+        self._handed: dict[tuple[int, int | None], torch.Tensor] = {}
         self._starts: list[torch.Tensor] = []
         self._probe: torch.Tensor | None = None
         self._gate: SpanGate | None = None
@@ -628,12 +631,18 @@ class Leg:
     def _takes_what_came(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], number: int
     ) -> bool:
-        """Whether a call that takes streams behind the beginning of the span is given what they were there."""
+        """Whether a call that takes streams is given what the blocks before made of them, so far as is known."""
         for k, came in self._came.items():
             stream = self._plan.streams[k]
             if stream.reader.is_call(family, number, self._plan.ranges[1][0]):
                 place = forward.made_by(_argument(graph, args, stream.name))
                 if place is None or place != forward.made_by(came):
+                    return False
+        for k, stream in enumerate(self._plan.streams):
+            handed = self._handed.pop((k, stream.reader.block(family, number)), None)
+            if handed is not None:
+                place = forward.made_by(_argument(graph, args, stream.name))
+                if place is not None and place != forward.made_by(handed):
                     return False
         return True
 
@@ -664,6 +673,9 @@ class Leg:
             )
             if (ends or passed) and not self._known(graph, family, outputs):
                 raise Misfit
+            for i, k in passed.items():
+                block = self._plan.streams[k].maker.block(family, number)
+                self._handed[k, None if block is None else block + 1] = outputs[i]
             through, written = handed_through(graph.facts, args, outputs), written_by(graph, args)
             handed = [k for k, name in enumerate(through) if name is not None]
             renewal = self._beside.see(forward.count, family, number, graph.facts, self._origins, made, handed, ends)
@@ -697,12 +709,13 @@ class Leg:
             slot.open = False
 
 
-def _view_of_input(graph: Graph, args: Sequence[Any], output: Any) -> tuple[str, ViewOf] | None:
-    """The input of whose memory an output is a part, but for weights, and how."""
+def _view_of_input(graph: Graph, args: Sequence[Any], output: Any) -> tuple[str, ViewOf | None] | None:
+    """The input in whose memory an output lies, but for weights, and how, if that can be told."""
     weights = graph.facts.roles.weights
     given = ((n, a) for i, (n, a) in enumerate(zip(graph.facts.names, args, strict=True)) if i not in weights)
     found = ((n, a, ViewOf.made(a, output)) for n, a in given if stored(a) and stored(output))
-    return next(((n, view) for n, a, view in found if view is not None and view.of(a) is not None), None)
+    views = [(n, view if view.of(a) is not None else None) for n, a, view in found if view is not None]
+    return min(views, key=lambda of: of[1] is None, default=None)
 
 
 def _fits(value: torch.Tensor, start: torch.Tensor) -> bool:

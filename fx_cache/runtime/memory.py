@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fx_cache.overlap import extent, overlap
+
 PartOf = tuple[int, torch.Size, tuple[int, ...], int]
 """A tensor, by number, and of a part of it size, strides, and where it begins, counted from that."""
 
@@ -39,7 +41,7 @@ class ViewOf:
         """The same view of another tensor; None where that lies otherwise."""
         strides, begin = self.view
         reach = begin + 1 + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True))
-        if value.stride() != self.strides or value.dtype != self.dtype or begin < 0 or reach > _extent(value):
+        if value.stride() != self.strides or value.dtype != self.dtype or begin < 0 or reach > extent(value):
             return None
         return value.as_strided(self.shape, strides, value.storage_offset() + begin)
 
@@ -59,12 +61,12 @@ def parts_of(
     """
     found: dict[int, PartOf] = {}
     torn = False
-    whole = sorted(outputs, key=lambda k: (k not in streams, -_extent(outputs[k]), k))
+    whole = sorted(outputs, key=lambda k: (k not in streams, -extent(outputs[k]), k))
     for n, k in enumerate(whole):
         part = outputs[k]
-        for of in (w for w in whole[:n] if w not in found and _overlap(outputs[w], part)):
+        for of in (w for w in whole[:n] if w not in found and _share(outputs[w], part)):
             begin = int(part.storage_offset() - outputs[of].storage_offset())
-            within = begin >= 0 and begin + _extent(part) <= _extent(outputs[of]) and part.dtype == outputs[of].dtype
+            within = begin >= 0 and begin + extent(part) <= extent(outputs[of]) and part.dtype == outputs[of].dtype
             if {k, of} <= {*anew}:
                 continue
             if k in found or not within or k in streams or k in anew or of in anew:
@@ -74,28 +76,10 @@ def parts_of(
     return found, torn
 
 
-def _extent(value: torch.Tensor) -> int:
-    """How many elements of memory a tensor reaches over."""
-    if not value.numel():
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors may have an element in common; pieces that one was cut into along a dimension have none."""
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
-        return False
-    a, b = sorted((a, b), key=lambda t: t.storage_offset())
-    apart = b.storage_offset() - a.storage_offset()
-    if a.dtype == b.dtype and apart >= _extent(a):
-        return False
-    if a.dtype != b.dtype or a.stride() != b.stride():
-        return True
-    for n, m, stride in zip(a.shape, b.shape, a.stride(), strict=True):
-        row = min((s for s in a.stride() if s > stride), default=None)
-        if stride and apart % stride == 0 and apart // stride >= n:
-            return row is not None and apart + m * stride > row
-    return True
+def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors may have an element in common."""
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return same and a.numel() > 0 and b.numel() > 0 and overlap(a, b)
 
 
 def laid_out(value: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
