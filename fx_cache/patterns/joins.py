@@ -26,7 +26,6 @@ from fx_cache.patterns.graph import (
     written_inputs,
     written_storages,
 )
-from fx_cache.patterns.streams import continues
 
 _JOINS = {"cat", "concat", "concatenate"}
 _DIVIDES = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "slice"}
@@ -177,20 +176,35 @@ class _Trace:
         return None if first is None else self._of((k - 1, len(self._group[k - 1].stack.blocks)), first)
 
     def _near(self, at: tuple[int, int], value: fx.Node) -> fx.Node | None:
-        """Between two stacks: the stream, or join of streams, that a value continues through other operations."""
+        """Between two stacks: the stream, or join of streams, that a value continues through other operations.
+
+        None where it is made of several, or of one in another order of tokens: it moves like none of them.
+        """
         k, boundary = at
         streams = self._group[k].streams
         last = boundary == len(self._group[k].stack.blocks)
         if not is_tensor(value) or k + 1 == len(self._group) or not last:
             return None
-        glue = self._nodes[streams.starts[boundary] : self._group[k + 1].streams.starts[0]]
-        ends = [v for s in streams.streams if (v := s.values[boundary]) is not None]
-        joined = [n for n in glue if n is not value and is_tensor(n) and _is_layout(n)]
-        for candidates in (ends, joined):
-            near = continues(value, candidates, glue, self._order)
-            if near is not None:
-                return self._of(at, near)
-        return None
+        ends = {v for s in streams.streams if (v := s.values[boundary]) is not None}
+        made = set(ends)  # of the streams, up to the next stack
+        for node in self._nodes[streams.starts[boundary] : self._group[k + 1].streams.starts[0]]:
+            if any(a in made for a in node.all_input_nodes):
+                made.add(node)
+        found: set[fx.Node] = set()
+        todo, seen = [value], {value}
+        while todo:
+            for node in todo.pop().all_input_nodes:
+                if node in seen or node not in made:
+                    continue
+                seen.add(node)
+                if same_shape(node, value) and (node in ends or _is_layout(node)):
+                    if self._of(at, node) is not None:
+                        found.add(node)
+                        continue
+                    if operation(node) not in _COPIES:
+                        return None
+                todo.append(node)
+        return self._of(at, found.pop()) if len(found) == 1 else None
 
     def _put_together(self, at: tuple[int, int], value: fx.Node) -> fx.Node | None:
         """The same operation on what its inputs carry on, if it does no more than to put elements in other places."""

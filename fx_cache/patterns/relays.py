@@ -263,37 +263,37 @@ def _unseen_stream(
 ) -> Refusal | None:
     """Where the blocks leave what may be the picture: no stream, but a value that would be what it was.
 
-    So may be what the last block makes of streams, if no graph in it takes that; and what any block writes to, if a
-    graph behind the span takes that. Left are keys and values of attention, and what lies in the memory of others, if
-    no graph behind the span takes them and it is known that it goes on with the main stream, and what that shows.
+    So may be what they make of streams, if no graph of theirs takes that; and what they write to, if a graph behind the
+    span takes that. Left are keys and values of attention, and what lies in the memory of others, if
+    no graph behind the span takes them; of a call that ends a stream only if it is known that what is behind the span
+    goes on with the main stream, and what that shows.
     """
     main = stretch.streams[0]
     known = bool(main.shown - others - {UNKNOWN}) or not others
     taken = _taken(calls)
-    span = [(k, call, ends) for k, _, call, ends in _with_ends(calls, stretch, begin, end)]
-    ended = {(k, i): s for k, _, ends in span for i, s in ends.items()}
+    span = list(_with_ends(calls, stretch, begin, end))
+    ended = {(k, i): s for k, _, _, ends in span for i, s in ends.items()}
     # What code between graphs has made may be made of a copy, even if it holds the stream's own numbers.
     behind = [t for call in calls[end + 1 :] for t in call.inputs.values()]
     surely = {p for t in behind for p in t.origin.of if t.origin.known or t.memory == p[0]}
     goes_on = known and any(s is main and place in surely for place, s in ended.items())
-    names = ((call, call.facts.names[i]) for _, call, _ in span for i in call.facts.written)
+    names = ((call, call.facts.names[i]) for _, _, call, _ in span for i in call.facts.written)
     written = {call.inputs[name].memory for call, name in names if name in call.inputs}
     rewritten = {t.memory for t in behind if not (t.origin.known and t.origin.of <= ended.keys())} & written - {None}
     unseen = (
         form
-        for k, call, _ in span
-        for i, form in enumerate(call.outputs)
-        if form is not None and may_be_read(form) and (k, i) not in ended and i not in call.through
-        if k >= stretch.starts[_last(stretch, end)] and not begin <= taken.get((k, i), -1) <= end
-        if beside.kinds.get((k, i)) is Kind.STREAM
-        if (k, i) in taken or not goes_on or not (i in call.shared or is_heads(form, main.form))
+        for k, number, call, ends in span
+        for i in _beside_streams(stretch.streams, call, number) - ends.keys() - call.through
+        if (form := call.outputs[i]) is not None and may_be_read(form) and beside.kinds.get((k, i)) is Kind.STREAM
+        if not begin <= taken.get((k, i), -1) <= end
+        if (k, i) in taken or (ends and not goes_on) or not (i in call.shared or is_heads(form, main.form))
     )
     got = "a write to what is read behind the blocks" if rewritten else next(unseen, None)
     if got is None:
         return None
     return Refusal(
         f"stack {stretch.name}",
-        f"{got if rewritten else f'{got[0]} made by its last block'} beside {main.name} {main.form[0]}",
+        f"{got if rewritten else f'{got[0]} made by its blocks'} beside {main.name} {main.form[0]}",
         "blocks that hand on all that is made of their streams, each in one shape",
         "choose Fn_compute_blocks and Bn_compute_blocks so that shapes are equal between them, or run it uncached",
     )

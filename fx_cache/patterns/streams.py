@@ -18,6 +18,7 @@ from fx_cache.patterns.graph import (
     external_inputs,
     is_tensor,
     is_weight,
+    operation,
     positions,
     same_shape,
     structure,
@@ -56,6 +57,11 @@ class Stream:
     def carried(self) -> bool:
         """Whether every block reads it; what the last one makes of it may be unused."""
         return all(v is not None for v in self.values[:-1])
+
+
+_ADDS = {"add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "truediv", "div", "div_", "lerp", "lerp_"}
+_ADDS |= {"addcmul", "addcmul_", "to", "float", "clone", "contiguous", "getitem", "version"}
+"""Operations by which something is added to a sum, or that leave it as it is."""
 
 
 class StackStreams:
@@ -142,7 +148,7 @@ class StackStreams:
                     if not begins:
                         following[before] = open_at[value]
             open_at = following
-        streams = [Stream(tuple(c)) for c in chains if self._made_by_blocks(c)]
+        streams = [Stream(tuple(c)) for c in chains if self._made_by_blocks(c) and not self._sums_up(c)]
         return sorted(streams, key=lambda s: not s.full)
 
     def _made_by_blocks(self, chain: list[fx.Node | None]) -> bool:
@@ -161,6 +167,20 @@ class StackStreams:
             if ancestors(value, stop=outside) & set(block.nodes):
                 return True
         return False
+
+    def _sums_up(self, chain: list[fx.Node | None]) -> bool:
+        """Whether nothing but its own next value is made of what is carried on, by adding to it: a running sum.
+
+        All of it is made of other streams, and it would be what it was however far those have come.
+        """
+        values = {v for v in chain if v is not None}
+        reached = {next(v for v in chain if v is not None)}
+        for node in self._nodes[self.starts[0] : self.starts[-1]]:
+            if any(a in reached for a in node.all_input_nodes):
+                reached.add(node)
+                if operation(node) not in _ADDS:
+                    return False
+        return len(values) > 1
 
     def _before(self, boundary: int, value: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node | None, bool]:
         """What `value` at `boundary` continues at the one before, or None; and whether the stream begins there."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise, takewhile
 
-from fx_cache.patterns.calls import UNKNOWN, Call, Form, InputTrace, Place
+from fx_cache.patterns.calls import UNKNOWN, Call, Form, InputTrace, Origin, Place
 from fx_cache.patterns.stacks import MIN_BLOCKS
 
 
@@ -296,6 +296,10 @@ class _Finder:
         seen = {s.name for s in streams if s.reader.family == begin}
         ends = {(self._at(s.maker, b), s.output) for s in streams for b in range(len(starts) - 1)}
 
+        def is_known(origin: Origin) -> bool:
+            """Whether a tensor is none that code between the blocks has made, and given to several calls."""
+            return origin.known and all(output >= 0 or call < starts[0] for call, output in origin.of)
+
         def is_left(value: InputTrace, block: int) -> bool:
             """Whether code between graphs has made something of what an earlier block makes, and no stream is."""
             made = value.made_by
@@ -310,7 +314,7 @@ class _Finder:
         for block, i in ((b, i) for b, n in zip(starts[1:], [*starts[2:], end + 1], strict=True) for i in range(b, n)):
             for name, t in self._calls[i].inputs.items():
                 large = len(t.form[0]) >= least and t.form[1].is_floating_point
-                if not large or t.form not in made or t.origin.known or (i == block and name in seen):
+                if not large or t.form not in made or is_known(t.origin) or (i == block and name in seen):
                     continue
                 if is_left(t, block) or (t.unseen and not is_own(t, block, i)):
                     return True
