@@ -276,7 +276,7 @@ class Later(Ruled):
         return torch.tanh(self.side(x))
 
     def mix(self, x: Tensor) -> Tensor:
-        return x * 1.5 + 0.1
+        return (x * 1.5 + 0.1).mean(dim=(1, 2))
 
     def block(self, i: int, x: Tensor, text: Tensor, time: Tensor, to: Tensor, later: bool) -> tuple[Any, ...]:
         shown = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
 from fx_cache.patterns.beside import Beside, Kind, MixedInput, SpanCall
-from fx_cache.patterns.calls import UNKNOWN, Call, Place, layout
+from fx_cache.patterns.calls import UNKNOWN, Call, Form, Place, layout
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
 from fx_cache.patterns.streams import is_heads, may_be_read
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, ended_by, stretches
@@ -263,10 +263,10 @@ def _unseen_stream(
 ) -> Refusal | None:
     """Where the blocks leave what may be the picture: no stream, but a value that would be what it was.
 
-    So may be what they make of streams, if no graph of theirs takes that; and what they write to, if a graph behind the
-    span takes that. Left are keys and values of attention, and what lies in the memory of others, if
-    no graph behind the span takes them; of a call that ends a stream only if it is known that what is behind the span
-    goes on with the main stream, and what that shows.
+    So may be what they make of streams, if a graph behind the span takes that; what no graph takes and a call makes
+    that hands on a stream, but for keys and values of attention, and what lies in the memory of others, if what is
+    behind the span goes on with the main stream; what no graph takes at all, if it is not known that this one shows
+    what is denoised; and what they write to, if a graph behind the span takes that.
     """
     main = stretch.streams[0]
     known = bool(main.shown - others - {UNKNOWN}) or not others
@@ -280,13 +280,19 @@ def _unseen_stream(
     names = ((call, call.facts.names[i]) for _, _, call, _ in span for i in call.facts.written)
     written = {call.inputs[name].memory for call, name in names if name in call.inputs}
     rewritten = {t.memory for t in behind if not (t.origin.known and t.origin.of <= ended.keys())} & written - {None}
+
+    def may_be_seen(k: int, i: int, form: Form, call: Call, number: int) -> bool:
+        """Whether what a call leaves may be the picture behind the span."""
+        hands_on = any(s.maker.block(call.family, number) is not None for s in stretch.streams)
+        small = i in call.shared or is_heads(form, main.form)
+        return (k, i) in taken or not (goes_on and small if hands_on else known or small)
+
     unseen = (
         form
         for k, number, call, ends in span
         for i in _beside_streams(stretch.streams, call, number) - ends.keys() - call.through
         if (form := call.outputs[i]) is not None and may_be_read(form) and beside.kinds.get((k, i)) is Kind.STREAM
-        if not begin <= taken.get((k, i), -1) <= end
-        if (k, i) in taken or (ends and not goes_on) or not (i in call.shared or is_heads(form, main.form))
+        if not begin <= taken.get((k, i), -1) <= end and may_be_seen(k, i, form, call, number)
     )
     got = "a write to what is read behind the blocks" if rewritten else next(unseen, None)
     if got is None:

@@ -291,6 +291,7 @@ class _Finder:
             for form in self._calls[i].outputs
             if form is not None and (i >= handed or len(form[0]) != 4)
         }
+        unknown = not self._shows(streams[0])
         least = min(3, len(streams[0].form[0]))  # less is not handed on by token
         begin = self._calls[starts[0]].family
         seen = {s.name for s in streams if s.reader.family == begin}
@@ -314,9 +315,13 @@ class _Finder:
         for block, i in ((b, i) for b, n in zip(starts[1:], [*starts[2:], end + 1], strict=True) for i in range(b, n)):
             for name, t in self._calls[i].inputs.items():
                 large = len(t.form[0]) >= least and t.form[1].is_floating_point
-                if not large or t.form not in made or is_known(t.origin) or (i == block and name in seen):
+                if not large or is_known(t.origin) or (i == block and name in seen):
                     continue
-                if is_left(t, block) or (t.unseen and not is_own(t, block, i)):
+                if t.form not in made:  # it may be handed on all the same, and be the picture, in other forms
+                    found = unknown and t.unseen and not self._leaves(block, i, math.prod(t.form[0]))
+                else:
+                    found = is_left(t, block) or (t.unseen and not is_own(t, block, i))
+                if found:
                     return True
         return False
 
