@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fx_cache
-from tests.running import compile_cached, last_branch, relative_error
+from tests.running import compile_cached, hits_of, last_branch, relative_error
 from tests.test_writes import TEXT, TOKENS, WIDTH, Model, Single, by_rule, steps, with_method
 
 
@@ -329,7 +329,7 @@ class HyperWritten(Hyper):
         return streams
 
 
-class Beside(Hyper):
+class Sum(Hyper):
     """What all blocks have made is summed up beside them, and read in the end."""
 
     def open(self, x: Tensor) -> Any:
@@ -343,9 +343,18 @@ class Beside(Hyper):
         return x, streams[1] + self.read[i, 0] * x.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize(
-    ("form", "bn"), [(Hyper, 0), (HyperList, 0), (HyperList, 1), (HyperWritten, 0), (Beside, 0), (Beside, 1)]
-)
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("bn", [0, 1])
+def test_a_running_sum_is_no_stream(bn: int) -> None:
+    """All of it is made of the stream, and would be as far as that had come: nothing is cached."""
+    calls, model = steps(4), Sum()
+    compiled = compile_cached(model, residual_diff_threshold=10.0, Bn_compute_blocks=bn)
+    outputs = [compiled(*call) for call in calls]
+    assert not hits_of(compiled)
+    assert all(torch.equal(model(*call), output) for call, output in zip(calls, outputs, strict=True))
+
+
+@pytest.mark.parametrize(("form", "bn"), [(Hyper, 0), (HyperList, 0), (HyperList, 1), (HyperWritten, 0)])
 def test_streams_that_glue_alone_reads_go_on_by_residuals(form: type[Hyper], bn: int) -> None:
     model, calls, expected, added = form(), steps(4), [], []
     for i, (latent, t, prompt) in enumerate(calls):

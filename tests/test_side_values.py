@@ -271,6 +271,66 @@ def test_stacks_of_other_shapes(how: str) -> None:
     assert hits == [HITS, HITS]  # a stack of each form; the third one is too little work
 
 
+ORDERS = {
+    "turned": lambda x: x.flip(1),
+    "turned by half": lambda x: torch.cat([x[:, 12:], x[:, :12]], dim=1) + 0.1,
+    "half and half": lambda x: (0.5 * (x[:, :12] + x[:, 12:])).repeat(1, 2, 1),
+    "even and odd": lambda x: (0.5 * (x[:, ::2] + x[:, 1::2])).repeat_interleave(2, dim=1),
+    "with itself turned": lambda x: 0.5 * (x + x.flip(1)),
+}
+
+
+class Ordered(Model):
+    """Between two stacks the tokens change places, or several become one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.others = nn.ModuleList(Block() for _ in range(BLOCKS))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            x = block(x, time)
+        x = ORDERS[self.how](x)
+        for block in self.others:
+            x = block(x, time)
+        return (self.out(x),)
+
+
+@pytest.mark.parametrize("how", ORDERS)
+@torch.no_grad()
+def test_tokens_change_places_between_two_stacks(how: str) -> None:
+    """The second stack goes on from what it is given: in one span with the first one, or in one of its own."""
+    model = Ordered(how)
+    outputs, hits = cached(model)
+    added = [torch.zeros(()), torch.zeros(())]
+    for i, (step, (output,)) in enumerate(zip(walk(), outputs, strict=True)):
+        x, time = model.begin(step["latent"], step["timestep"])
+        begun = x = model.blocks[0](x, time)
+        if len(hits) == 1:  # from the first block of all to the last one
+            if i < 2:
+                for block in model.blocks[1:]:
+                    x = block(x, time)
+                x = ORDERS[how](x)
+                for block in model.others:
+                    x = block(x, time)
+                added[0] = x - ORDERS[how](begun)
+            found = ORDERS[how](begun) + added[0]
+        else:
+            if i < 2:
+                for block in model.blocks[1:]:
+                    x = block(x, time)
+                added[0] = x - begun
+            second = x = model.others[0](ORDERS[how](begun + added[0]), time)
+            if i < 2:
+                for block in model.others[1:]:
+                    x = block(x, time)
+                added[1] = x - second
+            found = second + added[1]
+        assert torch.allclose(output, model.out(found), atol=1e-5)
+    assert hits == ([HITS] if "turned" in how and "itself" not in how else [HITS, HITS])
+
+
 class Features(Model):
     """What every block hands on is given back too, or the mean of it is what the tail takes."""
 

@@ -197,13 +197,15 @@ class _Trace:
                 if node in seen or node not in made:
                     continue
                 seen.add(node)
-                if same_shape(node, value) and (node in ends or _is_layout(node)):
+                moved = node not in ends and _is_layout(node) and operation(node) not in _COPIES
+                if is_tensor(node) and same_shape(node, value) and (node in ends or _is_layout(node)):
                     if self._of(at, node) is not None:
                         found.add(node)
                         continue
-                    if operation(node) not in _COPIES:
+                    if moved:
                         return None
-                todo.append(node)
+                if not moved:  # else it is something that is added to all tokens, say
+                    todo.append(node)
         return self._of(at, found.pop()) if len(found) == 1 else None
 
     def _put_together(self, at: tuple[int, int], value: fx.Node) -> fx.Node | None:

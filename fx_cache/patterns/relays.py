@@ -265,8 +265,8 @@ def _unseen_stream(
 
     So may be what they make of streams, if a graph behind the span takes that; what no graph takes and a call makes
     that hands on a stream, but for keys and values of attention, and what lies in the memory of others, if what is
-    behind the span goes on with the main stream; what no graph takes at all, if it is not known that this one shows
-    what is denoised; and what they write to, if a graph behind the span takes that.
+    behind the span goes on with the main stream, and this shows what is denoised; what no graph takes at all, if
+    neither is known; and what they write to, if a graph behind the span takes that.
     """
     main = stretch.streams[0]
     known = bool(main.shown - others - {UNKNOWN}) or not others
@@ -276,7 +276,7 @@ def _unseen_stream(
     # What code between graphs has made may be made of a copy, even if it holds the stream's own numbers.
     behind = [t for call in calls[end + 1 :] for t in call.inputs.values()]
     surely = {p for t in behind for p in t.origin.of if t.origin.known or t.memory == p[0]}
-    goes_on = known and any(s is main and place in surely for place, s in ended.items())
+    goes_on = any(s is main and place in surely for place, s in ended.items())
     names = ((call, call.facts.names[i]) for _, _, call, _ in span for i in call.facts.written)
     written = {call.inputs[name].memory for call, name in names if name in call.inputs}
     rewritten = {t.memory for t in behind if not (t.origin.known and t.origin.of <= ended.keys())} & written - {None}
@@ -285,7 +285,7 @@ def _unseen_stream(
         """Whether what a call leaves may be the picture behind the span."""
         hands_on = any(s.maker.block(call.family, number) is not None for s in stretch.streams)
         small = i in call.shared or is_heads(form, main.form)
-        return (k, i) in taken or not (goes_on and small if hands_on else known or small)
+        return (k, i) in taken or not (known and goes_on and small if hands_on else known or goes_on or small)
 
     unseen = (
         form

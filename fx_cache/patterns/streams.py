@@ -222,23 +222,26 @@ class StackStreams:
     def _beside(self, boundary: int, value: fx.Node) -> fx.Node | None:
         """By structure: what a stream that goes on beside the blocks, read by the glue between them alone, was before.
 
-        Between alike windows, what the one before made at the same place; before the first, what that reads where the
-        second one reads `value`. Between others, the only tensor that can be meant.
+        What the last alike window made at the same place; before the first, what that reads where the second one reads
+        `value`. Where there is none, the only tensor that can be meant.
         """
         i = boundary - 1
         if boundary < len(self._inputs) and value in self._inputs[boundary]:
             return None
         window = self._window(i)
         read = [n for n in external_inputs(window) if is_tensor(n) and not is_weight(n)]
-        near = self._window(i - 1) if i > 0 else self._window(1)
         place = window.index(value)
-        if [n.target for n in near[: place + 1]] == [n.target for n in window[: place + 1]]:
-            if i > 0:
-                return near[place] if near[place] in read else None
+
+        def alike(other: list[fx.Node]) -> bool:
+            return [n.target for n in other[: place + 1]] == [n.target for n in window[: place + 1]]
+
+        before = next((near for k in range(i - 1, -1, -1) if alike(near := self._window(k))), None)
+        if before is not None:
+            return before[place] if before[place] in read else None
+        if i == 0 and alike(near := self._window(1)):
             following = [n for n in external_inputs(near) if is_tensor(n) and not is_weight(n)]
             return read[following.index(value)] if value in following and len(read) == len(following) else None
-        made = [n for n in read if n not in self._inputs[i] and self._order[n] >= self.starts[max(0, i - 1)]]
-        meant = [n for n in made if same_shape(n, value)]
+        meant = [n for n in read if n not in self._inputs[i] and same_shape(n, value)]
         return meant[0] if len(meant) == 1 and boundary < len(self._inputs) else None
 
     def _window(self, i: int) -> list[fx.Node]:
