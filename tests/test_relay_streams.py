@@ -161,7 +161,7 @@ def test_python_touches_the_time_of_each_token(touches: str, factor: float) -> N
     follow(model, twice(model), [])
 
 
-class Growing(Ruled):
+class Growing(Model):
     """The picture has another form in every block. What has the same, and is handed on as well, is another stream."""
 
     def __init__(self, handed: str, grows: str, head: str) -> None:
@@ -218,7 +218,7 @@ def test_a_picture_that_is_no_stream(kind: type[Growing], head: str, handed: str
         assert torch.equal(found[0], model(**step)[0])
 
 
-class Cut(Ruled):
+class Cut(Model):
     """Text and picture are joined and cut in code between the blocks; in the block the text is made first."""
 
     def __init__(self, tokens_first: bool) -> None:
@@ -272,7 +272,7 @@ def test_the_picture_is_cut_out_of_a_join(kind: type[Cut], tokens_first: bool) -
             assert (found - outputs[computed][0]).norm() > 0.3 * (own[i] - own[computed]).norm(), i
 
 
-class Second(Ruled):
+class Second(Model):
     """A second stream, which Python touches, is taken by a later graph of every block."""
 
     def __init__(self, factor: float) -> None:
@@ -678,7 +678,7 @@ def test_an_error_of_ours_at_a_step(kind: type[Later], monkeypatch: pytest.Monke
             assert torch.equal(compiled(**step)[0], own) == (i not in (2, 3))
 
 
-class Towers(Ruled):
+class Towers(Model):
     """Blocks on one picture, then others of the same class on another one, which begins from what is given itself."""
 
     def __init__(self, reads: bool, touches: bool) -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
-import torch
 from torch import fx
 from torch._guards import CompileContext
 
 from fx_cache.errors import Refusal
+from fx_cache.patterns.forms import Form
 from fx_cache.patterns.graph import ancestors, draws_random, source_of, storage_key, written_storages
 from fx_cache.patterns.groups import groups_of
 from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
 from fx_cache.patterns.programs import Program
 from fx_cache.patterns.values import data_inputs
-
-Form = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a tensor."""
 
 Place = tuple[int, int]
 """A call, and one of its outputs; or what it was the first to be given (`given_as`), if nobody known made that."""
@@ -196,6 +194,11 @@ class Call:
     outputs: tuple[Form | None, ...]
     through: frozenset[int]
     shared: frozenset[int] = frozenset()
+
+    @cached_property
+    def tensors(self) -> list[int]:
+        """Numbers of the outputs that are tensors."""
+        return [i for i, form in enumerate(self.outputs) if form is not None]
 
 
 def layout(facts: GraphFacts, outputs: Sequence[Form | None], streams: Collection[str]) -> Hashable:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
 from fx_cache.patterns.beside import Beside, Kind, MixedInput, SpanCall
-from fx_cache.patterns.calls import UNKNOWN, Call, Form, Place, layout
+from fx_cache.patterns.calls import UNKNOWN, Call, Place, layout
+from fx_cache.patterns.forms import Form, is_heads, may_be_read
 from fx_cache.patterns.spans import MIN_SHARE, Ranges, least_gain, random_refusal
-from fx_cache.patterns.streams import is_heads, may_be_read
 from fx_cache.patterns.stretches import Point, RelayStream, Stretch, ended_by, stretches
 
 MAX_RENEWED = 0.1
@@ -238,9 +238,8 @@ def _handed_through(calls: Sequence[Call], stretch: Stretch, begin: int, end: in
 
 def _beside_streams(streams: Sequence[RelayStream], call: Call, number: int) -> set[int]:
     """Which outputs of a call are tensors, and none of the streams in any block."""
-    tensors = [i for i, form in enumerate(call.outputs) if form is not None]
     handed = {s.output for s in streams if s.maker.block(call.family, number) is not None}
-    return {i for n, i in enumerate(tensors) if n not in handed}
+    return {i for n, i in enumerate(call.tensors) if n not in handed}
 
 
 def _taken(calls: Sequence[Call]) -> dict[Place, int]:
@@ -317,9 +316,8 @@ def _beside(
     blocks = range(stretch.starts.index(begin), _last(stretch, end) + 1)
     beside = Beside(stretch.streams, blocks, begin, light=light, renews=renews)
     for k, number, call, ends in _with_ends(calls, stretch, begin, end):
-        tensors = [i for i, form in enumerate(call.outputs) if form is not None]
         origins = {name: i.origin for name, i in call.inputs.items()}
-        beside.see(k, call.family, number, call.facts, origins, tensors, call.through, ends)
+        beside.see(k, call.family, number, call.facts, origins, call.tensors, call.through, ends)
     return beside
 
 
@@ -337,7 +335,7 @@ def _with_ends(
     for k, call in enumerate(calls[: end + 1]):
         numbers[call.family] += 1
         if k >= begin:
-            tensors = [i for i, form in enumerate(call.outputs) if form is not None]
+            tensors = call.tensors
             ended = ended_by(stretch.streams, call.family, numbers[call.family], last)
             ends = {tensors[i]: stretch.streams[s] for i, s in ended.items() if i < len(tensors)}
             yield k, numbers[call.family], call, ends

@@ -14,6 +14,7 @@ from fx_cache.errors import Refusal
 from fx_cache.patterns.candidates import Candidates, find_candidates
 from fx_cache.patterns.chains import Chain, StackReport, read_stacks
 from fx_cache.patterns.contexts import find_contexts
+from fx_cache.patterns.forms import Form, is_heads, may_be_read
 from fx_cache.patterns.graph import (
     draws_random,
     hinted_shape,
@@ -32,7 +33,6 @@ from fx_cache.patterns.invariants import Invariants, find_invariants, step_share
 from fx_cache.patterns.joins import Carried, carried_from, parts_taken, place_in
 from fx_cache.patterns.samples import count_samples
 from fx_cache.patterns.sinking import find_side_values, find_sinks, forms_read, made_of
-from fx_cache.patterns.streams import Form, is_heads, may_be_read
 from fx_cache.patterns.work import Work
 
 MIN_SHARE = 0.05

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
@@ -307,17 +305,3 @@ def _next_use(node: fx.Node, order: dict[fx.Node, int], start: int) -> tuple[Any
     user = min((u for u in node.users if order[u] >= start), key=lambda u: order[u])
     places = [i for i, a in enumerate(tree_leaves(user.args)) if a is node]
     return user.op, user.target, tuple(places)
-
-
-Form = tuple[Sequence[int], torch.dtype]
-"""Shape and dtype of a tensor."""
-
-
-def may_be_read(value: Form) -> bool:
-    """Whether a tensor holds more than one number for a sample: it may be the picture, or a part of it."""
-    return (value[1].is_floating_point or value[1].is_complex) and math.prod(value[0][1:]) > 1
-
-
-def is_heads(value: Form, stream: Form) -> bool:
-    """Whether a tensor has the form of keys and values of attention, beside a stream."""
-    return len(value[0]) == 4 and len(stream[0]) == 3

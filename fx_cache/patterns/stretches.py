@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise, takewhile
 
-from fx_cache.patterns.calls import UNKNOWN, Call, Form, InputTrace, Origin, Place
+from fx_cache.patterns.calls import UNKNOWN, Call, InputTrace, Origin, Place
+from fx_cache.patterns.forms import Form
 from fx_cache.patterns.stacks import MIN_BLOCKS
 
 
@@ -416,13 +417,13 @@ class _Finder:
     def _is_through(self, place: Place) -> bool:
         """Whether the last block hands through what ends a stream."""
         call, tensor = place
-        tensors = [k for k, form in enumerate(self._calls[call].outputs) if form is not None]
+        tensors = self._calls[call].tensors
         return tensor < len(tensors) and tensors[tensor] in self._calls[call].through
 
     def _read_behind(self, place: Place, end: int) -> bool:
         """Whether a later graph reads what the last block makes of a stream."""
         call, tensor = place
-        tensors = [k for k, form in enumerate(self._calls[call].outputs) if form is not None]
+        tensors = self._calls[call].tensors
         return self._taken.get((call, tensors[tensor]), -1) > end if tensor < len(tensors) else False
 
     def _name(self, starts: Sequence[int], end: int) -> str:

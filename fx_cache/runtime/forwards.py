@@ -25,7 +25,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 
 from fx_cache.errors import guarded
-from fx_cache.patterns.calls import UNKNOWN, Call, Form, GraphFacts, InputTrace, Origin, Place, given_as
+from fx_cache.patterns.calls import UNKNOWN, Call, GraphFacts, InputTrace, Origin, Place, given_as
+from fx_cache.patterns.forms import Form
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.programs import Program
 from fx_cache.runtime.clock import is_counted
@@ -236,7 +237,7 @@ class Forward:
                 return Origin(frozenset({seen.place}), True)
             return Origin(known=key in self._user or is_held(name) or as_number(value) is not None)
         view = _view(value)
-        same = next((n.made_by for n in reversed(notes) if n.view == view), None)
+        same = self.made_by(value)
         if same is not None:
             return Origin(frozenset({same}), True)
         written = value.is_inference() or any(n.view[-1] != view[-1] for n in notes)

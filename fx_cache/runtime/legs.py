@@ -665,7 +665,11 @@ class Leg:
         if self._called is not None:
             assert self._script is not None and self._beside is not None
             ends, passed = (
-                {made[i]: k for i, k in of_call.items() if i < len(made) and _fits(outputs[made[i]], self._starts[k])}
+                {
+                    made[i]: k
+                    for i, k in of_call.items()
+                    if i < len(made) and outputs[made[i]].shape == self._starts[k].shape
+                }
                 for of_call in (
                     ended_by(self._plan.streams, family, number, self._plan.ranges[1][1] - 1),
                     _passed(self._plan, family, number),
@@ -716,10 +720,6 @@ def _view_of_input(graph: Graph, args: Sequence[Any], output: Any) -> tuple[str,
     found = ((n, a, ViewOf.made(a, output)) for n, a in given if stored(a) and stored(output))
     views = [(n, view if view.of(a) is not None else None) for n, a, view in found if view is not None]
     return min(views, key=lambda of: of[1] is None, default=None)
-
-
-def _fits(value: torch.Tensor, start: torch.Tensor) -> bool:
-    return value.shape == start.shape
 
 
 def _argument(graph: Graph, args: Sequence[Any], name: str) -> torch.Tensor:

@@ -462,7 +462,7 @@ class RelayRun:
         try:
             with guarded("relay") as guard:
                 return what()
-        except Misfit:  # nothing was computed for this call yet
+        except Misfit:  # it computes on, and none of its calls is counted any more
             if self.reusing:
                 raise Astray from None
             self._give_up(WAYWARD)

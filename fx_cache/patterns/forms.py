@@ -1,0 +1,20 @@
+"""What shape and dtype of a tensor say of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
+def may_be_read(value: Form) -> bool:
+    """Whether a tensor holds more than one number for a sample: it may be the picture, or a part of it."""
+    return (value[1].is_floating_point or value[1].is_complex) and math.prod(value[0][1:]) > 1
+
+
+def is_heads(value: Form, stream: Form) -> bool:
+    """Whether a tensor has the form of keys and values of attention, beside a stream."""
+    return len(value[0]) == 4 and len(stream[0]) == 3
