@@ -15,7 +15,7 @@ from functools import reduce
 from itertools import pairwise, takewhile
 
 from fx_cache.patterns.calls import UNKNOWN, Call, InputTrace, Origin, Place
-from fx_cache.patterns.forms import Form
+from fx_cache.patterns.forms import Form, may_be_read
 from fx_cache.patterns.stacks import MIN_BLOCKS
 
 
@@ -189,12 +189,11 @@ class _Finder:
         """The blocks that begin with these calls, divided where one hands on something else than the one before."""
         first, same = 0, None
         for block in range(1, len(starts)):
-            links = {
-                (*link[:2], self._is_odd(starts, block, link), self._list_of(starts, block) if link[-1] else ())
-                for link in self._links(starts, block)
-                if not self._still[self._maker(starts, block, link)]
-            }
-            if same is not None and links != same:
+            found = [link for link in self._links(starts, block) if not self._still[self._maker(starts, block, link)]]
+            links = {(*link[:2], self._is_odd(starts, block, link)) for link in found}
+            # In another list code between graphs may hand on another stream.
+            moved = any(link[-1] for link in found) and self._list_of(starts, block) != self._list_of(starts, block - 1)
+            if moved or (same is not None and links != same):
                 yield starts[first:block]
                 first = block
             same = links if first < block else None
@@ -206,7 +205,7 @@ class _Finder:
         return link[-1] and not any(link in self._links(starts, b) for b in beside)
 
     def _list_of(self, starts: Sequence[int], block: int) -> tuple[str, ...]:
-        """Module path of the list that a block is in: code between graphs may hand on another stream in each."""
+        """Module path of the list that a block is in."""
         end = starts[block + 1] if block + 1 < len(starts) else starts[block] + starts[block] - starts[block - 1]
         path = _common([p for p in self._paths[starts[block] : end] if p is not None])
         return tuple(takewhile(lambda part: not any(c.isdigit() for c in part), path))
@@ -319,7 +318,7 @@ class _Finder:
                 if not large or is_known(t.origin) or (i == block and name in seen):
                     continue
                 if t.form not in made:  # it may be handed on all the same, and be the picture, in other forms
-                    found = unknown and t.unseen and not self._leaves(block, i, math.prod(t.form[0]))
+                    found = unknown and t.unseen and not self._leaves(block, i)
                 else:
                     found = is_left(t, block) or (t.unseen and not is_own(t, block, i))
                 if found:
@@ -382,13 +381,14 @@ class _Finder:
         left = [(i, k) for i, k in self._leaves(begin, end, math.prod(form[0])) if self._calls[i].outputs[k] == form]
         return left[0] if len(left) == 1 and len(form[0]) >= 3 else None
 
-    def _leaves(self, begin: int, end: int, size: int) -> list[Place]:
-        """What some calls make with so many elements, and no graph takes."""
+    def _leaves(self, begin: int, end: int, size: int | None = None) -> list[Place]:
+        """What some calls make, with so many elements or with any that may be read, and no graph takes."""
         return [
             (i, k)
             for i in range(begin, end)
             for k, made in enumerate(self._calls[i].outputs)
-            if made is not None and math.prod(made[0]) == size and (i, k) not in self._taken
+            if made is not None and (i, k) not in self._taken
+            if (may_be_read(made) if size is None else math.prod(made[0]) == size)
         ]
 
     def _maker(self, starts: Sequence[int], block: int, link: _Link) -> int:
