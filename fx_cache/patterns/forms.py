@@ -11,8 +11,8 @@ Form = tuple[tuple[int, ...], torch.dtype]
 
 
 def may_be_read(value: Form) -> bool:
-    """Whether a tensor holds more than one number for a sample: it may be the picture, or a part of it."""
-    return (value[1].is_floating_point or value[1].is_complex) and math.prod(value[0][1:]) > 1
+    """Whether a tensor holds more than one number: it may be the picture, or a part of it."""
+    return math.prod(value[0]) > 1
 
 
 def is_heads(value: Form, stream: Form) -> bool:

@@ -263,9 +263,9 @@ def _unseen_stream(
     """Where the blocks leave what may be the picture: no stream, but a value that would be what it was.
 
     So may be what they make of streams, if a graph behind the span takes that; what no graph takes and a call makes
-    that hands on a stream, but for keys and values of attention, and what lies in the memory of others, if what is
-    behind the span goes on with the main stream, and this shows what is denoised; what no graph takes at all, if
-    neither is known; and what they write to, if a graph behind the span takes that.
+    that hands on a stream, but for what lies in the memory of others, if what is behind the span goes on with the main
+    stream, and this shows what is denoised; what no graph takes at all, if neither is known, but for what has the form
+    of keys and values; and what they write to, if a graph behind the span takes that.
     """
     main = stretch.streams[0]
     known = bool(main.shown - others - {UNKNOWN}) or not others
@@ -283,8 +283,11 @@ def _unseen_stream(
     def may_be_seen(k: int, i: int, form: Form, call: Call, number: int) -> bool:
         """Whether what a call leaves may be the picture behind the span."""
         hands_on = any(s.maker.block(call.family, number) is not None for s in stretch.streams)
-        small = i in call.shared or is_heads(form, main.form)
-        return (k, i) in taken or not (known and goes_on and small if hands_on else known or goes_on or small)
+        if (k, i) in taken:
+            return True
+        if hands_on:
+            return not (known and goes_on and i in call.shared)
+        return not (known or goes_on or i in call.shared or is_heads(form, main.form))
 
     unseen = (
         form

@@ -58,8 +58,11 @@ class Stream:
 
 
 _ADDS = {"add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "truediv", "div", "div_", "lerp", "lerp_"}
-_ADDS |= {"addcmul", "addcmul_", "to", "float", "clone", "contiguous", "getitem", "version"}
-"""Operations by which something is added to a sum, or that leave it as it is."""
+_ADDS |= {"addcmul", "addcmul_", "to", "float", "clone", "contiguous", "getitem", "version", "maximum", "minimum"}
+_ADDS |= {"where", "masked_fill", "masked_fill_", "setitem", "copy_", "cat", "stack", "slice_scatter", "select_scatter"}
+_ADDS |= {"scatter", "scatter_", "index_copy", "index_copy_", "index_put", "index_put_", "index_add", "index_add_"}
+_ADDS |= {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "split", "chunk"}
+"""Operations by which something is added to a sum or put into it, or that leave it as it is."""
 
 
 class StackStreams:
@@ -102,6 +105,8 @@ class StackStreams:
         if value is None or not block or value in block:
             return None
         glue = [n for n in self._window(boundary - 1) if n not in block]
+        if stream.values[boundary - 1] in external_inputs(glue):
+            return None  # what the block gave is added to the stream
         return continues(value, [n for n in external_inputs(glue) if n in block], glue, self._order)
 
     def _trailing_glue(self) -> int:
@@ -109,6 +114,9 @@ class StackStreams:
         before, last = (b.nodes[-1] for b in self.stack.blocks[-2:])
         between = self._nodes[self._order[before] + 1 : self._order[self.stack.blocks[-1].nodes[0]]]
         behind = self._nodes[self._order[last] + 1 :]
+        taken = set(self._nodes[self._order[before] + 1 : self._order[last] + 1 + len(between)])
+        while between and not any(u in taken for u in between[-1].users):
+            between.pop()  # of no stream: no block goes on with it
         for count in range(min(len(between), len(behind)), 0, -1):
             if _wiring(between[:count]) == _wiring(behind[:count]):
                 return count
