@@ -158,6 +158,7 @@ class InputTrace:
         whole: whether it is just what was made.
         memory: the call that made the memory it lies in, whatever has been written there since; None if none did.
         unseen: whether nobody known made it, and it holds other numbers than at the call before of the same code.
+        added: outputs that code between graphs seems to have added to what the call before of the same code was given.
         origin: where it comes from, but for what it holds a part of.
         shown: the user's inputs that it depends on, and `UNKNOWN` if it may depend on others.
     """
@@ -169,6 +170,7 @@ class InputTrace:
     whole: bool = True
     memory: int | None = None
     unseen: bool = False
+    added: frozenset[Place] = frozenset()
     origin: Origin = Origin()
     shown: frozenset[int] = frozenset()
 

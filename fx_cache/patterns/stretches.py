@@ -178,7 +178,7 @@ class _Finder:
         for name, traced in self._calls[b].inputs.items():
             before, made = self._calls[a].inputs.get(name), traced.made_by
             if made is None and traced.unseen:
-                made = self._left(a, b, traced.form)
+                made = self._left(a, b, traced)
             if before is not None and before.form == traced.form and made is not None and a <= made[0] < b:
                 family = self._calls[made[0]].family
                 if self._count(family, a, b) == 1:
@@ -366,7 +366,7 @@ class _Finder:
                 then = self._calls[same].inputs.get(name) if same < begin else None
                 made = traced.made_by
                 if made is None and traced.unseen and i == begin:
-                    made = self._left(before, begin, traced.form)
+                    made = self._left(before, begin, traced)
                 if made is None or not before <= made[0] < begin or then is None or then.form != traced.form:
                     continue
                 numbers = traced.form[1].is_floating_point or traced.form[1].is_complex
@@ -376,10 +376,14 @@ class _Finder:
                     found.setdefault(key, ((family, number, name), traced.made_by is None))
         return {(maker, *taken): None for maker, taken in found.items()}
 
-    def _left(self, begin: int, end: int, form: Form) -> Place | None:
-        """What some calls leave to code between graphs: the one tensor of a form that no graph takes, if it is one."""
+    def _left(self, begin: int, end: int, value: InputTrace) -> Place | None:
+        """What some calls leave to code between graphs that a value may be made of: the one of its form, if it is one.
+
+        Not what that code has added to a stream of its own.
+        """
+        form = value.form
         left = [(i, k) for i, k in self._leaves(begin, end, math.prod(form[0])) if self._calls[i].outputs[k] == form]
-        return left[0] if len(left) == 1 and len(form[0]) >= 3 else None
+        return left[0] if len(left) == 1 and len(form[0]) >= 3 and left[0] not in value.added else None
 
     def _leaves(self, begin: int, end: int, size: int | None = None) -> list[Place]:
         """What some calls make, with so many elements or with any that may be read, and no graph takes."""

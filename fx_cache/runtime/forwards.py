@@ -292,7 +292,7 @@ class Forward:
         outputs: Sequence[Any],
         origins: Mapping[str, Origin],
         joined: Mapping[str, Joined],
-        unseen: Collection[str],
+        unseen: Mapping[str, frozenset[Place]],
     ) -> None:
         """Adds a call to `calls`; before its outputs are noted.
 
@@ -303,7 +303,8 @@ class Forward:
             outputs: what it made.
             origins: where the tensors come from that it was given, as it stood before.
             joined: for inputs, by name, the output that they hold a part of; for those that no call made as they are.
-            unseen: those, by name, that nobody known made, and that are others than at the code's call before.
+            unseen: those, by name, that nobody known made, and that are others than at the code's call before; with
+                outputs that seem to have been added to what they were there.
         """
 
         def trace(name: str, value: torch.Tensor) -> InputTrace:
@@ -317,7 +318,11 @@ class Forward:
             if not (whole or origin.known):
                 origin = Origin(frozenset({place}) if place else frozenset())
             shown = self.shown_by(value) or self._showing.get(place, frozenset()) | {UNKNOWN}
-            return InputTrace(form_of(value), place, tokens, others, whole, memory, name in unseen, origin, shown)
+            added = unseen.get(name)
+            form, is_unseen = form_of(value), added is not None
+            return InputTrace(
+                form, place, tokens, others, whole, memory, is_unseen, added or frozenset(), origin, shown
+            )
 
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}

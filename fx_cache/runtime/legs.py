@@ -401,6 +401,7 @@ class WatchRun:
         self._count = 0
         self._outputs: deque[tuple[Any, ...]] = deque(maxlen=RECENT)
         self._made: dict[Hashable, dict[str, torch.Tensor]] = {}
+        self._given: dict[Hashable, dict[str, torch.Tensor]] = {}
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         began: dict[str, torch.Tensor] = {}
@@ -436,6 +437,7 @@ class WatchRun:
         """Remembers what came of a call."""
         joined = {name: found for name, a in began.items() if (found := self._holds(a)) is not None}
         unseen = self._unseen(family, {n: a for n, a in began.items() if n not in joined})
+        self._given[family] = {n: a for n, a in zip(graph.facts.names, args, strict=True) if stored(a)} | began
         forward.trace(family, graph.facts, args, outputs, origins, joined, unseen)
         forward.note(graph.facts, args, outputs)
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
@@ -448,16 +450,34 @@ class WatchRun:
         """The forward is over."""
         self._outputs.clear()
         self._made.clear()
+        self._given.clear()
 
     def again(self) -> WatchRun:
         return self
 
-    def _unseen(self, family: Hashable, made: dict[str, torch.Tensor]) -> set[str]:
-        """Which of the inputs that nobody known made hold other numbers than at the call before of the same code."""
+    def _unseen(self, family: Hashable, made: dict[str, torch.Tensor]) -> dict[str, frozenset[Place]]:
+        """Which of the inputs that nobody known made hold other numbers than at the call before of the same code.
+
+        With the outputs that have been added to what they were there, as far as can be seen: those are no stream.
+        """
         before, self._made[family] = self._made.get(family), made
         if before is None:
-            return set()
-        return {name for name, a in made.items() if name not in before or not _equal(a, before[name])}
+            return {}
+        others = {name: a for name, a in made.items() if name not in before or not _equal(a, before[name])}
+        given = self._given.get(family, {})
+        return {name: self._added(a, given.get(name)) for name, a in others.items()}
+
+    def _added(self, value: torch.Tensor, before: torch.Tensor | None) -> frozenset[Place]:
+        """The outputs that make what was before more like a value than they are themselves."""
+        if before is None or before.shape != value.shape or not value.is_floating_point():
+            return frozenset()
+        return frozenset(
+            (self._count - i, k)
+            for i, outputs in enumerate(reversed(self._outputs), 1)
+            for k, output in enumerate(outputs)
+            if isinstance(output, torch.Tensor) and output.shape == value.shape and output.dtype == value.dtype
+            if (value - before - output).norm() < (value - output).norm()
+        )
 
     def _holds(self, value: torch.Tensor) -> Joined | None:
         """Which output a tensor holds tokens of, where code between the graphs cut it and joined it with others."""
