@@ -166,17 +166,31 @@ COPIES = {
     "another dtype": lambda x: x.double(),
     "a map": lambda x: x.transpose(1, 2).unflatten(2, (-1, 4)) * 1.0,
     "some tokens": lambda x: x[:, :12] * 1.0,
+    "numbers": lambda x: (1000 * x).int(),
 }
+
+
+class Copying(Block):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = super().forward(x, time)
+        return x, COPIES[self.how](x)
 
 
 class Copied(Model):
     """The tail takes a copy of the stream that the last block makes, and something of the stream itself."""
 
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.blocks = nn.ModuleList(Copying(how) for _ in range(BLOCKS))
+
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
         x, time = self.begin(latent, timestep)
         for block in self.blocks:
-            x = block(x, time)
-            copy = COPIES[self.how](x)
+            x, copy = block(x, time)
         return (self.out(copy.float().flatten()[: 12 * WIDTH].view(1, 12, WIDTH)) + 0.01 * x.mean(),)
 
 

@@ -344,15 +344,30 @@ def test_what_the_caller_sees_is_written_at_every_step() -> None:
         assert torch.equal(latent, seen)
 
 
+class Viewing(nn.Module):
+    """A block that hands on two views of what it makes."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.block(x, time)
+        return x, x.view(-1, WIDTH)
+
+
 class TailWrites(Model):
     """What stands behind the blocks writes to a tensor of which they handed on two views."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.singles = nn.ModuleList(map(Viewing, self.singles))
 
     def forward(self, latent: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         image, text, time = self.begin(latent, t, prompt)
         x = torch.cat([text, image], 1)
         for single in self.singles:
-            x = single(x, time)
-            flat = x.view(-1, WIDTH)
+            x, flat = single(x, time)
         x.mul_(1 + time)
         return self.finish(x, time) + flat.sum()
 

@@ -283,6 +283,8 @@ def _unseen_stream(
     def may_be_seen(k: int, i: int, form: Form, call: Call, number: int) -> bool:
         """Whether what a call leaves may be the picture behind the span."""
         hands_on = any(s.maker.block(call.family, number) is not None for s in stretch.streams)
+        if not (form[1].is_floating_point or form[1].is_complex):
+            return False  # a mask or an index, which is handed on as it is
         if (k, i) in taken:
             return True
         if hands_on:
