@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import fx
 
 from fx_cache.config import CacheConfig
@@ -15,11 +14,13 @@ from fx_cache.errors import Refusal
 from fx_cache.patterns.candidates import Candidates, find_candidates
 from fx_cache.patterns.chains import Chain, StackReport, read_stacks
 from fx_cache.patterns.contexts import find_contexts
+from fx_cache.patterns.forms import Form, is_heads, may_be_read
 from fx_cache.patterns.graph import (
     draws_random,
     hinted_shape,
     is_scalar,
     is_tensor,
+    operation,
     positions,
     same_shape,
     storage_key,
@@ -238,9 +239,42 @@ def _worth_a_decision(
 
 
 def _unseen_stream(plan: SpanPlan) -> fx.Node | None:
-    """What a span hands on by value that may be the picture, or go into it: it would be what it was."""
-    values = (lo.value for lo in plan.live_outs if lo.continues is None)
-    return next((n for n in values if torch.Size(hinted_shape(value_of(n))).numel() > 1), None)
+    """What a span hands on by value that may be the picture, or go into it: it would be what it was.
+
+    Left are keys and values of attention, of which nothing is computed behind the span, beside what is carried on.
+    """
+    skipped = {*plan.nodes, *plan.taken}
+    stream = _form(plan.probe[1])
+    carries_on = any(lo.continues is not None for lo in plan.live_outs)
+    for node in (lo.value for lo in plan.live_outs if lo.continues is None):
+        kept = carries_on and is_heads(_form(node), stream) and not _computed_on(node, skipped)
+        if may_be_read(_form(node)) and not kept:
+            return node
+    return None
+
+
+def _form(node: fx.Node) -> Form:
+    value = value_of(node)
+    return hinted_shape(value), value.dtype
+
+
+_HANDED = {"getitem", "view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze", "to"}
+_HANDED |= {"contiguous", "clone", "detach", "stack", "cat", "concat", "chunk", "split", "unbind", "float", "output"}
+"""Operations that hand a value out, and compute nothing of it."""
+
+
+def _computed_on(value: fx.Node, skipped: Collection[fx.Node]) -> bool:
+    """Whether anything is computed of a value behind the nodes that a hit skips."""
+    todo, seen = [value], set[fx.Node]()
+    while todo:
+        for user in todo.pop().users:
+            if user in seen or user in skipped:
+                continue
+            if user.op != "output" and operation(user) not in _HANDED:
+                return True
+            seen.add(user)
+            todo.append(user)
+    return False
 
 
 def _with_sinks(graph: fx.Graph, spans: list[SpanPlan], work: Work) -> list[SpanPlan]:
