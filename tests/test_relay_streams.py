@@ -272,6 +272,46 @@ def test_the_picture_is_cut_out_of_a_join(kind: type[Cut], tokens_first: bool) -
             assert (found - outputs[computed][0]).norm() > 0.3 * (own[i] - own[computed]).norm(), i
 
 
+ADDITIONS = {
+    "added": lambda x, delta: x + delta,
+    "a part added": lambda x, delta: x + 0.5 * delta,
+    "taken away": lambda x, delta: x - delta,
+    "faded": lambda x, delta: 0.9 * x + delta,
+}
+
+
+class Added(Model):
+    """Blocks give what code between the graphs adds to the stream."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Alone() for _ in range(BLOCKS))
+        self.how = how
+
+    @uncaptured
+    def add(self, x: Tensor, delta: Tensor) -> Tensor:
+        return ADDITIONS[self.how](x, delta)
+
+    def delta(self, block: Alone, x: Tensor, time: Tensor) -> Tensor:
+        return block(x, time) - x
+
+    @in_python
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        for block in self.blocks:
+            x = self.add(x, self.delta(block, x, time[:, None]))
+        return (self.out(x),)
+
+
+@pytest.mark.parametrize("how", ADDITIONS)
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_code_between_the_graphs_adds_to_a_stream_of_its_own(how: str) -> None:
+    """What blocks give is not the stream: nothing is cached."""
+    model = Added(how)
+    for step, found in zip(walk(3), sampled(twice(model), 3), strict=True):
+        assert torch.equal(found[0], model(**step)[0])
+
+
 class Second(Model):
     """A second stream, which Python touches, is taken by a later graph of every block."""
 

@@ -194,10 +194,31 @@ class Copied(Model):
         return (self.out(copy.float().flatten()[: 12 * WIDTH].view(1, 12, WIDTH)) + 0.01 * x.mean(),)
 
 
+class Added(Model):
+    """Code in the loop makes something of each block's delta, or of its stream, and hands the last of it on."""
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(latent, timestep)
+        found, kept = torch.zeros_like(x), []
+        at = torch.arange(TOKENS)[None, :, None] % BLOCKS
+        for i, block in enumerate(self.blocks):
+            delta = block(x, time) - x
+            x = x + delta
+            kept.append(delta)
+            if self.how == "early exit":
+                found = torch.where(at == i, x, found)
+            elif self.how == "sum of views":
+                found = (found.flatten(1) + x.flatten(1)).view_as(found)
+            elif self.how == "queries":
+                found = torch.tanh(found) + 0.3 * torch.tanh(x)
+        return (self.out(found),) if self.how != "a delta" else (self.out(x) + self.out(kept[3]),)
+
+
 PICTURES = [
     Levels(""),
     *(Growing(how) for how in ("", "a longer text", "packed", "a map")),
     *(Copied(how) for how in COPIES),
+    *(Added(how) for how in ("early exit", "sum of views", "a delta", "queries")),
 ]
 
 
@@ -343,6 +364,35 @@ def test_tokens_change_places_between_two_stacks(how: str) -> None:
             found = second + added[1]
         assert torch.allclose(output, model.out(found), atol=1e-5)
     assert hits == ([HITS] if "turned" in how and "itself" not in how else [HITS, HITS])
+
+
+class Normed(Model):
+    """A norm behind every block, of which the last one is taken."""
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor]:
+        x, time = self.begin(6 * latent, timestep)
+        found = []
+        for block in self.blocks:
+            x = block(x, time)
+            found.append(nn.functional.layer_norm(x, (WIDTH,)))
+        return (self.out(found[-1]),)
+
+
+@torch.no_grad()
+def test_glue_that_no_block_goes_on_with() -> None:
+    """It is no part of the span: the stream ends before it."""
+    model = Normed("")
+    outputs, hits = cached(model)
+    added = torch.zeros(())
+    for i, (step, (output,)) in enumerate(zip(walk(), outputs, strict=True)):
+        x, time = model.begin(6 * step["latent"], step["timestep"])
+        begun = x = model.blocks[0](x, time)
+        if i < 2:
+            for block in model.blocks[1:]:
+                x = block(x, time)
+            added = x - begun
+        assert torch.allclose(output, model.out(nn.functional.layer_norm(begun + added, (WIDTH,))), atol=1e-5)
+    assert hits == [HITS]
 
 
 class Features(Model):

@@ -23,6 +23,7 @@ from fx_cache.patterns.graph import (
     value_of,
 )
 from fx_cache.patterns.stacks import Stack
+from fx_cache.patterns.values import data_inputs
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class StackStreams:
                     if not begins:
                         following[before] = open_at[value]
             open_at = following
-        streams = [Stream(tuple(c)) for c in chains if self._made_by_blocks(c) and not self._sums_up(c)]
+        carried = [c for c in chains if self._made_by_blocks(c)]
+        streams = [Stream(tuple(c)) for c in carried if not (self._sums_up(c) or self._only_reads(c, carried))]
         return sorted(streams, key=lambda s: not s.full)
 
     def _made_by_blocks(self, chain: list[fx.Node | None]) -> bool:
@@ -187,6 +189,19 @@ class StackStreams:
                 if operation(node) not in _ADDS:
                     return False
         return len(values) > 1
+
+    def _only_reads(self, chain: list[fx.Node | None], chains: list[list[fx.Node | None]]) -> bool:
+        """Whether it begins with nothing that was given (zeros, learned queries), and no other stream is made of it."""
+        first = next(v for v in chain if v is not None)
+        begun = ancestors(first, reads=data_inputs)
+        if any(n.op == "placeholder" and is_tensor(n) and not is_weight(n) for n in begun):
+            return False
+        reached = {first}
+        for node in self._nodes[self._order[first] + 1 : self.starts[-1]]:
+            if any(a in reached for a in node.all_input_nodes):
+                reached.add(node)
+        others = [c for c in chains if c is not chain]
+        return bool(others) and not any(v in reached for c in others for v in c)
 
     def _before(self, boundary: int, value: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node | None, bool]:
         """What `value` at `boundary` continues at the one before, or None; and whether the stream begins there."""
