@@ -192,9 +192,10 @@ def detectors_agree(gm: fx.GraphModule) -> bool:
     name_inputs(prepared, None)
     separate_sequences(prepared, None)
     graph = prepared.graph
-    chain = chains(graph, read_stacks(graph, classify_inputs(graph)), Work(graph))[0]
+    roles = classify_inputs(graph)
+    chain = chains(graph, read_stacks(graph, roles), Work(graph))[0]
     named = _starts(chain)
-    found = [StackStreams(graph, s).starts for s in find_repeats(graph)]
+    found = [StackStreams(graph, s, roles).starts for s in find_repeats(graph)]
     ranges = [(r.range[0] - GLUE, r.range[1] + GLUE) for r in chain]
     repeated = sorted({p for starts in found for p in starts if any(a <= p <= b for a, b in ranges)})
     return all(

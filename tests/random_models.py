@@ -142,6 +142,7 @@ KINDS: dict[str, Spec] = {
     "over, written": Spec(kinds=(("b",) * 3, ("b",) * 3), context=True, over=True, write="augmented"),
     "side": Spec(side=True),
     "encoder": Spec(context=True, encoder=True),
+    "drops": Spec(kinds=(("b", "c", "b"),), streams=2, drops=True),
     "rounds": Spec(holder="rounds"),
     "attributes, written": Spec(kinds=(("a",) * 5,), context=True, glue=2, holder="attributes", write="augmented"),
     "shared, written": Spec(holder="shared", write="augmented"),
@@ -165,6 +166,8 @@ def kinds_of(spec: Spec) -> set[str]:
     if spec.write:
         found.add(f"{spec.holder}, written")
     found |= {spec.holder, spec.wrap} | ({"over, written"} if spec.over and spec.write else set())
+    if spec.drops and len(set(spec.kinds[-1][-2:])) > 1:
+        found.add("drops")
     found |= {name for name in ("over", "side", "encoder") if getattr(spec, name)}
     return found & KINDS.keys()
 

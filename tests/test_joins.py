@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fx_cache
+from tests import test_writes
 from tests.running import compile_cached, hits_of, last_branch, relative_error
 from tests.test_writes import TEXT, TOKENS, WIDTH, Model, Single, by_rule, steps, with_method
 
@@ -122,8 +124,14 @@ def run(model: nn.Module, calls: list[tuple[Tensor, ...]], **options: Any) -> tu
     return outputs, [s["hits"] for s in last_branch(compiled)["spans"]]
 
 
+@pytest.mark.parametrize("tokens", [TEXT, TOKENS], ids=["less text", "as much text"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_joined_stream_goes_on_by_its_parts_residuals(form: type[Joined]) -> None:
+def test_a_joined_stream_goes_on_by_its_parts_residuals(
+    form: type[Joined], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both parts have one shape, and the last block hands on one of them alone."""
+    for module in (test_writes, sys.modules[__name__]):
+        monkeypatch.setattr(module, "TEXT", tokens)
     calls = steps(4)
     expected, hits = by_rule(Model(None, 3, 4), calls)
     outputs, found = run(form(), calls)

@@ -802,6 +802,61 @@ def test_time_and_latents_in_every_form(kind: str, as_seen: str) -> None:
     assert max(relative_error(a, b) for a, b in zip(outputs[False], outputs[True], strict=True)) < 1e-5
 
 
+class Scaling(Split):
+    """What it embeds, time and guidance, Python has scaled before."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__(breaks)
+        self.embedder = Embedder()
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
+        scaled = torch.compiler.disable(_thousandfold) if self.blocks[0].breaks else _thousandfold
+        time, guidance = scaled(timestep, guidance)
+        embedded = self.embedder(time, guidance)
+        x = self.embed(latent)
+        for block in self.blocks:
+            x = block(x, text, embedded)
+        return self.out(x)
+
+
+class Embedder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, *numbers: Tensor) -> Tensor:
+        angles = [number[:, None, None] * torch.arange(WIDTH) / 50 for number in numbers]
+        return sum(self.time(torch.cat([a.sin(), a.cos()], dim=-1)) for a in angles)
+
+
+def _thousandfold(*values: Tensor) -> list[Tensor]:
+    return [1000 * value for value in values]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_time_is_known_where_python_scales_it(passes: int) -> None:
+    """Though guidance stands beside it, and no sampler made the latents. Oracle: the same in one graph."""
+    outputs, hits = {}, {}
+    for breaks in (True, False):
+        torch._dynamo.reset()
+        model = Scaling(breaks)
+        compiled = compile_broken(model, residual_diff_threshold=2.0)
+        outputs[breaks] = []
+        for request in range(3):
+            prompts = [split_walk("float", 10 * request + k) for k in range(passes)]
+            for i, steps in enumerate(zip(*prompts, strict=True)):
+                for step in steps:
+                    time = torch.tensor([1.0 - 0.04 * i])
+                    given = {**steps[0], "text": step["text"], "timestep": time, "guidance": torch.tensor([3.5])}
+                    with fx_cache.session(f"request {request}"):
+                        outputs[breaks].append(compiled(**given))
+        branches = [b for s in fx_cache.summary(model).to_dict()["sessions"][-1:] for b in s["branches"]]
+        hits[breaks] = [b["spans"][0]["hits"] for b in branches]
+    assert hits[True] == hits[False] == [[*range(WARMUP, STEPS)]] * passes
+    last = slice(-STEPS * passes, None)  # in the first ones several graphs are still watched
+    assert max(relative_error(a, b) for a, b in zip(outputs[False][last], outputs[True][last], strict=True)) < 1e-5
+
+
 class Other(Halves):
     """A block of another kind."""
 

@@ -626,23 +626,15 @@ def test_a_chain_as_large_as_the_stream(name: str, reads: bool, width: int) -> N
     assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("name", ["a", "zz"])
-def test_a_stream_that_is_made_of_the_main_one(name: str) -> None:
+def test_a_chain_that_the_main_stream_is_added_to(name: str) -> None:
+    """It begins with the time, and no other is made of it: all that it shows of the picture would be what it was."""
     model = Dependent("with the block", name, reads=False, width=1)
     compiled = compile_broken(model, residual_diff_threshold=10.0)
-    for seed in (1, 2):
-        sampled(compiled, seed)
-    added: tuple[Tensor, Tensor] | None = None
-    for i, (step, found) in enumerate(zip(walk(3), sampled(compiled, 3), strict=True)):
-        begun = model.both(0, *model.begin(step["latent"], step["timestep"]))
-        if i < 2 or added is None:
-            x, time = begun
-            for k in range(1, BLOCKS):
-                x, time = model.both(k, x, time)
-            added = x - begun[0], time - begun[1]
-        expected = model.out(begun[0] + added[0]), (begun[1] + added[1]).sin()
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
-    assert last_branch(compiled)["spans"][0]["hits"] == [2, 3, 4, 5, 6, 7]
+    for seed in (1, 2, 3):
+        for step, found in zip(walk(seed), sampled(compiled, seed), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, model(**step), strict=True))
 
 
 @pytest.mark.parametrize("name", ["a", "zz"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -328,7 +329,7 @@ def test_passes_that_differ_in_a_number_alone(passes: list, name: str | None, th
     model = Guided().eval()
     compiled = compile_cached(model, residual_diff_threshold=threshold, max_warmup_steps=1)
     text, x = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
-    with pytest.warns(fx_cache.CacheWarning, match="name it and its passes"):
+    with pytest.warns(fx_cache.CacheWarning, match="name it and its passes|name the request and its branch"):
         for i in range(STEPS):
             t, outputs = torch.tensor([0.9 - 0.1 * i]), []
             for guidance, scale in passes:
@@ -372,18 +373,32 @@ def test_numbers_that_change_places_on_the_way(changed: str, name: str | None) -
 
 
 class Placed(Dit):
-    """A window of a video, told apart by where it begins; the time goes through a table, or there are graph breaks."""
+    """A window of a video, told apart by where it begins.
 
-    def __init__(self, table: bool, broken: bool) -> None:
+    The time goes through sinusoids, if need be scaled by Python, a table or straight into a linear layer, or the caller
+    embeds it.
+    """
+
+    def __init__(self, time: str, broken: bool, embedded: bool = False) -> None:
         super().__init__()
-        self.places, self.table = nn.Embedding(64, 32), nn.Embedding(1000, 32) if table else None
-        self.broken = broken
+        self.place, self.table, self.embeds_place = nn.Linear(1, 32), nn.Embedding(1000, 32), embedded
+        self.straight, self.given = nn.Linear(1, 32), nn.Linear(128, 32)
+        self.requires_grad_(False)
+        self.kind, self.broken = time, broken
 
-    def begin(self, latent: Tensor, t: Tensor, text: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        e = self.embedded(t.float() / 1000) if self.table is None else self.table(t)
-        return torch.cat([self.text(text), self.patch(latent) + self.places(torch.arange(32) // 8 + offset)], 1), e
+    def begin(self, latent: Tensor, t: Tensor, text: Tensor, offset: Any) -> tuple[Tensor, Tensor]:
+        if self.kind in ("sinusoids", "scaled", "turned"):
+            e = self.embedded(t if self.kind == "sinusoids" else scaled(t) if self.kind == "scaled" else turned(t))
+        elif self.kind == "table":
+            e = self.table(t)
+        else:
+            e = self.straight(t[:, None]) if self.kind == "straight" else self.given(t.flatten(1))
+        offset = offset.float() if isinstance(offset, Tensor) else torch.ones(()) * offset
+        if self.embeds_place:
+            e = e + self.embedded(offset.reshape(1))
+        return torch.cat([self.text(text), self.patch(latent) + self.place(offset.reshape(1, 1, 1) / 8)], 1), e
 
-    def forward(self, latent: Tensor, t: Tensor, text: Tensor, offset: int) -> Tensor:
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor, offset: Any) -> Tensor:
         x, e = self.begin(latent, t, text, offset)
         for block in self.blocks:
             if self.broken:
@@ -392,33 +407,216 @@ class Placed(Dit):
         return self.last(x[:, 6:])
 
 
+@torch.compiler.disable
+def scaled(t: Tensor) -> Tensor:
+    return 8 * t
+
+
+@torch.compiler.disable
+def turned(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def time_of(kind: str, i: int) -> Tensor:
+    """The time of a step as a kind of `Placed` takes it."""
+    if kind in ("given", "modulated"):
+        angles = torch.exp(-torch.arange(64) / 8.0) * (900 - 100 * i)
+        given = torch.cat([angles.sin(), angles.cos()])[None]
+        return given if kind == "given" else given[:, None]
+    return torch.tensor([900 - 100 * i]) if kind == "table" else torch.tensor([0.9 - 0.1 * i])
+
+
+PLACES: dict[str, Callable[[int], Any]] = {
+    "int": lambda k: 2 * k,
+    "float": lambda k: 2.0 * k + 0.5,
+    "tensor": lambda k: torch.tensor(2.0 * k),
+    "each": lambda k: torch.tensor([2.0 * k]),
+    "each int": lambda k: torch.tensor([2 * k]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize(("count", "alike", "name"), [(3, 0.4, None), (12, 0.4, "video"), (12, 0.01, "video")])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("time", "broken"),
+    [*itertools.product(["sinusoids", "table", "straight", "given", "modulated"], [False, True]), ("scaled", True)],
+)
+def test_windows_that_look_alike(
+    time: str, broken: bool, place: str, count: int, alike: float, name: str | None
+) -> None:
+    """Where they begin rises from window to window at one timestep. What a window reuses is its own, or it computes."""
+    model = Placed(time, broken).eval()
+    windows = Windows(model, count, alike)
+    windows.walk(4, time, PLACES[place], name)
+    for i in range(4):
+        for k, x in enumerate(windows.latents):
+            with fx_cache.session("by name", branch=f"window {k}"):
+                windows.latents[k] = x - 0.1 * windows.call(k, x, time_of(time, i), windows.text, PLACES[place](k))
+    assert windows.hits, "with names they do hit"
+
+
+class Windows:
+    """Windows of one video, called one after another at each timestep. What one reuses is its own, or it computes."""
+
+    def __init__(self, model: Placed, count: int, alike: float) -> None:
+        options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
+        with torch._dynamo.config.patch(recompile_limit=64):
+            self.compiled = torch.compile(model, backend="dit_cache", options=options)
+        self.model, self.hits = model, 0
+        base = torch.randn(1, 32, 16)
+        self.latents = [0.9 * base + alike * torch.randn(1, 32, 16) for _ in range(count)]
+        self.residuals: dict[int, Tensor] = {}
+        self.text = torch.randn(1, 6, 24)
+
+    def walk(self, steps: int, time: str, place: Callable[[int], Any], name: str | None, slide: int = 0) -> None:
+        """A request, with Euler's steps; the windows slide from step to step."""
+        for i in range(steps):
+            for k, x in enumerate(self.latents):
+                inputs = x, time_of(time, i), self.text, place(k + slide * i)
+                with fx_cache.session(name) if name else contextlib.nullcontext():
+                    self.latents[k] = x - 0.1 * self.call(k, *inputs)
+
+    def call(self, k: int, *inputs: Any) -> Tensor:
+        """A call, held against the rule in plain Python."""
+        with torch._dynamo.config.patch(recompile_limit=64):
+            output = self.compiled(*inputs)
+        h, e = self.model.begin(*inputs)
+        first = last = self.model.blocks[0](h, e)
+        for block in self.model.blocks[1:]:
+            last = block(last, e)
+        if torch.equal(output, self.model(*inputs)):
+            self.residuals[k] = last - first
+        else:
+            self.hits += 1
+            assert torch.allclose(output, self.model.last((first + self.residuals[k])[:, 6:]), atol=1e-5)
+        return output
+
+
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("name", [None, "video"])
-@pytest.mark.parametrize(("table", "broken"), [(False, False), (True, False), (False, True)])
-def test_windows_that_look_alike(table: bool, broken: bool, name: str | None) -> None:
-    """Where they begin rises from window to window at one timestep. What a window reuses is its own, or it computes."""
-    model = Placed(table, broken).eval()
-    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
-    residuals: dict[int, Tensor] = {}
+@pytest.mark.parametrize(("time", "broken"), [("sinusoids", True), ("scaled", True)])
+def test_windows_numbered_by_what_is_embedded(time: str, broken: bool, name: str | None) -> None:
+    """As the time is: which of the two tells it, only the latents show."""
+    windows = Windows(Placed(time, broken, embedded=True).eval(), 4, 0.4)
+    windows.walk(6, time, PLACES["each"], name)
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("name", [None, "video"])
+@pytest.mark.parametrize("place", ["int", "tensor", "each int"])
+@pytest.mark.parametrize(
+    ("time", "broken"), [("table", False), ("straight", False), ("table", True), ("sinusoids", True)]
+)
+def test_windows_that_slid_before(time: str, broken: bool, place: str, name: str | None) -> None:
+    """One that slides on with the time shows two numbers that move together; then one of them alone is no step."""
+    windows = Windows(Placed(time, broken).eval(), 4, 0.4)
+    several, windows.latents = windows.latents, windows.latents[:1]
+    windows.walk(8, time, PLACES[place], name, slide=1)
+    windows.latents, before = several, windows.hits
+    windows.walk(6, time, PLACES[place], name and f"{name} behind")
+    assert before
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("name", [None, "video"])
+def test_what_is_in_proportion_once(name: str | None) -> None:
+    """Python makes what is embedded, and not in proportion to the time; the places of two windows are, by chance."""
+    windows = Windows(Placed("turned", broken=True).eval(), 3, 0.4)
+    windows.walk(7, "turned", lambda k: torch.tensor([8.0 - 2 * k]), name)
+
+
+class Turning(Placed):
+    """Its positions turn queries, by sinusoids that another graph is given; each int64, one for each token."""
+
+    def begin(self, latent: Tensor, t: Tensor, text: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        angles = offset[:, None] * torch.exp(-torch.arange(32) / 8.0)
+        turn = angles.cos(), angles.sin()
+        torch._dynamo.graph_break()
+        e = self.table(t) if self.kind == "table" else self.embedded(t)
+        x = self.patch(latent)
+        return torch.cat([self.text(text), x * turn[0] + x.flip(-1) * turn[1]], 1), e
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("name", [None, "video"])
+@pytest.mark.parametrize("time", ["sinusoids", "table"])
+def test_positions_are_no_time(time: str, name: str | None) -> None:
+    windows = Windows(Turning(time, broken=True).eval(), 4, 0.4)
+    windows.walk(6, time, lambda k: torch.arange(32) + 16 * k, name)
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("time", ["table", "given", "modulated"])
+def test_windows_with_no_number_in_a_session(time: str, broken: bool) -> None:
+    """Of the time nothing is known yet: that it rests is not either."""
+    windows = Windows(Placed(time, broken).eval(), 4, 0.4)
+    windows.walk(5, time, lambda k: 1, "video")
+
+
+class Scaled(Dit):
+    """Guidance rests, one float a sample; the integer timestep goes through a table, or sinusoids handed to a graph."""
+
+    def __init__(self, table: bool, broken: bool) -> None:
+        super().__init__()
+        self.guidance, self.table = nn.Linear(1, 32), nn.Embedding(1000, 32) if table else None
+        self.broken = broken
+
+    def begin(self, latent: Tensor, t: Tensor, text: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
+        if self.table is None:
+            angles = t[:, None] * torch.exp(-torch.arange(16) / 4.0)
+            e = torch.cat([angles.sin(), angles.cos()], -1)
+            self.cut()
+            e = self.time(e)
+        else:
+            e = self.table(t)
+        e = e + self.guidance(guidance[:, None])
+        self.cut()
+        return torch.cat([self.text(text), self.patch(latent)], 1), e
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
+        x, e = self.begin(latent, t, text, guidance)
+        for block in self.blocks:
+            self.cut()
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+    def cut(self) -> None:
+        if self.broken:
+            torch._dynamo.graph_break()
+
+
+@pytest.mark.parametrize("name", [None, "request"])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("table", "broken"), [(True, False), (True, True), (False, True)])
+def test_guidance_that_rests_beside_an_integer_timestep(
+    table: bool, broken: bool, passes: int, name: str | None
+) -> None:
+    """Guidance looks like a time and is none. The second request is known from its first step on."""
+    model = Scaled(table, broken).eval()
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 10.0}
     with torch._dynamo.config.patch(recompile_limit=64):
         compiled = torch.compile(model, backend="dit_cache", options=options)
-        text, base = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
-        windows = [0.9 * base + 0.4 * torch.randn(1, 32, 16) for _ in range(4)]
-        for i in range(6):
-            t = torch.tensor([900 - 100 * i]) if table else torch.tensor([900.0 - 100 * i])
-            for k, x in enumerate(windows):
-                inputs = x, t, text, 4 * k
-                with fx_cache.session(name) if name else contextlib.nullcontext():
-                    output = compiled(*inputs)
-                h, e = model.begin(*inputs)
-                first = last = model.blocks[0](h, e)
-                for block in model.blocks[1:]:
-                    last = block(last, e)
-                if torch.equal(output, model(*inputs)):
-                    residuals[k] = last - first
-                else:
-                    assert torch.allclose(output, model.last((first + residuals[k])[:, 6:]), atol=1e-5)
-                windows[k] = x - 0.1 * output
+        for request in range(2):
+            x, guidance, hits = torch.randn(1, 32, 16), torch.tensor([3.5]), 0
+            prompts, residuals = [torch.randn(1, 6, 24) for _ in range(passes)], {}
+            for i in range(2 * STEPS):
+                for k, text in enumerate(prompts):
+                    inputs = x, torch.tensor([900 - 40 * i]), text, guidance
+                    with fx_cache.session(f"{name}-{request}") if name else contextlib.nullcontext():
+                        output = compiled(*inputs)
+                    h, e = model.begin(*inputs)
+                    first = last = model.blocks[0](h, e)
+                    for block in model.blocks[1:]:
+                        last = block(last, e)
+                    if torch.equal(output, model(*inputs)):
+                        residuals[k] = last - first
+                    else:
+                        hits += 1
+                        assert torch.allclose(output, model.last((first + residuals[k])[:, 6:]), atol=1e-5)
+                x = x - 0.05 * output
+        assert hits >= passes * (2 * STEPS - 4)
 
 
 @pytest.mark.parametrize("steps", [(50, 20), (20, 8), (50, 10)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,9 +12,18 @@ from torch._guards import CompileContext
 
 from fx_cache.errors import Refusal
 from fx_cache.patterns.forms import Form
-from fx_cache.patterns.graph import ancestors, draws_random, source_of, storage_key, written_storages
+from fx_cache.patterns.graph import (
+    ancestors,
+    draws_random,
+    is_tensor,
+    same_shape,
+    source_of,
+    storage_key,
+    written_storages,
+)
 from fx_cache.patterns.groups import groups_of
-from fx_cache.patterns.inputs import InputRoles, classify_inputs, token_sources
+from fx_cache.patterns.inputs import InputRoles, classify_inputs, goes_into_linear, sinusoids_of, token_sources
+from fx_cache.patterns.places import distances, in_place, only_accumulated
 from fx_cache.patterns.programs import Program
 from fx_cache.patterns.values import data_inputs
 
@@ -59,6 +68,11 @@ class GraphFacts:
         names: where each input comes from, in the terms of the captured code; the same in every graph of that code.
         tokens: for each output, the inputs whose tokens it holds.
         shown: for each output, the inputs that its numbers depend on.
+        ways: for each output, the inputs that it is made of but weights: through how many operations at least, and
+            whether elements are moved on that way (`in_place`).
+        accumulated: inputs of which it makes nothing but what something is added to, or put into.
+        sinusoids: for each output, the inputs whose sinusoids it is, if another graph embeds a time by it.
+        linear: inputs that go into a linear layer by themselves.
         written: inputs that it writes to in place.
         work: its FLOPs.
         span_work: those in spans of its own; 0 if it has none.
@@ -75,6 +89,10 @@ class GraphFacts:
     names: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     shown: tuple[tuple[int, ...], ...]
+    ways: tuple[Mapping[int, tuple[int, bool]], ...]
+    accumulated: tuple[int, ...]
+    sinusoids: tuple[frozenset[int], ...]
+    linear: tuple[int, ...]
     written: tuple[int, ...]
     work: int
     span_work: int
@@ -109,9 +127,12 @@ def read_facts(
     roles = replace(roles, latents=(), conditioning=(*roles.latents, *roles.conditioning))
     inputs = list(graph.find_nodes(op="placeholder"))
     outputs = next(iter(graph.find_nodes(op="output"))).args[0]
+    computed = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    far = {i: distances(inputs[i], computed) for i in roles.conditioning if is_tensor(inputs[i])}
     nodes = [output if isinstance(output, fx.Node) else None for output in outputs]
     sources = [set() if n is None else token_sources(n) for n in nodes]
     behind = [set() if n is None else ancestors(n, reads=data_inputs) for n in nodes]
+    curved = {i: sinusoids_of(n) for i, n in enumerate(inputs) if i not in roles.weights}
     written = written_storages(graph.nodes)
     compile_id = CompileContext.current_compile_id()
     return GraphFacts(
@@ -120,6 +141,13 @@ def read_facts(
         names=tuple(map(source_of, inputs)),
         tokens=tuple(tuple(i for i in roles.conditioning if inputs[i] in held) for held in sources),
         shown=tuple(tuple(i for i, n in enumerate(inputs) if n in of_output) for of_output in behind),
+        ways=tuple(
+            {} if n is None else {i: (d[n], _is_moved(n, inputs[i], computed)) for i, d in far.items() if n in d}
+            for n in nodes
+        ),
+        accumulated=tuple(i for i in roles.conditioning if only_accumulated(inputs[i], computed)),
+        sinusoids=tuple(frozenset(i for i, ends in curved.items() if n in ends) for n in nodes),
+        linear=tuple(i for i, n in enumerate(inputs) if i not in roles.weights and goes_into_linear(n)),
         written=tuple(i for i, n in enumerate(inputs) if storage_key(n) in written),
         work=work,
         span_work=round(span_share * work),
@@ -130,6 +158,10 @@ def read_facts(
         groups=groups_of(graph.nodes),
         parts=parts,
     )
+
+
+def _is_moved(output: fx.Node, given: fx.Node, nodes: Sequence[fx.Node]) -> bool:
+    return output is not given and same_shape(output, given) and not in_place(output, given, nodes)
 
 
 @dataclass(frozen=True)
@@ -158,7 +190,8 @@ class InputTrace:
         whole: whether it is just what was made.
         memory: the call that made the memory it lies in, whatever has been written there since; None if none did.
         unseen: whether nobody known made it, and it holds other numbers than at the call before of the same code.
-        added: outputs that code between graphs seems to have added to what the call before of the same code was given.
+        added: outputs that code between graphs seems to have added to what the call before of the same code was given,
+            or to have put in other places: it does not go on with them.
         origin: where it comes from, but for what it holds a part of.
         shown: the user's inputs that it depends on, and `UNKNOWN` if it may depend on others.
     """
@@ -187,6 +220,7 @@ class Call:
         outputs: forms of its outputs, None for what is no tensor.
         through: numbers of the outputs that are inputs of it, handed through.
         shared: numbers of those that lie in the memory of another output or an input.
+        held: of outputs the last call at whose end somebody held them; the number of all if they were returned.
     """
 
     family: Hashable
@@ -196,6 +230,7 @@ class Call:
     outputs: tuple[Form | None, ...]
     through: frozenset[int]
     shared: frozenset[int] = frozenset()
+    held: Mapping[int, int] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> list[int]:

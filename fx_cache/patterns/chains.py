@@ -97,7 +97,7 @@ def _like(stack: Stack) -> bool:
 
 def _reports(graph: fx.Graph, stack: Stack, roles: InputRoles) -> Iterator[StackReport]:
     """A stack, or the parts of it between which no stream keeps its shape."""
-    streams = StackStreams(graph, stack)
+    streams = StackStreams(graph, stack, roles)
     if not any(s.full for s in streams.streams):
         # First of all the part of a stream that goes on behind the stack, then the longest.
         count = len(stack.blocks)

@@ -12,7 +12,7 @@ No name of an argument is looked at:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from fx_cache.patterns.values import data_inputs, form_inputs
 _SINUSOIDS = {"sin", "cos", "polar"}
 _LINEAR = {"linear", "matmul", "addmm", "mm"}
 _MAX_STEPS = 24
+_FEW_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def classify_inputs(graph: fx.Graph) -> InputRoles:
     weights = [i for i, n in enumerate(inputs) if is_weight(n)]
     given = [i for i, n in enumerate(inputs) if i not in weights and (is_tensor(n) or not _is_size(n))]
     tensors = [i for i in given if is_tensor(inputs[i])]
-    timed = [i for i in given if _through_sinusoid_to_linear(inputs[i])]
+    timed = [i for i in given if _embedded_as_time(inputs[i])]
     schedule = [i for i in given if i in timed or (i in tensors and _looks_like_time(inputs[i]))]
     others = [i for i in tensors if i not in schedule]
     latents, certain = _latents(graph, inputs, others)
@@ -152,11 +153,32 @@ def _looks_like_time(node: fx.Node) -> bool:
     return value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
 
 
-def _through_sinusoid_to_linear(node: fx.Node) -> bool:
+def _embedded_as_time(node: fx.Node) -> bool:
     """Whether a short path leads from the input to a sinusoid, and from there to a linear layer.
 
     A rotary embedding goes through a sinusoid too, but is multiplied onto queries and keys instead.
     """
+    return any(operation(user) in _LINEAR for _, user in _ends_of_sinusoids(node))
+
+
+def sinusoids_of(node: fx.Node) -> set[fx.Node]:
+    """The outputs that sinusoids of an input lead to: a linear layer in another graph may go on with them."""
+    return {n for n, user in _ends_of_sinusoids(node) if user.op == "output"}
+
+
+def goes_into_linear(node: fx.Node) -> bool:
+    """Whether an input goes into a linear layer by itself, as the sinusoids of a time do."""
+    frontier = [node]
+    for _ in range(_FEW_STEPS):
+        users = [(n, u) for n in frontier for u in n.users if n not in form_inputs(u)]
+        if any(operation(u) in _LINEAR and u.args[:1] == (n,) for n, u in users):
+            return True
+        frontier = [u for n, u in users if u.all_input_nodes == [n] and is_tensor(u)]
+    return False
+
+
+def _ends_of_sinusoids(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Where short paths from an input through a sinusoid end, a linear layer or an output, and what goes in there."""
     seen = {(node, False)}
     frontier = [(node, False)]
     for _ in range(_MAX_STEPS):
@@ -165,9 +187,9 @@ def _through_sinusoid_to_linear(node: fx.Node) -> bool:
             for user in n.users:
                 if n in form_inputs(user):
                     continue
-                if operation(user) in _LINEAR:
+                if operation(user) in _LINEAR or user.op == "output":
                     if curved:
-                        return True
+                        yield n, user
                     continue
                 if curved and _widens(n, user):
                     continue
@@ -176,7 +198,6 @@ def _through_sinusoid_to_linear(node: fx.Node) -> bool:
                     seen.add(state)
                     following.append(state)
         frontier = following
-    return False
 
 
 def _widens(node: fx.Node, user: fx.Node) -> bool:

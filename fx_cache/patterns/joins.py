@@ -26,21 +26,7 @@ from fx_cache.patterns.graph import (
     written_inputs,
     written_storages,
 )
-
-_JOINS = {"cat", "concat", "concatenate"}
-_DIVIDES = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "slice"}
-_COPIES = {"contiguous", "clone"}
-_FORMS = {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "swapaxes", "swapdims", "t"}
-_FORMS |= {"squeeze", "unsqueeze", "expand", "expand_as", "view_as", "reshape_as", "stack", "flip", "roll", "pad", "mT"}
-_FORMS |= {"repeat", "repeat_interleave", "tile"}
-_PICKS = {"index_select", "gather", "take_along_dim"}
-_BUFFERS = {"arange", "empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full"}
-_BUFFERS |= {"empty_like", "zeros_like", "ones_like", "full_like"}
-_FILLS = {"setitem", "copy_", "index_copy_", "index_put_", "index_add_", "scatter_", "scatter_add_", "masked_scatter_"}
-_PUTS = {"slice_scatter", "select_scatter", "index_copy", "index_put", "scatter", "masked_scatter", "where"}
-_PUTS |= {"index_add", "scatter_add"}
-LAYOUT = _JOINS | _DIVIDES | _COPIES | _FORMS | _PICKS | _BUFFERS | _FILLS | _PUTS
-"""Operations that put elements in other places, or add them to what is there, beside ``getitem``."""
+from fx_cache.patterns.places import COPIES, JOINS, is_layout
 
 
 @dataclass(frozen=True)
@@ -197,8 +183,8 @@ class _Trace:
                 if node in seen or node not in made:
                     continue
                 seen.add(node)
-                moved = node not in ends and _is_layout(node) and operation(node) not in _COPIES
-                if is_tensor(node) and same_shape(node, value) and (node in ends or _is_layout(node)):
+                moved = node not in ends and is_layout(node) and operation(node) not in COPIES
+                if is_tensor(node) and same_shape(node, value) and (node in ends or is_layout(node)):
                     if self._of(at, node) is not None:
                         found.add(node)
                         continue
@@ -215,7 +201,7 @@ class _Trace:
         if value.target is version:
             whole, write = (self._of(at, a) for a in value.all_input_nodes)
             return None if whole is None or write is None else whole
-        if not (_is_layout(value) or is_scalar(value) or self._says_where(value)):
+        if not (is_layout(value) or is_scalar(value) or self._says_where(value)):
             return None
         inputs: dict[fx.Node, Any] = {}
         for node in value.all_input_nodes:
@@ -260,32 +246,6 @@ class _Trace:
             copy = self._made[node] = self._form.node_copy(node, inputs.__getitem__)
             copy.meta = {"example_value": value_of(node)}
         return self._made[node]
-
-
-def _is_layout(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return is_tensor_sequence(node.args[0]) or cut_of(node) is not None or _indexed(node)  # type: ignore[arg-type]
-    if written_inputs(node):
-        return operation(node) in _FILLS and not _reduces(node)
-    return operation(node) in LAYOUT and not _reduces(node)
-
-
-def _reduces(node: fx.Node) -> bool:
-    """Whether what is put somewhere is multiplied with what is there, or the like."""
-    reduce = node.kwargs.get("reduce", node.args[4] if len(node.args) > 4 else None)
-    return operation(node) in ("scatter", "scatter_") and reduce not in (None, "add")
-
-
-def _indexed(node: fx.Node) -> bool:
-    """Whether elements or a slice are taken, or dimensions are added; not as many as a mask says."""
-    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    return all(
-        isinstance(i, int | slice)
-        or i is None
-        or i is Ellipsis
-        or (isinstance(i, fx.Node) and is_tensor(i) and value_of(i).dtype is torch.int64)
-        for i in items
-    )
 
 
 @dataclass(frozen=True)
@@ -354,7 +314,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def joined_in(node: fx.Node) -> tuple[int, list[tuple[fx.Node, Any]]] | None:
     """For a join of tensors: its dimension, and each with the place where it begins; None for anything else."""
-    if operation(node) not in _JOINS:
+    if operation(node) not in JOINS:
         return None
     operands = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
@@ -379,7 +339,7 @@ def _picked(node: fx.Node, now: Mapping[fx.Node, Any]) -> fx.Node | None:
     source = now.get(cut.source)
     if source is None:  # an element of a tuple: what that was made of
         source = now[node.args[0]].args[0]  # type: ignore[index]
-    while operation(source) in _COPIES:
+    while operation(source) in COPIES:
         source = source.args[0]
     joined = joined_in(source)
     if joined is None or joined[0] != cut.dim:

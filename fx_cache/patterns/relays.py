@@ -7,9 +7,11 @@ Such a stack is a *relay*: its streams are handed on from graph to graph.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import Failure, Refusal, StageError, stage
@@ -137,6 +139,25 @@ def _plan(
             "blocks that hand on nothing but their streams",
             "compute it before the blocks, or in a function of its own that writes to nothing from outside",
         )
+    moved = _moved(calls, stretch, begin, end)
+    if moved is not None:
+        return moved
+    sums = [s for s in stretch.streams[1:] if _is_sum(calls, stretch, begin, end, s)]
+    if sums:
+        return Refusal(
+            f"stack {name}",
+            f"{sums[0].name} {sums[0].form[0]}, to which its blocks only add what they make of other streams",
+            "blocks that hand on nothing but their streams",
+            "sum up behind the blocks, or run this model uncached",
+        )
+    reads = _only_reads(calls, stretch, begin, end, others)
+    if reads is not None:
+        return Refusal(
+            f"stack {name}",
+            f"{reads.name} {reads.form[0]}, which begins with nothing that is denoised, and of which no other is made",
+            "streams that the latent enters, or that others read",
+            "read the blocks' streams behind them, or run this model uncached",
+        )
     unseen = _unseen_stream(calls, stretch, begin, end, others, beside)
     if unseen is not None:
         return unseen
@@ -257,15 +278,153 @@ def _without_beside(calls: Sequence[Call], stretch: Stretch, begin: int, end: in
     return replace(stretch, streams=tuple(s for s in stretch.streams if s in kept))
 
 
+def _moved(calls: Sequence[Call], stretch: Stretch, begin: int, end: int) -> Refusal | None:
+    """Where blocks hand a stream on with its elements in other places, or in the place of another one.
+
+    What was added to a stream once would be added to other elements, or to another stream.
+    """
+    starts, at = [*stretch.starts, end + 1], stretch.starts.index(begin)
+    for block in range(at, _last(stretch, end) + 1):
+        first, last = starts[block], min(starts[block + 1] - 1, end)
+        of_block = list(_numbered(calls, first, last))
+        begun = {s: _begin(of_block, block, s) for s in stretch.streams}
+        own = {s: _ways(of_block, block, stretch.streams, place, s) for s, place in begun.items()}
+        given = {t.made_by for *_, call in of_block for t in call.inputs.values()}
+        made = {p for p in given if p is not None and p[1] >= 0 and starts[0] <= p[0] < first} - {*begun.values()}
+        others = [(calls[k].outputs[i], _ways(of_block, block, stretch.streams, (k, i))) for k, i in made]
+        for a, way in own.items():
+            far = way.get(a, (math.inf, False))
+            exchanged = any(_nearer(own, a, b) and _nearer(own, b, a) for b in stretch.streams if b is not a)
+            if far[1]:
+                got = f"{a.name} {a.form[0]}, whose elements its blocks put in other places"
+            elif exchanged or any(form == a.form and a in other and other[a][0] < far[0] for form, other in others):
+                got = f"{a.name} {a.form[0]}, which goes on as what another one was"
+            else:
+                continue
+            return Refusal(
+                f"stack {stretch.name}",
+                got,
+                "blocks that hand on each stream as they take it",
+                "put the elements back in each block, or run this model uncached",
+            )
+    return None
+
+
+def _nearer(ways: Mapping[RelayStream, Mapping[RelayStream, tuple[int, bool]]], a: RelayStream, b: RelayStream) -> bool:
+    """Whether what goes on as stream b is made of a through fewer operations than of b."""
+    far = math.inf
+    return a.form == b.form and ways[a].get(b, (far,))[0] < ways[b].get(b, (far,))[0]
+
+
+def _begin(calls: Sequence[_Numbered], block: int, stream: RelayStream) -> Place | None:
+    """Who made a stream as a block takes it."""
+    for _, number, call in calls:
+        if stream.reader.is_call(call.family, number, block) and stream.name in call.inputs:
+            return call.inputs[stream.name].made_by
+    return None
+
+
+def _ways(
+    calls: Sequence[_Numbered],
+    block: int,
+    streams: Sequence[RelayStream],
+    begun: Place | None,
+    stream: RelayStream | None = None,
+) -> dict[RelayStream, tuple[int, bool]]:
+    """What a block makes of a tensor: the streams at its end, the operations between at least, and whether it is moved.
+
+    Args:
+        calls: of the block, up to the end of the span.
+        block: its number.
+        streams: of the span.
+        begun: who made the tensor, if that is known.
+        stream: which stream it is as the block takes it, if it is one.
+    """
+    made: dict[Place, tuple[int, bool]] = {}
+    found: dict[RelayStream, tuple[int, bool]] = {}
+    for k, number, call in calls:
+        names = call.facts.names
+        traced = {i: t for i, n in enumerate(names) if (t := call.inputs.get(n)) is not None}
+        given = {i: made[t.made_by] for i, t in traced.items() if t.made_by in made}
+        given |= {i: (0, False) for i, t in traced.items() if begun is not None and t.made_by == begun}
+        if stream is not None and stream.reader.is_call(call.family, number, block):
+            given[names.index(stream.name)] = 0, False
+        for output, ways in enumerate(call.facts.ways):
+            both = [(far + ways[i][0], moved or ways[i][1]) for i, (far, moved) in given.items() if i in ways]
+            if both:
+                made[k, output] = min(both)
+        for s in streams:
+            is_end = s.maker.is_call(call.family, number, block) and s.output < len(call.tensors)
+            place = k, call.tensors[s.output] if is_end else -1
+            if place in made:
+                found[s] = made[place]
+    return found
+
+
+_Numbered = tuple[int, int, Call]
+"""A call: its number in all, that among those of its code, and itself."""
+
+
+def _numbered(calls: Sequence[Call], first: int, last: int) -> Iterator[_Numbered]:
+    """Some calls, from the first to the last."""
+    numbers = Counter(call.family for call in calls[:first])
+    for k, call in enumerate(calls[first : last + 1], first):
+        numbers[call.family] += 1
+        yield k, numbers[call.family], call
+
+
+def _only_reads(
+    calls: Sequence[Call], stretch: Stretch, begin: int, end: int, others: frozenset[int]
+) -> RelayStream | None:
+    """A stream that begins with nothing that is known to be denoised, and of which no other is made.
+
+    All that it shows of the picture it may have read from another one. The main stream may be what is denoised.
+    """
+    through, main = _handed_through(calls, stretch, begin, end), stretch.streams[0]
+    for s in (s for s in stretch.streams if s not in through):
+        shown = s.shown - others - (frozenset() if s is main else {UNKNOWN})
+        if (not shown or _is_learned(calls, s)) and _made_of(calls, stretch, begin, end, s) <= {s}:
+            return s
+    return None
+
+
+def _is_learned(calls: Sequence[Call], stream: RelayStream) -> bool:
+    """Whether a call before the first block that takes a stream was given a weight in its place."""
+    alike = [call.facts for call in calls if call.family == stream.reader.family]
+    before = alike[: stream.reader.number(0) - 1]
+    return any(facts.names[i] == stream.name for facts in before for i in facts.roles.weights)
+
+
+def _is_sum(calls: Sequence[Call], stretch: Stretch, begin: int, end: int, stream: RelayStream) -> bool:
+    """Whether blocks make nothing of what is handed on but by adding to it: a running sum of what they make of others.
+
+    It would be what it was, however far the streams have come of which it is made.
+    """
+    taken, made = False, set[Place]()
+    for k, number, call, _ in _with_ends(calls, stretch, begin, end):
+        first = stream.reader.is_call(call.family, number, stretch.starts.index(begin))
+        of = {i for i, n in enumerate(call.facts.names) if (t := call.inputs.get(n)) and t.origin.of & made}
+        of |= {call.facts.names.index(stream.name)} if first else set()
+        if not of <= set(call.facts.accumulated):
+            return False
+        new = {(k, i) for i, shown in enumerate(call.facts.shown) if of & set(shown) and i not in call.through}
+        taken, made = taken or bool(new), made | new
+    return taken
+
+
 def _unseen_stream(
     calls: Sequence[Call], stretch: Stretch, begin: int, end: int, others: frozenset[int], beside: Beside
 ) -> Refusal | None:
     """Where the blocks leave what may be the picture: no stream, but a value that would be what it was.
 
-    So may be what they make of streams, if a graph behind the span takes that; what no graph takes and a call makes
-    that hands on a stream, but for what lies in the memory of others, if what is behind the span goes on with the main
-    stream, and this shows what is denoised; what no graph takes at all, if neither is known, but for what has the form
-    of keys and values; and what they write to, if a graph behind the span takes that.
+    So may be, unless it has the form of keys and values or lies in the memory of others:
+
+    - what they make of streams, if a graph behind the span takes it;
+    - what no graph takes and a call makes that hands on a stream, unless what is behind goes on with the main stream,
+      and that shows what is denoised; and what no graph takes at all, if neither is known;
+    - what code between graphs keeps longer than its loop needs, or returns;
+    - what blocks hand on to each other, and no graph takes of the last one;
+    - what they write to, if a graph behind the span takes it.
     """
     main = stretch.streams[0]
     known = bool(main.shown - others - {UNKNOWN}) or not others
@@ -291,19 +450,42 @@ def _unseen_stream(
             return not (known and goes_on and i in call.shared)
         return not (known or goes_on or i in call.shared or is_heads(form, main.form))
 
+    # What a block hands on to a later one, and the last one leaves to code that no graph shows.
+    block = partial(bisect_right, stretch.starts)
+    handed_on = {
+        (calls[k].family, i) for (k, i), to in taken.items() if begin <= k <= to <= end and block(k) < block(to)
+    }
+
+    def is_left(k: int, i: int, call: Call) -> bool:
+        """Whether it is a chain's end that no graph takes."""
+        return (call.family, i) in handed_on and (k, i) not in taken
+
+    def is_kept(k: int, i: int, form: Form, call: Call) -> bool:
+        """Whether somebody holds what a call makes two blocks later, or it is returned."""
+        later = block(k) + 1
+        until = stretch.starts[later] if later < len(stretch.starts) else len(calls)
+        return call.held.get(i, -1) >= until and form[1].is_floating_point and not is_heads(form, main.form)
+
+    def seen_by(k: int, i: int, form: Form, call: Call, number: int) -> str | None:
+        """Who may see what a call leaves."""
+        if is_kept(k, i, form, call):
+            return "still held two blocks later, or returned"
+        passed = not begin <= taken.get((k, i), -1) <= end and may_be_seen(k, i, form, call, number)
+        return "used behind them" if passed or is_left(k, i, call) else None
+
     unseen = (
-        form
+        f"{form[0]} made by its blocks and {by}"
         for k, number, call, ends in span
         for i in _beside_streams(stretch.streams, call, number) - ends.keys() - call.through
         if (form := call.outputs[i]) is not None and may_be_read(form) and beside.kinds.get((k, i)) is Kind.STREAM
-        if not begin <= taken.get((k, i), -1) <= end and may_be_seen(k, i, form, call, number)
+        if (by := seen_by(k, i, form, call, number)) is not None
     )
     got = "a write to what is read behind the blocks" if rewritten else next(unseen, None)
     if got is None:
         return None
     return Refusal(
         f"stack {stretch.name}",
-        f"{got if rewritten else f'{got[0]} made by its blocks'} beside {main.name} {main.form[0]}",
+        f"{got}, beside {main.name} {main.form[0]}",
         "blocks that hand on all that is made of their streams, each in one shape",
         "choose Fn_compute_blocks and Bn_compute_blocks so that shapes are equal between them, or run it uncached",
     )
@@ -336,14 +518,11 @@ def _with_ends(
 ) -> Iterator[tuple[int, int, Call, dict[int, RelayStream]]]:
     """The calls of a span: numbers of each, in all and of its code, itself, and which of its outputs end a stream."""
     last = _last(stretch, end)
-    numbers: Counter[Hashable] = Counter()
-    for k, call in enumerate(calls[: end + 1]):
-        numbers[call.family] += 1
-        if k >= begin:
-            tensors = call.tensors
-            ended = ended_by(stretch.streams, call.family, numbers[call.family], last)
-            ends = {tensors[i]: stretch.streams[s] for i, s in ended.items() if i < len(tensors)}
-            yield k, numbers[call.family], call, ends
+    for k, number, call in _numbered(calls, begin, end):
+        tensors = call.tensors
+        ended = ended_by(stretch.streams, call.family, number, last)
+        ends = {tensors[i]: stretch.streams[s] for i, s in ended.items() if i < len(tensors)}
+        yield k, number, call, ends
 
 
 def _lightest(work: Mapping[SpanCall, int], most: float) -> frozenset[SpanCall]:

@@ -259,7 +259,7 @@ def _form(node: fx.Node) -> Form:
 
 
 _HANDED = {"getitem", "view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze", "to"}
-_HANDED |= {"contiguous", "clone", "detach", "stack", "cat", "concat", "chunk", "split", "unbind", "float", "output"}
+_HANDED |= {"contiguous", "clone", "detach", "stack", "cat", "concat", "chunk", "split", "unbind", "float"}
 """Operations that hand a value out, and compute nothing of it."""
 
 
@@ -319,7 +319,7 @@ def _plan_group(graph: fx.Graph, group: Sequence[StackReport], config: CacheConf
         )
     start_at, end_at = _boundary(group, fn, from_end=False), _boundary(group, total - bn, from_end=True)
     start = group[start_at[0]].streams.starts[start_at[1]]
-    end = group[end_at[0]].streams.starts[end_at[1]]
+    end = group[end_at[0]].streams.end(end_at[1])
     first = group[0].streams.starts[0]
     head, span = tuple(nodes[first:start]), tuple(nodes[start:end])
 

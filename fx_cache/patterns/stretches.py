@@ -379,7 +379,7 @@ class _Finder:
     def _left(self, begin: int, end: int, value: InputTrace) -> Place | None:
         """What some calls leave to code between graphs that a value may be made of: the one of its form, if it is one.
 
-        Not what that code has added to a stream of its own.
+        Not what that code has added to a stream of its own, or put in other places.
         """
         form = value.form
         left = [(i, k) for i, k in self._leaves(begin, end, math.prod(form[0])) if self._calls[i].outputs[k] == form]

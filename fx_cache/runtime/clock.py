@@ -45,6 +45,9 @@ FACTOR = 3.0
 MOST = 0.9
 """What is left over of a latent that has nothing to do with the one before; less where a sampler adds much noise."""
 
+ALIKE = 0.25
+"""The same where it is not known that what moved tells the time."""
+
 SAME = 0.02
 """What is left over, at most, of a latent that is a multiple of another one, in low precision."""
 
@@ -72,6 +75,8 @@ class Sign:
             device, None: nothing does.
         sizes: what that is made of.
         times: numbers of the schedule inputs that are known to tell the time, beside others; none: that is not known.
+        together: whether all of these move at every step, and not some of them.
+        most: what may be left over of the latent at all.
         back: the same as `grams` of each latent that the request may have begun with.
         look: what is to be remembered of its latents, or None.
         said: number of the step as somebody gives it, or None.
@@ -90,6 +95,8 @@ class Sign:
     begins: bool = False
     step: int | None = None
     times: tuple[int, ...] = ()
+    together: bool = False
+    most: float = MOST
     back: tuple[tuple[float, ...] | torch.Tensor, ...] = ()
     look: Look | None = None
 
@@ -190,7 +197,7 @@ class Clock:
             return Move.START
         if sign.said is not None and self._said is not None and sign.said < self._said:
             return Move.START
-        if not sign.apart and (self._strays(sign.strayed) or self._starts_over(sign)):
+        if not sign.apart and (self._strays(sign) or self._starts_over(sign)):
             return Move.START
         if self._again(sign):
             return Move.REPEAT
@@ -248,11 +255,13 @@ class Clock:
         if not sign.apart and sign.rests:
             return True
         times = sign.times or range(len(values) // PARTS)
-        return all(values[i * PARTS : (i + 1) * PARTS] == last[i * PARTS : (i + 1) * PARTS] for i in times)
+        rest = [values[i * PARTS : (i + 1) * PARTS] == last[i * PARTS : (i + 1) * PARTS] for i in times]
+        return any(rest) if sign.together else all(rest)
 
-    def _strays(self, strayed: float | None) -> bool:
+    def _strays(self, sign: Sign) -> bool:
         """Whether a latent cannot have come out of the call before."""
-        return strayed is not None and not strayed <= (_allowed(self._strayed) if self._strayed else MOST)
+        allowed = _allowed(self._strayed) if self._strayed else MOST
+        return sign.strayed is not None and not sign.strayed <= min(allowed, sign.most)
 
     def _starts_over(self, sign: Sign) -> bool:
         """Whether a latent is the one that the request began with: another request has the same prompt and seed."""

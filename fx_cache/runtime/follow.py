@@ -62,9 +62,20 @@ class Look:
 
     def start(self) -> Look:
         """The latents alone, without what came out for them."""
-        alone = Look(())
-        alone._shapes, alone._rows = self._shapes, [rows[:1] for rows in self._rows]
-        return alone
+        return self._with([rows[:1] for rows in self._rows])
+
+    def beside(self, others: Sequence[Look]) -> Look:
+        """The same with what came out at other calls for the same latents, as the passes of a step."""
+        rows = [list(own) for own in self._rows]
+        for other in others:
+            for own, more in zip(rows, other._rows, strict=True):
+                own += more[1:]
+        return self._with(rows)
+
+    def _with(self, rows: list[list[torch.Tensor]]) -> Look:
+        look = Look(())
+        look._shapes, look._rows = self._shapes, rows
+        return look
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -27,14 +27,13 @@ from torch.nn.modules import module
 from fx_cache.errors import guarded
 from fx_cache.patterns.calls import UNKNOWN, Call, GraphFacts, InputTrace, Origin, Place, given_as
 from fx_cache.patterns.forms import Form
-from fx_cache.patterns.inputs import InputRoles
 from fx_cache.patterns.programs import Program
+from fx_cache.runtime import moves
 from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.contents import PLAIN, contents
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.habits import Habits, Shape, fitting
 from fx_cache.runtime.identity import SMALL, StorageHold, identity_key, is_one, signature
-from fx_cache.runtime.moves import UNKNOWN_LATENT
 from fx_cache.runtime.named import named_session
 from fx_cache.runtime.net import Versions, plain, spread, versions_at_begin
 
@@ -119,6 +118,7 @@ class Forward:
         self._times = {i: v.clone() for i, v in enumerate(inputs) if stored(v) and v.numel() <= SMALL}
         self.calls: list[Call] = []
         self.habits = Habits()
+        self._learnt: moves.Call | None = None
         self.weight: torch.Tensor | None = None
         self.branches: dict[Program, tuple[Any, Any]] = {}
         self.run: Any = None
@@ -128,8 +128,12 @@ class Forward:
         self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if stored(t)}
         self._notes: dict[int | None, list[_Note]] = {}
         self._seen: dict[int, _Seen] = {}
+        self._alive: list[_Note] = []
+        self._held_at: dict[Place, int] = {}
+        """Of each output the last call at whose end somebody still held it; behind all calls, if it came back."""
         self._held: dict[Place | None, frozenset[int]] = {}
         self._showing: dict[Place | None, frozenset[int]] = {}
+        self._sinusoids: dict[Place | None, list[torch.Tensor]] = {}
         self._first_versions: dict[int, tuple[int, int]] = {}
 
     @property
@@ -269,9 +273,11 @@ class Forward:
                 self._held[self.count, k] = held
                 if memory_of(output) in through:
                     continue
+                self._sinusoids[self.count, k] = [args[i] for i in facts.sinusoids[k] if stored(args[i])]
                 depends = self._showing[self.count, k] = frozenset().union(*(shown[i] for i in behind))
                 note = _Note(StorageWeakRef(storage), (self.count, k), _view(output), held, depends)
                 self._notes.setdefault(storage._cdata, []).append(note)
+                self._alive += [note] if self.calls else []
         for i, arg in enumerate(args):
             if i not in known and i not in facts.written and stored(arg) and not arg.is_inference():
                 self._see(arg, (self.count, given_as(i)))
@@ -304,7 +310,7 @@ class Forward:
             origins: where the tensors come from that it was given, as it stood before.
             joined: for inputs, by name, the output that they hold a part of; for those that no call made as they are.
             unseen: those, by name, that nobody known made, and that are others than at the code's call before; with
-                outputs that seem to have been added to what they were there.
+                outputs that they do not go on with.
         """
 
         def trace(name: str, value: torch.Tensor) -> InputTrace:
@@ -324,6 +330,8 @@ class Forward:
                 form, place, tokens, others, whole, memory, is_unseen, added or frozenset(), origin, shown
             )
 
+        self._alive = [n for n in self._alive if not n.reference.expired()]
+        self._held_at |= {n.made_by: self.count for n in self._alive}
         if not self._owners and isinstance(self.root, torch.nn.Module):
             self._owners = {id(p): name for name, p in self.root.named_parameters()}
         owner = next((name for i in facts.roles.weights if (name := self._owners.get(id(args[i])))), "")
@@ -338,13 +346,25 @@ class Forward:
         shared = frozenset(k for k, o in enumerate(outputs) if stored(o) and memory[o.untyped_storage()._cdata] > 1)
         self.calls.append(Call(family, facts, owner, inputs, forms, through, shared))
 
-    def see_schedule(self, roles: InputRoles, args: Sequence[Any]) -> None:
+    def see_schedule(self, facts: GraphFacts, args: Sequence[Any]) -> None:
         """Learns from a graph which of the user's inputs are the timestep or the like: for this forward and others."""
-        for arg in (args[i] for i in roles.schedule if stored(args[i])):
-            itself = {i for i, v in enumerate(self.inputs) if v is arg}
-            key = arg.untyped_storage()._cdata
-            shown = {i for i, v in enumerate(self.inputs) if stored(v) and v.untyped_storage()._cdata == key}
-            self.habits.told |= itself or shown
+        for i in (i for i in facts.roles.schedule if stored(args[i])):
+            self._tell(args[i], i in facts.roles.timed, (self.count, facts.program.wiring, i))
+        for i in facts.linear:
+            for k, value in enumerate(self._sinusoids.get(self.made_by(args[i]), ())):
+                self._tell(value, True, (self.count, facts.program.wiring, i, k))
+
+    def _tell(self, value: torch.Tensor, embedded: bool, place: Hashable) -> None:
+        """A graph takes something for the timestep or the like: it is an input, or code between graphs has made it."""
+        given = self._given_as(value)
+        self.habits.tell(given, embedded)
+        if embedded and not given and self._learnt is not None:
+            self.habits.embeds(place, value, self._learnt)
+
+    def _given_as(self, value: torch.Tensor) -> frozenset[int]:
+        """The user's input that a tensor is, or a view of it."""
+        itself = frozenset(i for i, v in enumerate(self.inputs) if v is value)
+        return itself or (self.shown_by(value) if value.untyped_storage()._cdata in self._user else itself)
 
     def latent_like(self, shapes: Sequence[Shape]) -> frozenset[int]:
         """The user's inputs that have some outputs' shapes, up to channels, where it is clear which has which."""
@@ -354,6 +374,18 @@ class Forward:
         """Takes notice of what the model returns."""
         shapes = [tuple(t.shape) for t in contents(result) if stored(t) and t.is_floating_point()]
         self.habits.came_back(self._untimed, shapes)
+        if self._learnt is not None:
+            self._learnt.came_out(contents(result))
+        notes = (n for t in contents(result) if stored(t) for n in self._notes.get(t.untyped_storage()._cdata, []))
+        self._held_at |= {n.made_by: self.count for n in notes}
+
+    @property
+    def traced(self) -> list[Call]:
+        """Its graphs' calls, with how long somebody held what each of them made."""
+        return [
+            replace(call, held={i: at for i in call.tensors if (at := self._held_at.get((k, i))) is not None})
+            for k, call in enumerate(self.calls)
+        ]
 
     def may_come_back(self) -> None:
         """Takes what its last graph made for what the model returns, as long as nothing better is known."""
@@ -374,6 +406,10 @@ class Forward:
         with guarded("end"):
             return self.run is None or bool(self.run.end())
         return not self.reusing
+
+    def learn(self) -> None:
+        """Learns from its inputs what other forwards are to know of them; from what comes back, when it ends."""
+        self._learnt = self.habits.see(self.inputs, self.keys, self.telling)
 
     def know(self, habits: Habits) -> None:
         """Takes what other forwards have shown: what only they have written to is what it was."""
@@ -429,7 +465,9 @@ class Forward:
         others = [i for i in range(len(self.inputs)) if i not in latents and i not in timed]
         opaque = [type(self.inputs[i]).__name__ for i in others if self.keys[i] is None]
         fixed = [self.inputs[i] for i in others if self.keys[i] is not None]
-        doubt = None if latents else UNKNOWN_LATENT
+        doubt = None if latents else moves.UNKNOWN_LATENT
+        if doubt is None and self.telling and not self.habits.knows_time(self._learnt):
+            doubt = moves.UNKNOWN_TIME
         if opaque:
             doubt = OPAQUE.format(opaque[0])
         return Given(
@@ -442,6 +480,8 @@ class Forward:
             doubt,
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
+            self.habits.together,
+            self._learnt is not None and self._learnt.several and not self.habits.schedule,
         )
 
     @property
@@ -472,7 +512,7 @@ class Forward:
         apart = named is not None and named.branch is not None
         asked = [i for i in range(len(self.inputs)) if (i not in moving and apart) or i in moving - shown]
         opaque = next((type(self.inputs[i]).__name__ for i in asked if self.keys[i] is None), None)
-        doubt = UNKNOWN_LATENT if not latents else None if opaque is None else OPAQUE.format(opaque)
+        doubt = moves.UNKNOWN_LATENT if not latents else None if opaque is None else OPAQUE.format(opaque)
         timed = [i for i in sorted(self.timed - latents) if self.keys[i] is not None]
         others = replace(self._control([i for i in asked if i not in timed]), doubt=doubt)
         unsure = frozenset(k for k, i in enumerate(timed) if i in asked)

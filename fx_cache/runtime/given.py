@@ -12,7 +12,8 @@ import torch
 from fx_cache.errors import guarded
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.runtime.identity import ContentHold, OwnWrites, StorageHold, identity_key, signature
-from fx_cache.runtime.moves import UNKNOWN_LATENT, Call, Learner, Moves
+from fx_cache.runtime.moves import UNKNOWN_LATENT, UNKNOWN_TIME, Call, Learner, Moves
+from fx_cache.runtime.named import named_pass
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Given:
         doubt: why a request cannot be told from another one by this, or None.
         latents: what is denoised, as far as that is known.
         times: numbers of those of the schedule that are known to tell the time, beside others.
+        together: whether all of these move at every step, and not some of them.
+        several: whether it is not known which of these tells the time.
         call: what is still to be told of the call, where something is learned from it.
     """
 
@@ -77,6 +80,8 @@ class Given:
     doubt: str | None = None
     latents: tuple[torch.Tensor, ...] = ()
     times: tuple[int, ...] = ()
+    together: bool = False
+    several: bool = False
     call: Call | None = None
 
 
@@ -108,16 +113,18 @@ class Reader:
         """
         if self._roles.certain and self._roles.timed:
             return self._positions.read(args)
-        known, call = learner(), None
-        if known.moves is None:
-            call = self._call(args)
-            known.see(call)
-        if known.moves is None:
+        known = learner()
+        call = None if known.settled else self._call(args)
+        moves = known.moves if call is None else known.see(call)
+        if call is not None and moves is None:
             doubt = None if self._roles.certain else UNKNOWN_LATENT
+            if doubt is None and self._roles.schedule:
+                doubt = UNKNOWN_TIME
             return replace(self._positions.read(args, doubt), call=call)
-        if known.moves not in self._learned:
-            self._learned[known.moves] = _Positions(_with_moves(self._roles, known.moves), self._own)
-        return self._learned[known.moves].read(args)
+        assert moves is not None
+        if moves not in self._learned:
+            self._learned[moves] = _Positions(_with_moves(self._roles, moves), self._own)
+        return replace(self._learned[moves].read(args), together=not self._roles.timed, call=call)
 
     def writing(self, args: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
         """While the graph runs: what it writes to itself makes nobody another one."""
@@ -129,6 +136,8 @@ class Reader:
             [identity_key([a], self._own.writes) if i in self._told else None for i, a in enumerate(args)],
             latents=self._roles.latents if self._roles.certain else (),
             schedule=self._roles.schedule,
+            timed=self._roles.timed,
+            of=named_pass(),
         )
 
 
@@ -204,6 +213,7 @@ def _with_moves(roles: InputRoles, moves: Moves) -> InputRoles:
         roles,
         latents=tuple(sorted(moves.latents)),
         schedule=tuple(sorted(moves.schedule)),
+        timed=roles.timed or tuple(sorted(moves.times)),
         conditioning=tuple(sorted({*roles.conditioning, *roles.latents} - moving)),
         scalars=tuple(i for i in roles.scalars if i not in moving),
     )

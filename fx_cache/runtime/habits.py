@@ -7,8 +7,9 @@ rest while something else moves with the time. What moves in step with it, and i
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +17,15 @@ from typing import Any
 import torch
 
 from fx_cache.patterns.inputs import differs_in_channels
-from fx_cache.runtime.clock import is_counted, shown
+from fx_cache.runtime.clock import Values
 from fx_cache.runtime.identity import OwnWrites, StorageHold
-from fx_cache.runtime.moves import HISTORY, Call, Learner, Moves, has_few_values
+from fx_cache.runtime.moves import HISTORY, Call, Learner, Moves, extent_of
+from fx_cache.runtime.named import named_pass
 
 Shape = tuple[int, ...]
 
-DISTINCT = 4
-"""Values that a tensor holds at most where it tells the time, of all samples and tokens."""
-
-ENOUGH = 2
-"""Times that something has to move the same way with what is denoised, to be taken for the schedule."""
+ROUNDED = 2**-7
+"""How far two proportions may be from each other by rounding, in bfloat16."""
 
 
 class Habits:
@@ -52,13 +51,12 @@ class Habits:
         self._alone: frozenset[int] = frozenset()
         self._resting: set[int] = set()
         self._moving: frozenset[int] = frozenset()
-        self._count = 0
         self._lock = threading.Lock()
-        self._with_latents: Counter[tuple[Hashable, ...]] = Counter()
-        self._schedule: frozenset[int] = frozenset()
+        self._embedded: frozenset[int] = frozenset()
+        self._made_of: dict[Hashable, _MadeOf] = {}
 
-    def see(self, inputs: Sequence[Any], keys: Sequence[Hashable | None], timed: Collection[int]) -> None:
-        """Takes notice of the inputs of a forward that begins.
+    def see(self, inputs: Sequence[Any], keys: Sequence[Hashable | None], timed: Collection[int]) -> Call | None:
+        """Takes notice of the inputs of a forward that begins; returns what is to be told what comes back.
 
         Args:
             inputs: what the user gives it.
@@ -66,42 +64,70 @@ class Habits:
             timed: those of which it is known that they tell the time, by more than that they change.
         """
         with self._lock:
-            self._see(inputs, keys, timed)
+            return self._see(inputs, keys, timed)
 
-    def _see(self, inputs: Sequence[Any], keys: Sequence[Hashable | None], timed: Collection[int]) -> None:
-        self._count += 1
-        if self._learner.moves is None:
-            self._learned = self._learner.see(Call(inputs, keys, schedule=timed)) or Moves()
+    def _see(self, inputs: Sequence[Any], keys: Sequence[Hashable | None], timed: Collection[int]) -> Call | None:
+        call = None
+        if self._learned.schedule and not self.schedule:  # of what turned out not to be denoised
+            self._learner = Learner()
+        if not self._learner.settled:
+            embedded = self.embedded
+            several = bool(embedded) and not self._one_embedded
+            call = Call(
+                inputs, keys, latents=self._alone, schedule=timed, timed=embedded, several=several, of=named_pass()
+            )
+            self._learned = self._learner.see(call) or Moves()
         seen = _Seen(inputs, keys)
         for before in self._history:
             self._compare(seen, before, timed)
         self._history.append(seen)
         self._tell_apart([None if i in timed else v for i, v in enumerate(inputs)])
+        return call
 
     def _compare(self, now: _Seen, before: _Seen, timed: Collection[int]) -> None:
         different = now.different(before)
         moving = different - set(timed)
         if different & set(timed) and moving & now.floating:
             self._resting |= now.floating - different
-        numbers = sorted(different - self._alone)
         self._moving |= different & set(timed)
-        # Parts of one step; as long as a number rests that may be the time, they may be that too.
-        if (self.times and not self.times & different) or (timed and not self.times and self._count <= HISTORY):
-            return
-        if self._alone and self._alone <= different and numbers:
-            ways = [now.way(before, i) for i in numbers]
-            if None not in ways:
-                moved = tuple(zip(numbers, ways, strict=True))
-                self._with_latents[moved] += 1
-                if self._with_latents[moved] >= ENOUGH:
-                    self._schedule = self._schedule or frozenset(numbers)
+
+    def tell(self, inputs: frozenset[int], embedded: bool) -> None:
+        """Takes notice of inputs that a graph takes for the timestep or the like.
+
+        Args:
+            inputs: these.
+            embedded: whether it embeds them as a time; else they only look so.
+        """
+        if not inputs <= (self._embedded if embedded else self.told):
+            with self._lock:
+                self.told |= inputs
+                self._embedded |= inputs if embedded else frozenset()
+
+    def embeds(self, place: Hashable, value: torch.Tensor, call: Call) -> None:
+        """Takes notice of what a graph embeds as a time, and code between graphs has made of one of the inputs.
+
+        Args:
+            place: where in a forward a graph is given it.
+            value: what it is given.
+            call: of the forward's inputs.
+        """
+        given, inputs = extent_of(value), call.extents
+        if given is not None:
+            with self._lock:
+                self._made_of.setdefault(place, _MadeOf()).see(given, inputs)
+
+    @property
+    def embedded(self) -> frozenset[int]:
+        """The inputs that a graph embeds as a time, as they are or as code between graphs has made them."""
+        return self._embedded.union(*(made_of.inputs for made_of in self._made_of.copy().values()))
 
     def came_back(self, inputs: Sequence[Any], shapes: Sequence[Shape]) -> None:
         """Takes notice of what a forward made of its inputs: the shapes of all tensors."""
         fit = fitting(inputs, shapes).any
-        self._fit = fit if self._fit is None else self._fit & fit
-        self._shapes = shapes
-        self._tell_apart(inputs)
+        with self._lock:
+            self._fit = fit if self._fit is None else self._fit & fit
+            self._shapes = shapes
+            self._tell_apart(inputs)
 
     def _tell_apart(self, inputs: Sequence[Any]) -> None:
         """Which of the inputs that fit what came back is denoised, once the others are known to rest."""
@@ -112,9 +138,10 @@ class Habits:
 
     def may_come_back(self, inputs: Sequence[Any], shapes: Sequence[Shape]) -> None:
         """The same of a forward of which nothing is known but what its last graph made."""
-        if self._fit is None:
-            self._shapes = shapes
-            self._tell_apart(inputs)
+        with self._lock:
+            if self._fit is None:
+                self._shapes = shapes
+                self._tell_apart(inputs)
 
     def latents(self, shown: Collection[int] = ()) -> frozenset[int]:
         """The inputs that are denoised; none where that is not known.
@@ -139,13 +166,36 @@ class Habits:
 
     @property
     def times(self) -> frozenset[int]:
-        """The inputs that are known to tell the time: a graph takes them so, or they look so and have changed."""
-        return self.told | self._moving
+        """The inputs that are known to tell the time: a graph embeds them so.
+
+        Where none is embedded, or others were seen to tell it, those; else those that a graph takes so, or look so.
+        """
+        return self._moves.times if self.together else self.embedded or self.told | self._moving
+
+    @property
+    def together(self) -> bool:
+        """Whether all of these move at every step, and not some of them."""
+        return bool(self.schedule) and not (self._one_embedded and self.embedded & self._moving)
+
+    @property
+    def _one_embedded(self) -> bool:
+        """Whether just one input is embedded as a time, and nothing that code between graphs has made."""
+        return len(self._embedded) == 1 and not self._made_of
+
+    def knows_time(self, call: Call | None) -> bool:
+        """Whether it is known which inputs tell the time, by more than that they look so.
+
+        Args:
+            call: what is still to be learned of.
+        """
+        likely = bool(self.embedded) and call is not None and not call.doubted
+        return bool(self.schedule) or self._one_embedded or likely
 
     @property
     def schedule(self) -> frozenset[int]:
         """The inputs that are numbers, and change from step to step with what is denoised."""
-        return self._schedule if self._alone else self._moves.schedule
+        learned = self._moves
+        return learned.schedule if learned.latents == (self._alone or learned.latents) else frozenset()
 
     @property
     def _moves(self) -> Moves:
@@ -182,36 +232,57 @@ def fitting(inputs: Sequence[Any], shapes: Sequence[Shape]) -> Fitting:
 
 
 class _Seen:
-    """The inputs of one forward: who they are, and the values of numbers among them. It keeps none of them alive."""
+    """The inputs of one forward: who they are. It keeps none of them alive."""
 
     def __init__(self, inputs: Sequence[Any], keys: Sequence[Hashable | None]) -> None:
         self.floating = {i for i, v in enumerate(inputs) if _floating(v)}
         self._keys = list(keys)
-        self._numbers = {i: number for i, v in enumerate(inputs) if (number := _number(v)) is not None}
         self._hold = StorageHold([v if k is not None else None for v, k in zip(inputs, keys, strict=True)])
 
     def different(self, before: _Seen) -> frozenset[int]:
         return frozenset(i for i, (a, b) in enumerate(zip(self._keys, before._keys, strict=True)) if a != b)
-
-    def way(self, before: _Seen, i: int) -> tuple[int, ...] | None:
-        """Which way an input has gone, if it is a number."""
-        now, then = self._numbers.get(i), before._numbers.get(i)
-        if now is None or then is None or len(now) != len(then):
-            return None
-        return tuple((a > b) - (a < b) for a, b in zip(now, then, strict=True))
 
 
 def _floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 0
 
 
-def _number(value: Any) -> tuple[float, ...] | None:
-    """The least and the largest value of what may tell the time, as far as the host knows it."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return (float(value),)
-    if not isinstance(value, torch.Tensor) or not is_counted(value) or value.ndim > 2 or not value.is_cpu:
-        return None
-    if not value.numel() or not has_few_values(value, DISTINCT):
-        return None
-    least, largest, _ = shown(value).tolist()
-    return least, largest
+class _MadeOf:
+    """Of which input something is made: the one number that rests and moves with it, in the same proportion.
+
+    Attributes:
+        inputs: that one, once it has done so twice, and as long as it does.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: frozenset[int] = frozenset()
+        self._last: tuple[Values, dict[int, Values]] | None = None
+        self._alike: frozenset[int] | None = None
+        self._moves = 0
+
+    def see(self, value: Values, inputs: dict[int, Values]) -> None:
+        """Takes notice of it, and of the numbers among the inputs, in one more forward."""
+        before, then = self._last or (value, inputs)
+        if 0.0 in value[:2]:
+            return  # it shows no proportion
+        if value == before:
+            alike = {i for i, now in inputs.items() if i in then and _near(now, then[i])}
+        elif _near(value, before):
+            return  # that may be rounding
+        else:
+            alike = {i for i, now in inputs.items() if i in then and _in_proportion(value, before, now, then[i])}
+            self._moves += 1
+        self._last = value, inputs
+        self._alike = frozenset(alike if self._alike is None else self._alike & alike)
+        self.inputs = self._alike if self._moves > 1 and len(self._alike) == 1 else frozenset()
+
+
+def _in_proportion(a: Values, b: Values, c: Values, d: Values) -> bool:
+    """Whether least and largest element went from `b` to `a` in the proportion in which those of `d` did to `c`."""
+    pairs = zip(a[:2], b[:2], c[:2], d[:2], strict=True)
+    return all(x * y * z != 0 and math.isclose(w * z, x * y, rel_tol=ROUNDED) for w, x, y, z in pairs)
+
+
+def _near(a: Values, b: Values) -> bool:
+    """Whether the least and the largest element are the same but for rounding."""
+    return all(math.isclose(x, y, rel_tol=ROUNDED) for x, y in zip(a[:2], b[:2], strict=True))

@@ -367,6 +367,13 @@ def _probe(stream: RelayStream, before: torch.Tensor, after: torch.Tensor) -> to
     return after - before
 
 
+def _is_moved(output: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a value has the numbers of an output in other places."""
+    if torch.equal(output, value) or not output.numel() or output.aminmax() != value.aminmax():
+        return False
+    return torch.equal(output.flatten().sort().values, value.flatten().sort().values)
+
+
 def _joined_to(made: torch.Tensor, value: torch.Tensor) -> tuple[int, int] | None:
     """How many tokens stand before and behind those of `made` in a tensor that holds many of them, from either end."""
     if made.dtype != value.dtype or made.ndim != value.ndim or made.shape[2:] != value.shape[2:]:
@@ -437,7 +444,10 @@ class WatchRun:
         """Remembers what came of a call."""
         joined = {name: found for name, a in began.items() if (found := self._holds(a)) is not None}
         unseen = self._unseen(family, {n: a for n, a in began.items() if n not in joined})
-        self._given[family] = {n: a for n, a in zip(graph.facts.names, args, strict=True) if stored(a)} | began
+        facts = graph.facts
+        given = {n: a for i, (n, a) in enumerate(zip(facts.names, args, strict=True)) if i not in facts.roles.weights}
+        # Copies: how long somebody else holds what was made is looked at.
+        self._given[family] = began | {n: a.detach().clone() for n, a in given.items() if stored(a) and n not in began}
         forward.trace(family, graph.facts, args, outputs, origins, joined, unseen)
         forward.note(graph.facts, args, outputs)
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
@@ -458,7 +468,7 @@ class WatchRun:
     def _unseen(self, family: Hashable, made: dict[str, torch.Tensor]) -> dict[str, frozenset[Place]]:
         """Which of the inputs that nobody known made hold other numbers than at the call before of the same code.
 
-        With the outputs that have been added to what they were there, as far as can be seen: those are no stream.
+        With the outputs that they do not go on with, as far as can be seen.
         """
         before, self._made[family] = self._made.get(family), made
         if before is None:
@@ -468,15 +478,20 @@ class WatchRun:
         return {name: self._added(a, given.get(name)) for name, a in others.items()}
 
     def _added(self, value: torch.Tensor, before: torch.Tensor | None) -> frozenset[Place]:
-        """The outputs that make what was before more like a value than they are themselves."""
-        if before is None or before.shape != value.shape or not value.is_floating_point():
+        """The outputs that a value does not go on with.
+
+        They make what was before more like it than they are themselves, or have its numbers in other places.
+        """
+        if not value.is_floating_point():
             return frozenset()
+        before = None if before is None or before.shape != value.shape else before
         return frozenset(
             (self._count - i, k)
             for i, outputs in enumerate(reversed(self._outputs), 1)
             for k, output in enumerate(outputs)
             if isinstance(output, torch.Tensor) and output.shape == value.shape and output.dtype == value.dtype
-            if (value - before - output).norm() < (value - output).norm()
+            if (before is not None and (value - before - output).norm() < (value - output).norm())
+            or _is_moved(output, value)
         )
 
     def _holds(self, value: torch.Tensor) -> Joined | None:

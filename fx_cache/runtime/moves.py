@@ -6,22 +6,30 @@ scheduler's step, and moves at every step; what tells the time moves with it, on
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import deque
-from collections.abc import Collection, Hashable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fx_cache.runtime.clock import BOTH_WAYS, MOST, Direction, Values, directions, is_counted, shown
-from fx_cache.runtime.follow import Look, strayed
+from fx_cache.runtime.clock import ALIKE, BOTH_WAYS, MOST, SAME, Direction, Values, directions, is_counted, shown
+from fx_cache.runtime.follow import Look, rests, strayed
 from fx_cache.runtime.identity import SMALL, StorageHold
 
 UNKNOWN_LATENT = "which input is denoised is not known: name the request and its branch with fx_cache.session"
+UNKNOWN_TIME = "which input tells the time is not known: name the request and its branch with fx_cache.session"
 
 HISTORY = 8
 """Calls that are compared with those that come behind them: passes and requests may be mixed."""
+
+PASSES = 64
+"""Passes with a name whose last calls are known."""
+
+PATIENCE = 64
+"""Calls behind which numbers that have moved together, or rested, are taken to do so always."""
 
 SAMPLED = 256
 """Elements that are looked at first, where different values are counted."""
@@ -29,16 +37,26 @@ SAMPLED = 256
 LIKE = 0.05
 """How much more may be left of latents than where they follow best: parts of one step are alike, and do not follow."""
 
+HELPED = 3.0
+"""How much less is left of a latent, at least, where what came out before is known than where it is not."""
+
 TIMES = 16
 """Different values that a large tensor has at most, if it tells the time of each of its elements."""
 
 
 @dataclass(frozen=True)
 class Moves:
-    """Numbers of the inputs that change from step to step: those that are denoised, and the timestep and the like."""
+    """Numbers of the inputs that change from step to step.
+
+    Attributes:
+        latents: those that are denoised.
+        schedule: the timestep, and what looks like one.
+        times: those of the schedule that were seen to move: all of them, at every step.
+    """
 
     latents: frozenset[int] = frozenset()
     schedule: frozenset[int] = frozenset()
+    times: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,8 @@ class Learner:
         self.moves: Moves | None = None
         self._history: deque[Call] = deque(maxlen=HISTORY)
         self._moved: frozenset[int] = frozenset()
+        self._apart: set[frozenset[int]] = set()
+        self._last: OrderedDict[Hashable, Call] = OrderedDict()
         self._calls = 0
         self._left: dict[Moves, float] = {}
         self._lock = threading.Lock()
@@ -70,36 +90,63 @@ class Learner:
         with self._lock:
             return self._see(call)
 
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing more to learn. Of several numbers that have moved together one may tell the time."""
+        return self.moves is not None and (len(self.moves.times) == 1 or self._calls > PATIENCE)
+
     def _see(self, call: Call) -> Moves | None:
-        if self.moves is None:
+        if not self.settled:
             self._calls += 1
             for before in self._history:
                 self._moved |= call.moved_since(before)
-            call.steps = [(before, step) for before in self._history if (step := call.step_from(before)) is not None]
-            for _, step in call.steps:
+                self._apart |= {moved} if (moved := call.embedded_since(before)) else set()
+            # Which of several numbers a graph embeds is the time is asked only if they were seen to move apart.
+            call.doubted = len(self._apart) > 1
+            if call.several and not call.doubted and self._calls > PATIENCE:
+                self._history.append(call)
+                return self.moves
+            # What only looks like a time, and has rested for so long, is guidance or the like.
+            resting = call.unsure - self._moved if self._calls > HISTORY else frozenset()
+            # Of a pass that somebody names, one call is a step on from the last, whatever else is called between.
+            last = self._last.pop(call.of, None)
+            earlier = [b for b in self._history if b is not last] + ([last] if last is not None else [])
+            steps = [(before, call.step_from(before, self._history, resting)) for before in earlier]
+            call.steps = [step for _, step in steps if step is not None]
+            for step in call.steps:
                 self._left[step.moves] = min(step.left, self._left.get(step.moves, 1.0))
-            found = {step.moves for before, step in call.steps if any(step == s for _, s in before.steps)}
+            found = {step.moves for before, step in steps if step is not None and step in before.steps}
             least = min(map(_count, found), default=0)
             fewest = [moves for moves in found if _count(moves) == least]
             # As long as a number rests that may be the time, what moves may tell parts of one step apart.
-            clear = self._calls > HISTORY or call.numbers <= self._moved
+            clear = self._calls > HISTORY or call.numbers <= self._moved or call.of is not None
             follows = len(fewest) == 1 and self._left[fewest[0]] <= min(self._left.values()) + LIKE
-            self.moves = fewest[0] if clear and follows else None
+            if clear and follows and (self.moves is None or least < _count(self.moves)):
+                self.moves = fewest[0]
             self._history.append(call)
-            if self.moves is not None:
+            if call.of is not None:
+                self._last[call.of] = call
+            if len(self._last) > PASSES:
+                self._last.popitem(last=False)
+            if self.settled:
                 self._history.clear()
+                self._last.clear()
         return self.moves
 
 
 def _count(moves: Moves) -> int:
-    return len(moves.latents) + len(moves.schedule)
+    return len(moves.latents) + len(moves.schedule) + len(moves.times)
 
 
 class Call:
     """What a model was given at one call, and returned.
 
     Attributes:
-        steps: earlier calls whose next step this one may be.
+        steps: how it may be the next step of earlier calls.
+        unsure: the inputs that are taken to tell the time because they look so.
+        of: the pass that it belongs to, if somebody names it.
+        several: whether several numbers are embedded as a time is, or may be, of which one may be guidance or the like.
+        doubted: whether several of these were seen to move, and not together.
     """
 
     def __init__(
@@ -109,24 +156,36 @@ class Call:
         *,
         latents: Collection[int] = (),
         schedule: Collection[int] = (),
+        timed: Collection[int] = (),
+        several: bool = False,
+        of: Hashable | None = None,
     ) -> None:
         """
         Args:
             values: the inputs; None for those that are not looked at.
             keys: who each of them is; None: cannot be said.
             latents: those that are known to be denoised; none: that is to be learned.
-            schedule: those that are known to tell the time.
+            schedule: those that are taken to tell the time.
+            timed: those among them that are embedded as a time is; the others only look so.
+            several: whether it is not known which of these tells the time: there are several, or may be.
+            of: the pass that it belongs to, if somebody names it.
         """
-        self.steps: list[tuple[Call, _Step]] = []
-        known = [v if k is not None else None for v, k in zip(values, keys, strict=True)]
+        self.steps: list[_Step] = []
+        self.several = several
+        self.of = of
+        self.doubted = False
+        known: list[Any] = [v if k is not None else None for v, k in zip(values, keys, strict=True)]
         self._keys = list(keys)
         self._forms = [(v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else None for v in known]
         self._known = frozenset(latents)
         self._schedule = frozenset(schedule)
+        self.unsure = self._schedule - frozenset(timed)
         self._hold = StorageHold(known)  # so that no other tensor has a key of these
         large = [i for i, v in enumerate(known) if _is_large_float(v) and i not in self._schedule]
         self._looks = {i: Look([values[i]]) for i in (latents or large)}
         self._times = {i for i, v in enumerate(known) if i in self._schedule or _may_tell_time(v)}
+        beside = [v for i, v in enumerate(known) if i not in self._times | self._known and _is_large_float(v)]
+        self._alone = len(self._times - self._known) == 1 and not any(map(_may_embed, beside))
         self._extents = {i: extent for i in self._times if (extent := _extent(known[i])) is not None}
         self._fitting: frozenset[int] = frozenset()
 
@@ -151,8 +210,22 @@ class Call:
             return frozenset()
         return frozenset(i for i, (a, b) in enumerate(zip(self._keys, before._keys, strict=True)) if a != b)
 
-    def step_from(self, before: Call) -> _Step | None:
-        """What changed since an earlier call, if this may be its next step."""
+    def embedded_since(self, before: Call) -> frozenset[int]:
+        """The embedded numbers that moved since a call that differs in nothing but numbers and what is denoised."""
+        moved = self.moved_since(before) - self._known
+        if not self.several or not moved <= self._extents.keys():
+            return frozenset()
+        ways = (directions(before._extent(i), self._extent(i)) for i in moved)
+        return frozenset() if any(BOTH_WAYS in way for way in ways) else moved & self._schedule - self.unsure
+
+    def step_from(self, before: Call, history: Iterable[Call] = (), resting: Collection[int] = ()) -> _Step | None:
+        """What changed since an earlier call, if this may be its next step.
+
+        Args:
+            before: the earlier call.
+            history: all earlier ones, among which there may be other passes of its step.
+            resting: inputs that look as if they told the time, and do not.
+        """
         if self._forms != before._forms or self._schedule != before._schedule:
             return None
         different = self.moved_since(before)
@@ -166,24 +239,54 @@ class Call:
             return None
         way = tuple((i, d) for i in sorted(others) if any(d := directions(before._extent(i), self._extent(i))))
         moved = frozenset(i for i, _ in way)
-        # Two calls at one time are never one step apart.
-        known = self._schedule & set(self._extents)
+        # Two calls at one time are never one step apart; of a pass with a name what looks like a time may rest.
+        named = self.of is not None and self.of == before.of
+        known = (self._schedule & set(self._extents)) - set(resting) - (self.unsure if named else set())
         still = bool(known) and not known & moved
         if moved != others or any(BOTH_WAYS in d for _, d in way) or still:
             return None
-        left = max(self._left_of(i, before) for i in latents)
-        return None if left > MOST else _Step(Moves(latents, moved | self._schedule), way, left)
+        looks = {i: before._with_passes(i, history) for i in latents}
+        left = max(self._left_of(i, look) for i, look in looks.items())
+        # Windows of one step may be alike, and be numbered: then they have nothing of what came out for the one before.
+        # The elements of an embedding go both ways in the end.
+        plain = all(self._extent(i)[0] == self._extent(i)[1] for i in moved)
+        sure = (named and plain) or (not self.several and (self._schedule - self.unsure) & moved)
+        limit = MOST if sure else ALIKE if self._alone else SAME
+        if left > limit or not (limit > SAME or all(self._helped(i, look) for i, look in looks.items())):
+            return None
+        return _Step(Moves(latents, moved | self._schedule, moved), way, left)
+
+    @property
+    def extents(self) -> dict[int, Values]:
+        """Of all that may tell the time the least and the largest element, and how all are arranged."""
+        return {i: self._extent(i) for i in self._extents}
 
     def _extent(self, i: int) -> Values:
-        """The least and the largest element of an input. On a device this waits for it, as long as nothing is known."""
+        """Those of one input. On a device this waits for it, as long as nothing is known."""
         extent = self._extents[i]
         if isinstance(extent, torch.Tensor):
             extent = self._extents[i] = tuple(extent.tolist())
         return extent
 
-    def _left_of(self, i: int, before: Call) -> float:
-        grams = self._looks[i].since(before._looks[i])
-        return MOST + 1.0 if grams is None else strayed(grams.tolist(), before._looks[i].sizes)
+    def _with_passes(self, i: int, history: Iterable[Call]) -> Look | None:
+        """A latent, and what came out for it: at this call, and at others that were given the same one."""
+        look = self._looks.get(i)
+        same = [c for c in history if c is not self and c._forms == self._forms and c._keys[i] == self._keys[i]]
+        return None if look is None else look.beside([c._looks[i] for c in same if i in c._looks])
+
+    def _helped(self, i: int, before: Look | None) -> bool:
+        """Whether a latent follows from what came out of an earlier call, and not from the latent alone."""
+        alone = None if before is None else before.start()
+        return HELPED * self._left_of(i, before) <= self._left_of(i, alone)
+
+    def _left_of(self, i: int, before: Look | None) -> float:
+        """What of a latent does not follow from an earlier one; more than all of it if that cannot be, as it rests."""
+        grams = self._looks[i].since(before)
+        if grams is None:
+            return MOST + 1.0
+        numbers = grams.tolist()
+        sizes = (math.isqrt(len(numbers)),)
+        return MOST + 1.0 if rests(numbers, sizes) else strayed(numbers, sizes)
 
 
 def _is_number(value: Any) -> bool:
@@ -192,6 +295,17 @@ def _is_number(value: Any) -> bool:
 
 def _is_large_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > SMALL
+
+
+def _may_embed(value: torch.Tensor) -> bool:
+    """Whether an input may be an embedding of the time, which has no tokens."""
+    return value.ndim == 2 or sum(size > 1 for size in value.shape[1:]) <= 1
+
+
+def extent_of(value: Any) -> Values | None:
+    """What `Call.extents` says of an input, if it is a number or holds some. On a device this waits for it."""
+    extent = _extent(value)
+    return tuple(extent.tolist()) if isinstance(extent, torch.Tensor) else extent
 
 
 def _extent(value: Any) -> Values | torch.Tensor | None:
@@ -207,9 +321,13 @@ def _may_tell_time(value: Any) -> bool:
     """Whether an input may be a timestep: a number, few of them, integers, or a few different ones for many tokens."""
     if not isinstance(value, torch.Tensor):
         return _is_number(value)
-    if value.numel() <= SMALL or not value.is_floating_point():
+    if not is_counted(value) or not value.is_floating_point():
         return is_counted(value)
-    return is_counted(value) and value.ndim <= 2 and has_few_values(value, TIMES)
+    # One for each sample and frame or token; what has channels besides holds as many values as elements.
+    listed = sum(size > 1 for size in value.shape[1:]) <= 1
+    if value.numel() <= SMALL:
+        return listed or has_few_values(value, TIMES)
+    return value.ndim <= 2 and has_few_values(value, TIMES)
 
 
 def has_few_values(value: torch.Tensor, most: int) -> bool:

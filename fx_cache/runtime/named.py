@@ -52,6 +52,12 @@ def named_session() -> NamedSession | None:
     return _named.get()
 
 
+def named_pass() -> tuple[str, str] | None:
+    """Request and branch of a call made here, if both are said."""
+    named = named_session()
+    return None if named is None or named.branch is None else (named.name, named.branch)
+
+
 def check_name(what: str, value: Any) -> None:
     """Refuses what is no name of a session or branch."""
     if not isinstance(value, str) or not value:

@@ -120,7 +120,7 @@ class Relays:
             forward = around.forward
             if forward is not None:
                 forward.run = forward.run or self.of(forward.compilation, config).begin(forward)
-                forward.see_schedule(graph.facts.roles, args)
+                forward.see_schedule(graph.facts, args)
         if guard.failure is not None and forward is not None:
             if forward.reusing:
                 raise Astray
@@ -204,7 +204,7 @@ class Relay:
         self._habits.move_to_end(forward.layout)
         if len(self._habits) > MAX_LAYOUTS:
             self._habits.popitem(last=False)
-        forward.habits.see(forward.inputs, forward.keys, forward.telling)
+        forward.learn()
         if self._watched is not None and not self._watched[0].over:  # in another thread
             self.unplanned.add(forward)
             return ComputingRun()
@@ -255,7 +255,7 @@ class Relay:
             self.plans, self.refusal = (), self._watched[1].failure
             return forward
         forward.may_come_back()
-        plans, refusal = plan_relays(forward.calls, self.config, forward.not_denoised)
+        plans, refusal = plan_relays(forward.traced, self.config, forward.not_denoised)
         total = sum(c.facts.work for c in forward.calls)
         own = {c.facts.program.wiring: w for c in forward.calls if (w := c.facts.span_work) >= MIN_SHARE * total > 0}
         most = max(own.values(), default=0)

@@ -13,7 +13,7 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import SessionError
-from fx_cache.runtime.clock import Move, Sign, read_schedule
+from fx_cache.runtime.clock import ALIKE, MOST, Move, Sign, read_schedule
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
 from fx_cache.runtime.follow import Look
@@ -39,7 +39,7 @@ MAX_PENDING = 128
 _BEGINS = (Move.START, Move.LATE)
 
 BUSY = "another thread is at a step of this request"
-NO_SCHEDULE = "no timestep among the inputs: name the request with fx_cache.session"
+NO_SCHEDULE = "no timestep among the inputs: name the request and its branch with fx_cache.session"
 MAX_BYTES = "max_bytes"
 
 
@@ -209,7 +209,8 @@ class Store:
         branch.config, branch.heard = config, heard
         branch.unclear = None
         if named is None or named.branch is None:
-            branch.unclear = given.doubt or (None if given.schedule or named is not None else NO_SCHEDULE)
+            counted = named is not None and named.step is not None
+            branch.unclear = given.doubt or (None if given.schedule or counted else NO_SCHEDULE)
         self._advance(branch, given, named)
         self._refresh(branch, named)
         branch.record.held = branch.hold.bytes
@@ -496,6 +497,8 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
         named is not None,
         apart,
         times=given.times,
+        together=given.together,
+        most=ALIKE if given.several else MOST,
         back=back,
         look=start,
     )
