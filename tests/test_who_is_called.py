@@ -453,7 +453,8 @@ def test_windows_that_look_alike(
         for k, x in enumerate(windows.latents):
             with fx_cache.session("by name", branch=f"window {k}"):
                 windows.latents[k] = x - 0.1 * windows.call(k, x, time_of(time, i), windows.text, PLACES[place](k))
-    assert windows.hits, "with names they do hit"
+    # Over several graphs an embedding that the caller makes is not known to be the time's.
+    assert windows.hits or (broken and time in ("given", "modulated")), "with names they do hit"
 
 
 class Windows:
@@ -495,7 +496,7 @@ class Windows:
 
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("name", [None, "video"])
-@pytest.mark.parametrize(("time", "broken"), [("sinusoids", True), ("scaled", True)])
+@pytest.mark.parametrize(("time", "broken"), [("sinusoids", False), ("sinusoids", True), ("scaled", True)])
 def test_windows_numbered_by_what_is_embedded(time: str, broken: bool, name: str | None) -> None:
     """As the time is: which of the two tells it, only the latents show."""
     windows = Windows(Placed(time, broken, embedded=True).eval(), 4, 0.4)

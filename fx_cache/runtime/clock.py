@@ -46,7 +46,7 @@ MOST = 0.9
 """What is left over of a latent that has nothing to do with the one before; less where a sampler adds much noise."""
 
 ALIKE = 0.25
-"""The same where it is not known that what moved tells the time."""
+"""The same where it is not known that what moved tells the time, or nothing does."""
 
 SAME = 0.02
 """What is left over, at most, of a latent that is a multiple of another one, in low precision."""
@@ -76,7 +76,6 @@ class Sign:
         sizes: what that is made of.
         times: numbers of the schedule inputs that are known to tell the time, beside others; none: that is not known.
         together: whether all of these move at every step, and not some of them.
-        most: what may be left over of the latent at all.
         back: the same as `grams` of each latent that the request may have begun with.
         look: what is to be remembered of its latents, or None.
         said: number of the step as somebody gives it, or None.
@@ -96,7 +95,6 @@ class Sign:
     step: int | None = None
     times: tuple[int, ...] = ()
     together: bool = False
-    most: float = MOST
     back: tuple[tuple[float, ...] | torch.Tensor, ...] = ()
     look: Look | None = None
 
@@ -254,14 +252,28 @@ class Clock:
             return False
         if not sign.apart and sign.rests:
             return True
+        resting = self._resting(sign)
+        return any(resting) if sign.together else all(resting)
+
+    def _resting(self, sign: Sign) -> list[bool]:
+        """Of each number that may tell the time, whether it is that of the call before."""
+        values, last = _values(sign), self._last or ()
         times = sign.times or range(len(values) // PARTS)
-        rest = [values[i * PARTS : (i + 1) * PARTS] == last[i * PARTS : (i + 1) * PARTS] for i in times]
-        return any(rest) if sign.together else all(rest)
+        return [values[i * PARTS : (i + 1) * PARTS] == last[i * PARTS : (i + 1) * PARTS] for i in times]
 
     def _strays(self, sign: Sign) -> bool:
         """Whether a latent cannot have come out of the call before."""
+        if sign.strayed is None:
+            return not sign.values and sign.said is None  # then nothing shows that it goes on
         allowed = _allowed(self._strayed) if self._strayed else MOST
-        return sign.strayed is not None and not sign.strayed <= min(allowed, sign.most)
+        return not sign.strayed <= min(allowed, MOST if self._tells(sign) else ALIKE)
+
+    def _tells(self, sign: Sign) -> bool:
+        """Whether it is known what tells the time, and not that of several numbers only some have moved."""
+        if sign.said is not None and self._said is not None and sign.said > self._said:
+            return True
+        resting = self._resting(sign)
+        return bool(resting) and (sign.together or all(resting) == any(resting))
 
     def _starts_over(self, sign: Sign) -> bool:
         """Whether a latent is the one that the request began with: another request has the same prompt and seed."""

@@ -466,7 +466,7 @@ class Forward:
         opaque = [type(self.inputs[i]).__name__ for i in others if self.keys[i] is None]
         fixed = [self.inputs[i] for i in others if self.keys[i] is not None]
         doubt = None if latents else moves.UNKNOWN_LATENT
-        if doubt is None and self.telling and not self.habits.knows_time(self._learnt):
+        if doubt is None and self.telling and not self.habits.knows_time:
             doubt = moves.UNKNOWN_TIME
         if opaque:
             doubt = OPAQUE.format(opaque[0])
@@ -481,7 +481,6 @@ class Forward:
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
             self.habits.together,
-            self._learnt is not None and self._learnt.several and not self.habits.schedule,
         )
 
     @property

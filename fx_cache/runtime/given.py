@@ -67,7 +67,6 @@ class Given:
         latents: what is denoised, as far as that is known.
         times: numbers of those of the schedule that are known to tell the time, beside others.
         together: whether all of these move at every step, and not some of them.
-        several: whether it is not known which of these tells the time.
         call: what is still to be told of the call, where something is learned from it.
     """
 
@@ -81,7 +80,6 @@ class Given:
     latents: tuple[torch.Tensor, ...] = ()
     times: tuple[int, ...] = ()
     together: bool = False
-    several: bool = False
     call: Call | None = None
 
 

@@ -71,10 +71,8 @@ class Habits:
         if self._learned.schedule and not self.schedule:  # of what turned out not to be denoised
             self._learner = Learner()
         if not self._learner.settled:
-            embedded = self.embedded
-            several = bool(embedded) and not self._one_embedded
             call = Call(
-                inputs, keys, latents=self._alone, schedule=timed, timed=embedded, several=several, of=named_pass()
+                inputs, keys, latents=self._alone, schedule=timed, timed=self.embedded, of=named_pass()
             )
             self._learned = self._learner.see(call) or Moves()
         seen = _Seen(inputs, keys)
@@ -169,27 +167,21 @@ class Habits:
         """The inputs that are known to tell the time: a graph embeds them so.
 
         Where none is embedded, or others were seen to tell it, those; else those that a graph takes so, or look so.
+        None while it is not known of which input something is made that a graph embeds.
         """
+        if not self.together and not all(made_of.inputs for made_of in self._made_of.copy().values()):
+            return frozenset()
         return self._moves.times if self.together else self.embedded or self.told | self._moving
 
     @property
     def together(self) -> bool:
         """Whether all of these move at every step, and not some of them."""
-        return bool(self.schedule) and not (self._one_embedded and self.embedded & self._moving)
+        return bool(self.schedule) and not self.embedded & self._moving
 
     @property
-    def _one_embedded(self) -> bool:
-        """Whether just one input is embedded as a time, and nothing that code between graphs has made."""
-        return len(self._embedded) == 1 and not self._made_of
-
-    def knows_time(self, call: Call | None) -> bool:
-        """Whether it is known which inputs tell the time, by more than that they look so.
-
-        Args:
-            call: what is still to be learned of.
-        """
-        likely = bool(self.embedded) and call is not None and not call.doubted
-        return bool(self.schedule) or self._one_embedded or likely
+    def knows_time(self) -> bool:
+        """Whether it is known which inputs tell the time, by more than that they look so."""
+        return bool(self.schedule or self.embedded)
 
     @property
     def schedule(self) -> frozenset[int]:

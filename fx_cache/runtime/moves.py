@@ -79,7 +79,6 @@ class Learner:
         self.moves: Moves | None = None
         self._history: deque[Call] = deque(maxlen=HISTORY)
         self._moved: frozenset[int] = frozenset()
-        self._apart: set[frozenset[int]] = set()
         self._last: OrderedDict[Hashable, Call] = OrderedDict()
         self._calls = 0
         self._left: dict[Moves, float] = {}
@@ -100,12 +99,6 @@ class Learner:
             self._calls += 1
             for before in self._history:
                 self._moved |= call.moved_since(before)
-                self._apart |= {moved} if (moved := call.embedded_since(before)) else set()
-            # Which of several numbers a graph embeds is the time is asked only if they were seen to move apart.
-            call.doubted = len(self._apart) > 1
-            if call.several and not call.doubted and self._calls > PATIENCE:
-                self._history.append(call)
-                return self.moves
             # What only looks like a time, and has rested for so long, is guidance or the like.
             resting = call.unsure - self._moved if self._calls > HISTORY else frozenset()
             # Of a pass that somebody names, one call is a step on from the last, whatever else is called between.
@@ -145,8 +138,6 @@ class Call:
         steps: how it may be the next step of earlier calls.
         unsure: the inputs that are taken to tell the time because they look so.
         of: the pass that it belongs to, if somebody names it.
-        several: whether several numbers are embedded as a time is, or may be, of which one may be guidance or the like.
-        doubted: whether several of these were seen to move, and not together.
     """
 
     def __init__(
@@ -157,7 +148,6 @@ class Call:
         latents: Collection[int] = (),
         schedule: Collection[int] = (),
         timed: Collection[int] = (),
-        several: bool = False,
         of: Hashable | None = None,
     ) -> None:
         """
@@ -167,13 +157,10 @@ class Call:
             latents: those that are known to be denoised; none: that is to be learned.
             schedule: those that are taken to tell the time.
             timed: those among them that are embedded as a time is; the others only look so.
-            several: whether it is not known which of these tells the time: there are several, or may be.
             of: the pass that it belongs to, if somebody names it.
         """
         self.steps: list[_Step] = []
-        self.several = several
         self.of = of
-        self.doubted = False
         known: list[Any] = [v if k is not None else None for v, k in zip(values, keys, strict=True)]
         self._keys = list(keys)
         self._forms = [(v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else None for v in known]
@@ -210,14 +197,6 @@ class Call:
             return frozenset()
         return frozenset(i for i, (a, b) in enumerate(zip(self._keys, before._keys, strict=True)) if a != b)
 
-    def embedded_since(self, before: Call) -> frozenset[int]:
-        """The embedded numbers that moved since a call that differs in nothing but numbers and what is denoised."""
-        moved = self.moved_since(before) - self._known
-        if not self.several or not moved <= self._extents.keys():
-            return frozenset()
-        ways = (directions(before._extent(i), self._extent(i)) for i in moved)
-        return frozenset() if any(BOTH_WAYS in way for way in ways) else moved & self._schedule - self.unsure
-
     def step_from(self, before: Call, history: Iterable[Call] = (), resting: Collection[int] = ()) -> _Step | None:
         """What changed since an earlier call, if this may be its next step.
 
@@ -250,7 +229,7 @@ class Call:
         # Windows of one step may be alike, and be numbered: then they have nothing of what came out for the one before.
         # The elements of an embedding go both ways in the end.
         plain = all(self._extent(i)[0] == self._extent(i)[1] for i in moved)
-        sure = (named and plain) or (not self.several and (self._schedule - self.unsure) & moved)
+        sure = (named and plain) or (self._schedule - self.unsure) & moved
         limit = MOST if sure else ALIKE if self._alone else SAME
         if left > limit or not (limit > SAME or all(self._helped(i, look) for i, look in looks.items())):
             return None

@@ -13,7 +13,7 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import SessionError
-from fx_cache.runtime.clock import ALIKE, MOST, Move, Sign, read_schedule
+from fx_cache.runtime.clock import Move, Sign, read_schedule
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
 from fx_cache.runtime.follow import Look
@@ -209,8 +209,9 @@ class Store:
         branch.config, branch.heard = config, heard
         branch.unclear = None
         if named is None or named.branch is None:
-            counted = named is not None and named.step is not None
-            branch.unclear = given.doubt or (None if given.schedule or counted else NO_SCHEDULE)
+            # Without a timestep the latents of a named request may show that it goes on.
+            shown = given.schedule or (named is not None and (given.latents or named.step is not None))
+            branch.unclear = given.doubt or (None if shown else NO_SCHEDULE)
         self._advance(branch, given, named)
         self._refresh(branch, named)
         branch.record.held = branch.hold.bytes
@@ -235,6 +236,8 @@ class Store:
 
     def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool:
         """Whether a call begins a request, as its time says, beside the last call of any branch of the present one."""
+        if not given.schedule:
+            return False
         of_requests = [b for b in self._branches.values() if b.requests is requests]
         for b in of_requests:
             if b.pending and not b.busy:
@@ -498,7 +501,6 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
         apart,
         times=given.times,
         together=given.together,
-        most=ALIKE if given.several else MOST,
         back=back,
         look=start,
     )
