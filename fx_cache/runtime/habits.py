@@ -71,9 +71,7 @@ class Habits:
         if self._learned.schedule and not self.schedule:  # of what turned out not to be denoised
             self._learner = Learner()
         if not self._learner.settled:
-            call = Call(
-                inputs, keys, latents=self._alone, schedule=timed, timed=self.embedded, of=named_pass()
-            )
+            call = Call(inputs, keys, latents=self._alone, schedule=timed, timed=self.embedded, of=named_pass())
             self._learned = self._learner.see(call) or Moves()
         seen = _Seen(inputs, keys)
         for before in self._history:
