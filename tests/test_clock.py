@@ -69,6 +69,23 @@ ROWS = {
     "a sampler that adds noise": Row(
         [at(9), at(8, left=0.7), at(7, left=0.6), at(6, left=0.4)], [START, FIRST, NEXT, NEXT]
     ),
+    "one of several numbers moves, and the latent follows": Row(
+        [at(9, 3.5), at(8, 3.5, left=0.2), at(7, 3.5, left=0.2)], [START, FIRST, NEXT]
+    ),
+    "one of several numbers moves, and the latent does not follow": Row(
+        [at(9, 1), *(at(t, w, left=0.3) for t, w in ((9, 3), (9, 5), (8, 1), (8, 3)))],
+        [START, START, START, FIRST, START],
+    ),
+    "several numbers move": Row([at(9, 3.5), at(8, 3.0, left=0.7), at(7, 2.5, left=0.6)], [START, FIRST, NEXT]),
+    "one of several numbers moves, and the step is said": Row(
+        [at(9, 3.5, said=0), at(8, 3.5, left=0.7, said=1), at(7, 3.5, left=0.6, said=2)], [START, NEXT, NEXT]
+    ),
+    "no time, and the latent follows": Row(
+        [at(named=True), *(at(left=left, named=True) for left in (0.2, 0.1, 0.3, 0.2))],
+        [START, NEXT, NEXT, START, NEXT],
+    ),
+    "no time, and nothing shows that it goes on": Row([at(named=True), at(named=True)], [START, START]),
+    "no time, and the pass is named": Row([at(named=True, apart=True), at(named=True, apart=True)], [START, NEXT]),
     "a latent that is no number": Row(
         [at(9), at(8, left=0.1), Sign((7.0, 7.0, 0.0), (float("nan"),) * 4, (2,))], [START, FIRST, START]
     ),

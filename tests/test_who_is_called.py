@@ -503,6 +503,37 @@ def test_windows_numbered_by_what_is_embedded(time: str, broken: bool, name: str
     windows.walk(6, time, PLACES["each"], name)
 
 
+class Timeless(Placed):
+    """No time is given, nor anything made of it."""
+
+    def forward(self, latent: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        x, e = self.begin(latent, torch.ones(1), text, 2)
+        for block in self.blocks:
+            if self.broken:
+                torch._dynamo.graph_break()
+            x = block(x, e)
+        return self.last(x[:, 6:])
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize(("name", "count", "expected"), [("video", 1, True), ("video", 3, False), (None, 1, False)])
+def test_without_a_time(name: str | None, count: int, expected: bool, broken: bool) -> None:
+    """A request that is named goes on where its latent follows; that of another window does not."""
+    model = Timeless("sinusoids", broken).eval()
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
+    compiled = torch.compile(model, backend="dit_cache", options=options)
+    text, base = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
+    latents, hits = [0.9 * base + 0.4 * torch.randn(1, 32, 16) for _ in range(count)], 0
+    for _ in range(STEPS):
+        for k, x in enumerate(latents):
+            with fx_cache.session(name) if name else contextlib.nullcontext():
+                output = compiled(x, text)
+            hits += not torch.equal(output, model(x, text))
+            latents[k] = x - 0.1 * output
+    assert bool(hits) == expected
+
+
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("name", [None, "video"])
 @pytest.mark.parametrize("place", ["int", "tensor", "each int"])
