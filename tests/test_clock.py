@@ -28,12 +28,23 @@ from fx_cache.runtime.follow import Look, left_over, strayed
 START, FIRST, NEXT, REPEAT, LATE = Move.START, Move.FIRST, Move.NEXT, Move.REPEAT, Move.LATE
 
 
-def at(*times: float, left: float | None = None, back: float | None = None, **told: object) -> Sign:
-    """A call at some times, of whose latent `left` is left over, and `back` of that of the request's first call."""
+def at(
+    *times: float, left: float | None = None, back: float | None = None, turn: float | None = None, **told: object
+) -> Sign:
+    """A call at some times, of whose latent `left` is left over, and `back` of that of the request's first call.
+
+    `turn` is the cosine of the angle between the move that leads to its latent and the one before.
+    """
     values = tuple(v for t in times for v in (t, t, 0.0))
     if left is None:
         return Sign(values, **told)
-    return Sign(values, grams(left), (2,), back=() if back is None else (grams(back),), **told)
+    path = None if turn is None else turned(turn)
+    return Sign(values, grams(left), (2,), back=() if back is None else (grams(back),), path=path, **told)
+
+
+def turned(cosine: float) -> tuple[float, ...]:
+    """Inner products of three points, the second at 0: one moves from the first to it, and on to the third."""
+    return 1.0, 0.0, -cosine, 0.0, 0.0, 0.0, -cosine, 0.0, 1.0
 
 
 def grams(sine: float) -> tuple[float, ...]:
@@ -52,8 +63,11 @@ class Row:
 ROWS = {
     "a request": Row([at(9), at(8), at(7)], [START, FIRST, NEXT], [None, FIRST_MOVE, None]),
     "upwards": Row([at(1), at(2), at(3)], [START, FIRST, NEXT]),
-    "guidance rests": Row([at(9, 3.5), at(8, 3.5), at(7, 3.5)], [START, FIRST, NEXT]),
-    "guidance changes on the way": Row([at(9, 3.5), at(8, 3.5), at(7, 3.5), at(6, 4.0)], [START, FIRST, NEXT, START]),
+    "guidance rests": Row([at(9, 3.5), *(at(t, 3.5, left=0.1, turn=1) for t in (8, 7))], [START, FIRST, NEXT]),
+    "guidance changes on the way": Row(
+        [at(9, 3.5), *(at(t, w, left=0.1, turn=1) for t, w in ((8, 3.5), (7, 3.5), (6, 4.0)))],
+        [START, FIRST, NEXT, START],
+    ),
     "time goes back": Row([at(9), at(8), at(7), at(9), at(8)], [START, FIRST, NEXT, START, FIRST]),
     "given up at its first call": Row(
         [at(5), at(9), at(8), at(7)], [START, FIRST, LATE, NEXT], [None, FIRST_MOVE, FIRST_MOVE, None]
@@ -69,22 +83,26 @@ ROWS = {
     "a sampler that adds noise": Row(
         [at(9), at(8, left=0.7), at(7, left=0.6), at(6, left=0.4)], [START, FIRST, NEXT, NEXT]
     ),
-    "one of several numbers moves, and the latent follows": Row(
-        [at(9, 3.5), at(8, 3.5, left=0.2), at(7, 3.5, left=0.2)], [START, FIRST, NEXT]
+    "one of several numbers moves, and the latent goes on": Row(
+        [at(9, 3.5), at(8, 3.5, left=0.5), at(7, 3.5, left=0.3, turn=0.9), at(6, 3.5, left=0.4, turn=0.6)],
+        [START, FIRST, NEXT, NEXT],
     ),
-    "one of several numbers moves, and the latent does not follow": Row(
-        [at(9, 1), *(at(t, w, left=0.3) for t, w in ((9, 3), (9, 5), (8, 1), (8, 3)))],
-        [START, START, START, FIRST, START],
+    "one of several numbers moves, and the latent turns back": Row(
+        [at(9, 1), *(at(t, w, left=0.1, turn=-0.5) for t, w in ((9, 3), (9, 5), (9, 7), (8, 1), (8, 3), (7, 3)))],
+        [START, FIRST, LATE, LATE, LATE, LATE, LATE],
+    ),
+    "one of several numbers moves, and nothing is known of the latent": Row(
+        [at(9, 3.5), at(8, 3.5), at(7, 3.5)], [START, FIRST, LATE]
     ),
     "several numbers move": Row([at(9, 3.5), at(8, 3.0, left=0.7), at(7, 2.5, left=0.6)], [START, FIRST, NEXT]),
     "one of several numbers moves, and the step is said": Row(
         [at(9, 3.5, said=0), at(8, 3.5, left=0.7, said=1), at(7, 3.5, left=0.6, said=2)], [START, NEXT, NEXT]
     ),
-    "no time, and the latent follows": Row(
-        [at(named=True), *(at(left=left, named=True) for left in (0.2, 0.1, 0.3, 0.2))],
-        [START, NEXT, NEXT, START, NEXT],
+    "no time, and the latent goes on": Row(
+        [at(named=True), *(at(left=left, turn=turn, named=True) for left, turn in ((0.2, 0), (0.1, 1), (0.1, -1)))],
+        [START, FIRST, NEXT, START],
     ),
-    "no time, and nothing shows that it goes on": Row([at(named=True), at(named=True)], [START, START]),
+    "no time, and the same latent": Row([at(named=True), at(left=0.0, named=True)], [START, START]),
     "no time, and the pass is named": Row([at(named=True, apart=True), at(named=True, apart=True)], [START, NEXT]),
     "a latent that is no number": Row(
         [at(9), at(8, left=0.1), Sign((7.0, 7.0, 0.0), (float("nan"),) * 4, (2,))], [START, FIRST, START]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from fx_cache.ops import version
 from fx_cache.patterns.graph import (
@@ -45,6 +46,10 @@ _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "_to_c
 _SORTS = {"sort", "msort", "topk"}
 _CHOOSES = {"where", "masked_scatter", "masked_scatter_"}
 """What puts elements where a mask says, each in its own place."""
+_ADDS = {"index_add", "index_add_", "scatter_add", "scatter_add_"}
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view"}
+_TOKENWISE = _RESHAPES | JOINS | _DIVIDES | COPIES | {"transpose", "permute", "movedim", "swapaxes", "swapdims"}
+"""What leaves channels where they are, if it makes a tensor of as many out of such ones."""
 
 _ACCUMULATES = {"add", "add_", "iadd", "sub", "sub_", "isub", "rsub", "mul", "mul_", "imul", "truediv", "div", "div_"}
 _ACCUMULATES |= {"lerp", "lerp_", "addcmul", "addcmul_", "neg", "sum", "mean", "maximum", "minimum", "max", "min"}
@@ -55,6 +60,9 @@ _ACCUMULATES |= {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 
 MOST = 2**28
 """Elements of the largest tensor whose places are followed."""
+
+THIN = 2
+"""Channels that are followed where all of them go the same way."""
 
 
 def is_layout(node: fx.Node) -> bool:
@@ -121,7 +129,7 @@ def in_place(value: fx.Node, source: fx.Node, nodes: Sequence[fx.Node]) -> bool:
     """Whether a value's elements are what has become of an earlier one's, each in its place; False in doubt.
 
     On the nearest way from one to the other, as a residual goes through an addition and not through an attention. What
-    is joined, cut and moved on it is done to the numbers of the elements.
+    is joined, cut and moved on it is done to the numbers of the elements; where that leaves channels alone, to a few.
 
     Args:
         value: made by the nodes.
@@ -139,34 +147,60 @@ def in_place(value: fx.Node, source: fx.Node, nodes: Sequence[fx.Node]) -> bool:
         if _is_followed(node):
             moves = moves or not (node.target is version or operation(node) in COPIES)
             inputs = [a for a in node.all_input_nodes if a in distance and not _says_where(a)]
+            inputs = inputs[:1] if _adds_to(node, inputs) else inputs
         else:
-            nearest = _nearest(node, distance)
-            if nearest is None and _may_move(node, distance):
+            inputs = _nearest(node, distance)
+            if not inputs and _may_move(node, distance):
                 return False
-            inputs = [] if nearest is None else [nearest]
         todo += [a for a in inputs if a not in needed]
         needed.update(inputs)
     if not moves:
         return True
-    shape = hinted_shape(value_of(source))
-    if math.prod(shape) > MOST:
-        return False
-    try:
-        with torch.device("cpu"):
-            found = _followed(value, source, [n for n in nodes if n in needed], distance)
-            if found is None:
-                return True  # on the way it has another shape: no element is in a place
-            numbers = _numbers(source)
-            known = found > 0
-            return bool(known.any()) and bool((found == numbers)[known].all())
-    except Exception:  # elements go where tensors say, or an operation has no meaning for numbers of elements
-        return False
+    run = [n for n in nodes if n in needed and n is not source]
+    thin = all(_leaves_channels(n, source) for n in run if _is_followed(n))
+    for channels in (THIN, None) if thin else (None,):
+        numbers = _numbers(source, channels)
+        if numbers is None:
+            return False
+        try:
+            with torch.device("cpu"):
+                found = _followed(value, source, run, distance, channels)
+        except Exception:  # elements go where tensors say, or an operation has no meaning for numbers of elements
+            continue
+        if found is None:
+            return True  # on the way it has another shape: no element is in a place
+        return bool(found.any()) and bool(((found == numbers) | (found == 0)).all())
+    return False
 
 
-def _numbers(source: fx.Node) -> Tensor:
-    """Its elements, numbered from 1."""
-    shape = hinted_shape(value_of(source))
-    return torch.arange(1, math.prod(shape) + 1, dtype=torch.int32).view(shape)
+def _numbers(source: fx.Node, channels: int | None) -> Tensor | None:
+    """Its elements, numbered from 1, or those of so many channels; None for too many."""
+    shape = _shape(source, channels)
+    return None if math.prod(shape) > MOST else torch.arange(1, math.prod(shape) + 1, dtype=torch.int32).view(shape)
+
+
+def _shape(node: fx.Node, channels: int | None) -> tuple[int, ...]:
+    """The shape of a tensor, or of so many channels of it."""
+    shape = tuple(hinted_shape(value_of(node)))
+    return shape if channels is None or not shape else (*shape[:-1], min(channels, shape[-1]))
+
+
+def _leaves_channels(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node may leave all channels where they are: it is of a kind that does, and has as many."""
+    if node.target is version or node.target is operator.getitem:
+        known = node.target is version or not is_tensor(node.all_input_nodes[0]) or _keeps_last(node)
+    else:
+        known = operation(node) in _TOKENWISE and not written_inputs(node)
+    width = hinted_shape(value_of(source))[-1:]
+    return known and all(hinted_shape(t)[-1:] == width for t in tree_leaves(value_of(node)) if isinstance(t, Tensor))
+
+
+def _keeps_last(node: fx.Node) -> bool:
+    """Whether indexing leaves the last dimension whole: it names fewer, or takes all of it."""
+    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    named = [i for i in items if i is not None and i is not Ellipsis]
+    whole = named and named[-1] == slice(None)
+    return bool(whole) or (Ellipsis not in items and len(named) < value_of(node.args[0]).ndim)  # type: ignore[arg-type]
 
 
 def _is_followed(node: fx.Node) -> bool:
@@ -184,34 +218,50 @@ def _may_move(node: fx.Node, distance: Mapping[fx.Node, int]) -> bool:
     return any(math.prod(hinted_shape(value_of(a))) == math.prod(hinted_shape(value_of(node))) for a in inputs)
 
 
-def _nearest(node: fx.Node, distance: Mapping[fx.Node, int]) -> fx.Node | None:
-    """Of what an operation computes with, what it changes: of the tensors of its own shape the nearest."""
+def _adds_to(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:
+    """Whether something is added to the first input, wherever, as to a residual."""
+    adds = operation(node) in _ADDS or node.kwargs.get("accumulate") is True
+    return adds and bool(inputs) and inputs[0] is node.all_input_nodes[0]
+
+
+def _nearest(node: fx.Node, distance: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """Of what an operation computes with, what it changes: of the tensors of its own shape the nearest ones."""
     if written_inputs(node):
-        return written_inputs(node)[0]
+        return written_inputs(node)[:1]
     inputs = [a for a in node.all_input_nodes if a in distance]
     if is_tensor(node):
         shape = hinted_shape(value_of(node))
         inputs = [a for a in inputs if not is_tensor(a) or hinted_shape(value_of(a)) == shape]
-    return min(inputs, key=distance.__getitem__, default=None)
+    least = min((distance[a] for a in inputs), default=0)
+    return [a for a in inputs if distance[a] == least]
 
 
 def _followed(
-    value: fx.Node, source: fx.Node, needed: Sequence[fx.Node], distance: Mapping[fx.Node, int]
+    value: fx.Node,
+    source: fx.Node,
+    needed: Sequence[fx.Node],
+    distance: Mapping[fx.Node, int],
+    channels: int | None,
 ) -> Tensor | None:
-    """The numbers of the source's elements where they are in a value, 0 for others; None if it has none of them."""
-    env: dict[fx.Node, Any] = {source: _numbers(source)}
+    """The numbers of the source's elements where they are in a value, 0 for others; None if it has none of them.
+
+    Raises:
+        ValueError: an operation is made of elements that are in different places, or see `_moved`.
+    """
+    env: dict[fx.Node, Any] = {source: _numbers(source, channels)}
     writes = any(map(written_inputs, needed))
     readers = Counter(a for n in needed for a in n.all_input_nodes)
-    for node in (n for n in needed if n is not source):
+    for node in needed:
         if _is_followed(node):
             if any(a in env for a in node.all_input_nodes):
-                env[node] = _moved(node, env)
+                env[node] = _moved(node, env, channels)
         else:
-            nearest = _nearest(node, distance)
-            found = None if nearest is None else env.get(nearest)
-            if found is not None:
-                copied = writes and not written_inputs(node) and isinstance(found, Tensor)
-                env[node] = found.clone() if copied else found
+            found = [env[a] for a in _nearest(node, distance) if a in env]
+            if found:
+                if not all(other is found[0] or torch.equal(other, found[0]) for other in found[1:]):
+                    raise ValueError(node)
+                copied = writes and not written_inputs(node) and isinstance(found[0], Tensor)
+                env[node] = found[0].clone() if copied else found[0]
         for a in node.all_input_nodes:
             readers[a] -= 1
             if not (readers[a] or writes):
@@ -219,16 +269,17 @@ def _followed(
     return env.get(value)
 
 
-def _moved(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+def _moved(node: fx.Node, env: Mapping[fx.Node, Any], channels: int | None) -> Any:
     """What a node does to the numbers of elements. What it writes to is written to.
 
     Raises:
-        ValueError: elements go where tensors say whose numbers are not known, or into a part of something unknown.
+        ValueError: elements go where tensors say whose numbers are not known, or into a part of something unknown; or
+            it does something to channels, where only some are followed.
     """
     if node.target is version:
         whole, write = node.all_input_nodes
         found = env[whole] if whole in env else env[write]
-        if found.shape != hinted_shape(value_of(node)):
+        if found.shape != _shape(node, channels):
             raise ValueError(node)
         return found
     first = node.all_input_nodes[0]
@@ -237,7 +288,9 @@ def _moved(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     if operation(node) in _SORTS:
         raise ValueError(node)
     if any(map(_says_where, node.all_input_nodes)):
-        if operation(node) in _FILLS | _PUTS and first in env:
+        given = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node)]
+        put = [a for a in given[1:] if a in env]
+        if operation(node) in _FILLS | _PUTS and first in env and (not put or _adds_to(node, [first])):
             return env[first]
         raise ValueError(node)
 
@@ -246,15 +299,23 @@ def _moved(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         if a in env:
             return env[a]
         if isinstance(value, Tensor):
-            return torch.zeros(hinted_shape(value), dtype=torch.int32)
+            return torch.zeros(_shape(a, channels), dtype=torch.int32)
         return hint(value) if isinstance(value, torch.SymInt) else value
 
     args, kwargs = map_arg(node.args, now), map_arg(node.kwargs, now)
     kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "device", "memory_format", "value")}
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    made = node.target(*args, **kwargs)  # type: ignore[operator]
-    return args[0] if written_inputs(node) else made
+    if channels is not None and operation(node) in _RESHAPES:
+        made = env[first].reshape(_shape(node, channels))
+    elif node.op == "call_method":
+        made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    else:
+        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        made = args[0] if written_inputs(node) else made
+    if channels is not None:
+        pairs = zip(tree_leaves(made), tree_leaves(value_of(node)), strict=True)
+        if any(t.shape != (*hinted_shape(v)[:-1], min(channels, hinted_shape(v)[-1])) for t, v in pairs):
+            raise ValueError(node)
+    return made
 
 
 def _says_where(node: fx.Node) -> bool:

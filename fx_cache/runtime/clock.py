@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fx_cache.runtime.follow import Look, rests, strayed
+from fx_cache.runtime.follow import Look, helped, rests, straight, strayed
 
 
 class Move(Enum):
@@ -45,9 +45,6 @@ FACTOR = 3.0
 MOST = 0.9
 """What is left over of a latent that has nothing to do with the one before; less where a sampler adds much noise."""
 
-ALIKE = 0.25
-"""The same where it is not known that what moved tells the time, or nothing does."""
-
 SAME = 0.02
 """What is left over, at most, of a latent that is a multiple of another one, in low precision."""
 
@@ -76,6 +73,7 @@ class Sign:
         sizes: what that is made of.
         times: numbers of the schedule inputs that are known to tell the time, beside others; none: that is not known.
         together: whether all of these move at every step, and not some of them.
+        path: the same as `grams` of the latents of the two calls before, where it may be asked for.
         back: the same as `grams` of each latent that the request may have begun with.
         look: what is to be remembered of its latents, or None.
         said: number of the step as somebody gives it, or None.
@@ -95,13 +93,15 @@ class Sign:
     step: int | None = None
     times: tuple[int, ...] = ()
     together: bool = False
+    path: tuple[float, ...] | torch.Tensor | None = None
     back: tuple[tuple[float, ...] | torch.Tensor, ...] = ()
     look: Look | None = None
 
     @property
     def late(self) -> list[torch.Tensor]:
         """What of it lies on a device."""
-        return [part.reshape(-1) for part in (self.values, self.grams, *self.back) if isinstance(part, torch.Tensor)]
+        parts = (self.values, self.grams, self.path, *self.back)
+        return [part.reshape(-1) for part in parts if isinstance(part, torch.Tensor)]
 
     def read(self, numbers: Iterator[float]) -> Sign:
         """The same with what lies on a device as numbers, which come in the order of `late`."""
@@ -109,7 +109,8 @@ class Sign:
         def host(part: Any) -> Any:
             return tuple(next(numbers) for _ in range(part.numel())) if isinstance(part, torch.Tensor) else part
 
-        return replace(self, values=host(self.values), grams=host(self.grams), back=tuple(map(host, self.back)))
+        values, grams, path = host(self.values), host(self.grams), host(self.path)
+        return replace(self, values=values, grams=grams, path=path, back=tuple(map(host, self.back)))
 
     @cached_property
     def strayed(self) -> float | None:
@@ -122,6 +123,18 @@ class Sign:
         """Whether its latents are those of the call before."""
         assert not isinstance(self.grams, torch.Tensor)
         return self.grams is not None and rests(self.grams, self.sizes)
+
+    @cached_property
+    def helped(self) -> bool:
+        """Whether its latents follow from what came out of the call before, and not from its latents alone."""
+        assert not isinstance(self.grams, torch.Tensor)
+        return self.grams is not None and helped(self.grams, self.sizes)
+
+    @cached_property
+    def straight(self) -> bool:
+        """Whether its latents go on in the direction in which those of the call before have come."""
+        assert not isinstance(self.path, torch.Tensor)
+        return self.path is not None and straight(self.path, [3] * (len(self.path) // 9))
 
     @cached_property
     def apart_from_start(self) -> float | None:
@@ -151,6 +164,7 @@ class Clock:
     _strayed: list[float] = field(default_factory=list)
     _tried: bool = False
     _lasting: str | None = None
+    _moved: set[frozenset[int]] = field(default_factory=set)
 
     def move(self, sign: Sign) -> Move:
         """Takes a call."""
@@ -159,6 +173,7 @@ class Clock:
         still = self._still(sign)
         again = still or self._again(sign)
         before = self._last
+        self._moved = self._moved_with(sign)
         self.doubt = None
         if move is Move.REPEAT and self._moves == 0 and not sign.apart:
             move = Move.START  # most likely the call before was a try
@@ -167,7 +182,7 @@ class Clock:
             self._moves, self._direction, self._strayed, self._lasting = 0, None, [], None
             self._tried, self._left = again, before
         elif move is Move.REPEAT:
-            repeated = STEP_REPEATED if self._again(sign) else REPEATED if values == before else RESTED
+            repeated = STEP_REPEATED if self._again(sign) else REPEATED if values and values == before else RESTED
             self.doubt = repeated
             if not sign.apart:
                 self._lasting = repeated
@@ -208,9 +223,30 @@ class Clock:
             return Move.LATE if self._unproven else Move.START
         if self._unproven and not sign.apart and self._strayed_before(sign.strayed):
             return Move.LATE
+        several = len(self._moved_with(sign)) > 1
+        sure = sign.apart or self._ahead(sign) or (not several and (self._tells(sign) or self._goes_on(sign)))
+        if not sure and self._moves:
+            return Move.LATE if self._unproven else Move.START
         if not sign.named and self._passes(step, values):
             return Move.EITHER
-        return Move.FIRST if self._moves == 0 and not self._trusts(sign, step) else Move.NEXT
+        return Move.FIRST if self._moves == 0 and not (sure and self._trusts(sign, step)) else Move.NEXT
+
+    def begins(self, sign: Sign) -> bool:
+        """Whether a call of another pass begins a request, as its time says beside the last call of this one.
+
+        A number that rests in this pass may be another one in that: guidance, the place of a window.
+        """
+        values = _values(sign)
+        if sign.begins or self._last is None or len(self._last) != len(values):
+            return True
+        if sign.said is not None and self._said is not None and sign.said < self._said:
+            return True
+        if self._again(sign):
+            return False
+        step = directions(self._last, values)
+        if self._direction is None:
+            return BOTH_WAYS in step and not any(self._resting(sign))
+        return any(going and goes not in (0, going) for going, goes in zip(self._direction, step, strict=True))
 
     @property
     def first(self) -> bool:
@@ -239,8 +275,12 @@ class Clock:
 
     def _trusts(self, sign: Sign, step: Direction) -> bool:
         """Whether what is said leaves no doubt about a first move; where two inputs move, it may be a pass."""
-        ahead = sign.said is not None and self._said is not None and sign.said > self._said
-        return sign.apart or ((sign.named or ahead) and not self._tried and sum(map(bool, step)) <= 1)
+        said = sign.named or self._ahead(sign)
+        return sign.apart or (said and not self._tried and sum(map(bool, step)) <= 1)
+
+    def _ahead(self, sign: Sign) -> bool:
+        """Whether somebody says that a step has passed."""
+        return sign.said is not None and self._said is not None and sign.said > self._said
 
     def _again(self, sign: Sign) -> bool:
         return sign.said is not None and sign.said == self._said
@@ -248,12 +288,12 @@ class Clock:
     def _still(self, sign: Sign) -> bool:
         """Whether the time is that of the call before, or the latent: two calls of one step, if of one request."""
         values, last = _values(sign), self._last
-        if not values or last is None or len(values) != len(last):
+        if last is None or len(values) != len(last):
             return False
         if not sign.apart and sign.rests:
             return True
         resting = self._resting(sign)
-        return any(resting) if sign.together else all(resting)
+        return bool(resting) and (any(resting) if sign.together else all(resting))
 
     def _resting(self, sign: Sign) -> list[bool]:
         """Of each number that may tell the time, whether it is that of the call before."""
@@ -263,17 +303,30 @@ class Clock:
 
     def _strays(self, sign: Sign) -> bool:
         """Whether a latent cannot have come out of the call before."""
-        if sign.strayed is None:
-            return not sign.values and sign.said is None  # then nothing shows that it goes on
         allowed = _allowed(self._strayed) if self._strayed else MOST
-        return not sign.strayed <= min(allowed, MOST if self._tells(sign) else ALIKE)
+        return sign.strayed is not None and not sign.strayed <= allowed
 
     def _tells(self, sign: Sign) -> bool:
-        """Whether it is known what tells the time, and not that of several numbers only some have moved."""
-        if sign.said is not None and self._said is not None and sign.said > self._said:
-            return True
+        """Whether time has gone on beyond doubt, and not that of several numbers only some have moved, or none is."""
         resting = self._resting(sign)
-        return bool(resting) and (sign.together or all(resting) == any(resting))
+        return bool(resting) and (sign.together or not any(resting))
+
+    def _moved_with(self, sign: Sign) -> set[frozenset[int]]:
+        """Which numbers that may tell the time have moved since the call before, at this call and at earlier ones.
+
+        If some have moved without others, and once with them, either may be the time.
+        """
+        last = self._last
+        if last is None or len(last) != len(_values(sign)) or sign.begins or sign.together:
+            return self._moved
+        if self._strays(sign) or self._starts_over(sign):
+            return self._moved
+        moved = frozenset(i for i, rests in enumerate(self._resting(sign)) if not rests)
+        return self._moved | {moved} if moved else self._moved
+
+    def _goes_on(self, sign: Sign) -> bool:
+        """Whether the latent itself shows that a call goes on with the last one, and belongs to no other window."""
+        return sign.helped or (self._moves > 0 and sign.straight)
 
     def _starts_over(self, sign: Sign) -> bool:
         """Whether a latent is the one that the request began with: another request has the same prompt and seed."""

@@ -16,6 +16,12 @@ import torch
 ELEMENTS = 4096
 """Elements of a tensor that are looked at, at most twice as many."""
 
+HELPED = 3.0
+"""How much less is left of a latent, at least, where what came out before is known than where it is not."""
+
+STRAIGHT = 0.5
+"""Cosine of the angle between two moves of a latent, at least, the second of which goes on with the first."""
+
 SINGULAR = 1e-10
 """The part of its length that a direction must add to those before it."""
 
@@ -72,6 +78,15 @@ class Look:
                 own += more[1:]
         return self._with(rows)
 
+    def behind(self, earlier: Look | None) -> Look | None:
+        """The latents alone, and before them those of an earlier call; None where these are no two calls of one kind.
+
+        What `since` says of them is how the latents have moved, and go on (`straight`).
+        """
+        if earlier is None or self._shapes != earlier._shapes:
+            return None
+        return self._with([[*then[:1], *now[:1]] for then, now in zip(earlier._rows, self._rows, strict=True)])
+
     def _with(self, rows: list[list[torch.Tensor]]) -> Look:
         look = Look(())
         look._shapes, look._rows = self._shapes, rows
@@ -95,6 +110,40 @@ def strayed(numbers: Sequence[float], sizes: Sequence[int]) -> float:
         found.append(left_over([numbers[at + i * size : at + (i + 1) * size] for i in range(size)]))
         at += size * size
     return max(found)
+
+
+def helped(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
+    """Whether latents follow from what came out of the call before, and not from its latents alone.
+
+    Args:
+        numbers: what `Look.since` gives.
+        sizes: of the look before.
+    """
+    at = 0
+    for size in sizes:
+        gram = [list(numbers[at + i * size : at + (i + 1) * size]) for i in range(size)]
+        alone = [[row[0], row[-1]] for row in (gram[0], gram[-1])]
+        if not HELPED * left_over(gram) <= left_over(alone):
+            return False
+        at += size * size
+    return bool(sizes)
+
+
+def straight(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
+    """Whether latents go on in the direction in which they have come, and not back to what was before.
+
+    Args:
+        numbers: what `Look.since` gives, of a look before that knows the latents of two calls (`Look.behind`).
+        sizes: of that look.
+    """
+    at = 0
+    for size in sizes:
+        (a, ab, an), (_, b, bn), (*_, n) = (numbers[at + i * size : at + (i + 1) * size] for i in range(size))
+        along, came, goes = bn - b - an + ab, a - 2 * ab + b, b - 2 * bn + n
+        if not (came > 0.0 and goes > 0.0 and along >= STRAIGHT * math.sqrt(came * goes)):
+            return False
+        at += size * size
+    return bool(sizes)
 
 
 def rests(numbers: Sequence[float], sizes: Sequence[int]) -> bool:

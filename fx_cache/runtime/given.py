@@ -67,6 +67,7 @@ class Given:
         latents: what is denoised, as far as that is known.
         times: numbers of those of the schedule that are known to tell the time, beside others.
         together: whether all of these move at every step, and not some of them.
+        known: whether the graph, or what was learned of it, shows what is denoised and what tells the time.
         call: what is still to be told of the call, where something is learned from it.
     """
 
@@ -80,7 +81,13 @@ class Given:
     latents: tuple[torch.Tensor, ...] = ()
     times: tuple[int, ...] = ()
     together: bool = False
+    known: bool = False
     call: Call | None = None
+
+    @property
+    def one_time(self) -> bool:
+        """Whether it is known of one number, or of several together, that they tell the time."""
+        return self.together or len(self.times or self.schedule) == 1
 
 
 class Reader:
@@ -174,6 +181,7 @@ class _Positions:
         self._schedule = roles.schedule
         self._times = tuple(k for k, i in enumerate(roles.schedule) if i in roles.timed)
         self._latents = roles.latents
+        self._known = roles.certain and bool(roles.timed)
 
     def read(self, args: Sequence[Any], doubt: str | None = None) -> Given:
         fixed = [args[i] for i in self._fixed]
@@ -187,6 +195,7 @@ class _Positions:
             doubt,
             tuple([args[i] for i in self._latents]),
             self._times,
+            known=self._known,
         )
 
     def _control(self, args: Sequence[Any], of_span: Sequence[int]) -> Control:

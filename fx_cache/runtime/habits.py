@@ -127,9 +127,10 @@ class Habits:
 
     def _tell_apart(self, inputs: Sequence[Any]) -> None:
         """Which of the inputs that fit what came back is denoised, once the others are known to rest."""
-        if self._fit is not None and not self._alone <= self._fit - self._resting:
+        resting = self.resting
+        if self._fit is not None and not self._alone <= self._fit - resting:
             self._alone = frozenset()
-        moving = [None if i in self._resting else v for i, v in enumerate(inputs)]
+        moving = [None if i in resting else v for i, v in enumerate(inputs)]
         self._alone = self._alone or fitting(moving, self._shapes).alone
 
     def may_come_back(self, inputs: Sequence[Any], shapes: Sequence[Shape]) -> None:
@@ -145,7 +146,7 @@ class Habits:
         Args:
             shown: those that a graph shows to be, if any.
         """
-        likely = frozenset(shown) - self._resting
+        likely = frozenset(shown) - self.resting
         if self._fit is not None:
             likely &= self._fit
         return likely or self._alone or self._moves.latents
@@ -157,8 +158,11 @@ class Habits:
 
     @property
     def resting(self) -> frozenset[int]:
-        """The inputs that have rested while the time, and something else, changed."""
-        return frozenset(self._resting)
+        """The inputs that have rested while the time, and something else, changed.
+
+        If all that fit what comes back have, it was not the time that changed, but guidance from pass to pass: none.
+        """
+        return frozenset(self._resting) if self._fit is None or self._fit - self._resting else frozenset()
 
     @property
     def times(self) -> frozenset[int]:
@@ -191,7 +195,7 @@ class Habits:
     def _moves(self) -> Moves:
         """What changes from step to step, as far as nothing else is known: no other input that fits what comes back."""
         found = self._learned
-        return Moves() if found.latents & self._resting or not found.latents <= (self._fit or found.latents) else found
+        return Moves() if found.latents & self.resting or not found.latents <= (self._fit or found.latents) else found
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,21 @@ from fx_cache.runtime.slots import Branch, Kept
 class Keep:
     """What one branch keeps, at one step."""
 
-    def __init__(self, branch: Branch, graph: object, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, branch: Branch, graph: object, copied: Callable[[torch.Tensor], torch.Tensor], known: bool
+    ) -> None:
         """
         Args:
             branch: at its present step.
             graph: who asks; graphs of one program may keep different things.
             copied: what to keep of a tensor that is computed.
+            known: whether it is known that no input that is told by is denoised, or tells the time.
         """
         self._record = branch.record
         self._aliases = branch.aliases
         self._graph = graph
         self._copied = copied
+        self._known = known
 
     def __call__(
         self, compute: Callable[..., tuple[Any, ...]], operands: tuple[Any, ...], told_by: tuple[int, ...]
@@ -36,10 +40,19 @@ class Keep:
         if kept is None or kept.identity != identity:
             self._record.kept = None
             tensors = tuple(map(self._copied, compute(*operands)))
-            if not _may_change_unseen(told):
+            if not any(self._may_change_unseen(v) for v in told):
                 self._record.kept = Kept(identity, StorageHold(told), tensors)
             return tensors
         return kept.tensors
+
+    def _may_change_unseen(self, value: Any) -> bool:
+        """Whether somebody may write to an input and leave no trace.
+
+        Who names a request does not, but to what is denoised, or tells the time.
+        """
+        if not (isinstance(value, torch.Tensor) and value.is_inference()):
+            return False
+        return named_session() is None or not self._known or not value.is_floating_point()
 
 
 def keep_nothing(
@@ -47,8 +60,3 @@ def keep_nothing(
 ) -> tuple[Any, ...]:
     """Computes."""
     return compute(*operands)
-
-
-def _may_change_unseen(told: list[Any]) -> bool:
-    """Whether somebody may write to an input and leave no trace; with named requests, not within one."""
-    return named_session() is None and any(isinstance(v, torch.Tensor) and v.is_inference() for v in told)

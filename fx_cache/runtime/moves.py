@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fx_cache.runtime.clock import ALIKE, BOTH_WAYS, MOST, SAME, Direction, Values, directions, is_counted, shown
-from fx_cache.runtime.follow import Look, rests, strayed
+from fx_cache.runtime.clock import BOTH_WAYS, MOST, SAME, Direction, Values, directions, is_counted, shown
+from fx_cache.runtime.follow import Look, helped, rests, straight, strayed
 from fx_cache.runtime.identity import SMALL, StorageHold
 
 UNKNOWN_LATENT = "which input is denoised is not known: name the request and its branch with fx_cache.session"
@@ -37,8 +37,8 @@ SAMPLED = 256
 LIKE = 0.05
 """How much more may be left of latents than where they follow best: parts of one step are alike, and do not follow."""
 
-HELPED = 3.0
-"""How much less is left of a latent, at least, where what came out before is known than where it is not."""
+ALIKE = 0.25
+"""What may be left of a latent that does not follow, where one number alone may be the time."""
 
 TIMES = 16
 """Different values that a large tensor has at most, if it tells the time of each of its elements."""
@@ -65,11 +65,15 @@ class _Step:
 
     Attributes:
         left: what of the latents does not follow from that call.
+        sure: whether it is one beyond doubt, if seen twice: a known time moved, or what came out made the latents.
+        start: the latents of that call.
     """
 
     moves: Moves
     way: tuple[tuple[int, Direction], ...]
     left: float = field(compare=False)
+    sure: bool = field(compare=False)
+    start: Mapping[int, Look] = field(compare=False)
 
 
 class Learner:
@@ -108,13 +112,19 @@ class Learner:
             call.steps = [step for _, step in steps if step is not None]
             for step in call.steps:
                 self._left[step.moves] = min(step.left, self._left.get(step.moves, 1.0))
-            found = {step.moves for before, step in steps if step is not None and step in before.steps}
+            # As long as a number rests that may be the time, what moves may tell parts of one step apart.
+            clear = self._calls > HISTORY or call.numbers <= self._moved
+            found = {
+                step.moves
+                for before, step in steps
+                if step is not None
+                and (clear or (call.of is not None and call.of == before.of))
+                and any(call.goes_on(before, first, step) for first in before.steps)
+            }
             least = min(map(_count, found), default=0)
             fewest = [moves for moves in found if _count(moves) == least]
-            # As long as a number rests that may be the time, what moves may tell parts of one step apart.
-            clear = self._calls > HISTORY or call.numbers <= self._moved or call.of is not None
             follows = len(fewest) == 1 and self._left[fewest[0]] <= min(self._left.values()) + LIKE
-            if clear and follows and (self.moves is None or least < _count(self.moves)):
+            if follows and (self.moves is None or least < _count(self.moves)):
                 self.moves = fewest[0]
             self._history.append(call)
             if call.of is not None:
@@ -229,11 +239,31 @@ class Call:
         # Windows of one step may be alike, and be numbered: then they have nothing of what came out for the one before.
         # The elements of an embedding go both ways in the end.
         plain = all(self._extent(i)[0] == self._extent(i)[1] for i in moved)
-        sure = (named and plain) or (self._schedule - self.unsure) & moved
-        limit = MOST if sure else ALIKE if self._alone else SAME
-        if left > limit or not (limit > SAME or all(self._helped(i, look) for i, look in looks.items())):
+        sure = bool((named and plain) or (self._schedule - self.unsure) & moved)
+        if left > (MOST if sure else ALIKE if self._alone else SAME):
             return None
-        return _Step(Moves(latents, moved | self._schedule, moved), way, left)
+        sure = sure or all(self._helped(i, look) for i, look in looks.items())
+        if not (sure or self._alone):
+            return None
+        start = {i: before._looks[i].start() for i in latents if i in before._looks}
+        return _Step(Moves(latents, moved | self._schedule, moved), way, left, sure, start)
+
+    def goes_on(self, before: Call, first: _Step, step: _Step) -> bool:
+        """Whether a step goes on with one before it: beyond doubt, or since the latents go on where they were going.
+
+        Args:
+            before: the call that it is a step from.
+            first: how that may be the next step of an earlier one.
+            step: the step.
+        """
+        if first != step:
+            return False
+        return (first.sure and step.sure) or all(self._straight(before, first, i) for i in step.moves.latents)
+
+    def _straight(self, before: Call, first: _Step, i: int) -> bool:
+        look, earlier = before._looks.get(i), first.start.get(i)
+        grams = None if look is None else self._looks[i].since(look.behind(earlier))
+        return grams is not None and straight(grams.tolist(), (math.isqrt(len(grams)),))
 
     @property
     def extents(self) -> dict[int, Values]:
@@ -255,8 +285,8 @@ class Call:
 
     def _helped(self, i: int, before: Look | None) -> bool:
         """Whether a latent follows from what came out of an earlier call, and not from the latent alone."""
-        alone = None if before is None else before.start()
-        return HELPED * self._left_of(i, before) <= self._left_of(i, alone)
+        grams = self._looks[i].since(before)
+        return grams is not None and helped(grams.tolist(), (math.isqrt(len(grams)),))
 
     def _left_of(self, i: int, before: Look | None) -> float:
         """What of a latent does not follow from an earlier one; more than all of it if that cannot be, as it rests."""

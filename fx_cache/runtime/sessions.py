@@ -243,8 +243,10 @@ class Store:
             if b.pending and not b.busy:
                 self.read_pending(b)
         others = [b for b in of_requests if b.request == requests.present]
-        moves = (self._move(b, replace(given, latents=()), named, wait=True) for b in others if not b.busy)
-        return not others or any(b.busy for b in others) or any(move in _BEGINS for move in moves)
+        if not others or any(b.busy for b in others):
+            return True
+        signs, _ = _on_host([_sign(b, given, None, named) for b in others])
+        return any(b.clock.begins(sign) for b, sign in zip(others, signs, strict=True))
 
     def _make_room(self, branch: Branch) -> None:
         """Discards what was used longest ago until no more is left than allowed: sessions, and passes without a name.
@@ -348,7 +350,7 @@ class Store:
         sign = _sign(branch, given, look, named)
         if self.listener is not None and named is None and not branch.unheard:
             sign = replace(sign, said=self.listener.step)
-        branch.look = look
+        branch.earlier, branch.look = branch.look, look
         last = branch.config.num_inference_steps
         if not branch.slots:
             self._begin_anew(branch, named)
@@ -492,6 +494,9 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
     back = tuple(found for s in branch.starts if look is not None and (found := _since(look, s)) is not None)
     sizes = () if branch.look is None else branch.look.sizes
     start = None if look is None else look.start()
+    path = None
+    if look is not None and branch.look is not None and not given.one_time:
+        path = _since(look, branch.look.behind(branch.earlier))
     return Sign(
         values,
         grams,
@@ -501,6 +506,7 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
         apart,
         times=given.times,
         together=given.together,
+        path=path,
         back=back,
         look=start,
     )

@@ -233,6 +233,7 @@ class Branch:
         clock: where it is in its request, as far as what its calls show was read.
         unclear: why nothing that its present call shows would tell where it belongs; None: it would.
         look: the latents of its last call, and what was returned.
+        earlier: the same of the call before.
         starts: the latents of the request's first call, as far as is known, and of a second one at the same time.
         last: those of the last call that was read.
         requests: what it shares with other branches of its requests.
@@ -265,6 +266,7 @@ class Branch:
         self.record = BranchRecord(key, "", [])
         self.unclear: str | None = None
         self.look: Look | None = None
+        self.earlier: Look | None = None
         self.starts: list[Look] = []
         self.requests = Requests()
         self.request: int | None = None

@@ -153,7 +153,7 @@ class CachedForward:
                 SpanGate(store, branch, k, control, separation)
                 for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
             ]
-            state = [Keep(branch, self._graph, self._copied)] if self._keeps else []
+            state = [Keep(branch, self._graph, self._copied, given.known)] if self._keeps else []
             for gate, slot in zip(gates, branch.slots, strict=True):
                 state += [gate, slot.load()]
         if loading.failure is not None:
