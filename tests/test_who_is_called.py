@@ -512,6 +512,70 @@ def test_windows_numbered_by_what_is_embedded(time: str, broken: bool, alike: fl
     assert windows.hits > before, "one window alone does hit"
 
 
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize(("name", "branch"), [(None, False), ("request", False), ("request", True)])
+@pytest.mark.parametrize("broken", [False, True])
+def test_passes_whose_embedded_guidance_differs(broken: bool, name: str | None, branch: bool) -> None:
+    """Each has a prompt of its own, and the latent of the others: its guidance rests."""
+    windows = Windows(Placed("sinusoids", broken, embedded=True).eval(), 1, 0.4)
+    (x,) = windows.latents
+    for request in range(2):
+        before, prompts = windows.hits, [torch.randn(1, 6, 24) for _ in range(2)]
+        for i in range(STEPS):
+            outputs = []
+            for k, text in enumerate(prompts):
+                told = {"branch": f"pass {k}"} if branch else {}
+                with fx_cache.session(f"{name}-{request}", **told) if name else contextlib.nullcontext():
+                    outputs.append(windows.call(k, x, time_of("sinusoids", i), text, torch.tensor([3.5 - 2 * k])))
+            x = x - 0.1 * (2 * outputs[0] - outputs[1])
+        assert windows.hits - before >= 2 * (STEPS - 4)
+        x = torch.randn_like(x)
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("apart", [0.1, 2.0])
+@pytest.mark.parametrize("name", [None, "video"])
+def test_one_noise_and_numbers_that_are_embedded(apart: float, broken: bool, name: str | None) -> None:
+    """Requests for several strengths of guidance, or windows, from one noise: their latents lie on one way, too."""
+    windows = Windows(Placed("sinusoids", broken, embedded=True).eval(), 4, 0.0)
+    windows.walk(8, "sinusoids", lambda k: torch.tensor([apart * k]), name)
+
+
+class Unmasking(Dit):
+    """Tokens are denoised, and each has a time of its own, which goes through a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.times = nn.Embedding(50, 16), nn.Embedding(1000, 32)
+        self.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        e = self.times(t).mean(1)
+        x = torch.cat([self.text(text), self.patch(self.words(tokens))], 1)
+        for block in self.blocks:
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("branch", [None, "only"])
+@pytest.mark.parametrize("written", ["tokens", "times"])
+def test_what_moves_in_place_in_inference_mode(written: str, branch: str | None) -> None:
+    """It has no version there. Nothing made of it is kept, whoever names the request."""
+    model = Unmasking().eval()
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    with torch.inference_mode():
+        tokens, t, text = torch.randint(0, 50, (1, 100)), torch.full((1, 100), 900), torch.randn(1, 6, 24)
+        for _ in range(4):
+            with fx_cache.session("request", branch=branch):
+                assert torch.equal(compiled(tokens, t, text), model(tokens, t, text))
+            if written == "tokens":
+                tokens[:, torch.randperm(100)[:20]] = torch.randint(0, 50, (20,))
+            else:
+                t -= 100
+
+
 class Timeless(Placed):
     """No time is given, nor anything made of it."""
 

@@ -169,7 +169,7 @@ class Habits:
         """The inputs that are known to tell the time: a graph embeds them so.
 
         Where none is embedded, or others were seen to tell it, those; else those that a graph takes so, or look so.
-        None while it is not known of which input something is made that a graph embeds.
+        No input, which stands for all, while it is not known of which one something is made that a graph embeds.
         """
         if not self.together and not all(made_of.inputs for made_of in self._made_of.copy().values()):
             return frozenset()
