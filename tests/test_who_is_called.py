@@ -507,7 +507,7 @@ def test_windows_numbered_by_what_is_embedded(time: str, broken: bool, alike: fl
     """As the time is: which of the two tells it, only the latents show."""
     windows = Windows(Placed(time, broken, embedded=True).eval(), 4, alike)
     windows.walk(6, time, PLACES["each"], name)
-    windows.latents, before = windows.latents[:1], windows.hits
+    windows.latents, windows.text, before = windows.latents[:1], torch.randn(1, 6, 24), windows.hits
     windows.walk(6, time, PLACES["each"], name and f"{name} alone")
     assert windows.hits > before, "one window alone does hit"
 

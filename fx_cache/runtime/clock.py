@@ -165,6 +165,7 @@ class Clock:
     _tried: bool = False
     _lasting: str | None = None
     _moved: set[frozenset[int]] = field(default_factory=set)
+    _helped: bool = False
 
     def move(self, sign: Sign) -> Move:
         """Takes a call."""
@@ -200,7 +201,7 @@ class Clock:
                 self.doubt = FIRST_MOVE
         self.doubt = self.doubt or self._lasting
         self._stride = tuple(abs(a - b) for a, b in zip(values, before, strict=True)) if move in _ON and before else ()
-        self._last, self._said = values, sign.said
+        self._last, self._said, self._helped = values, sign.said, sign.helped
         return move
 
     def preview(self, sign: Sign) -> Move:
@@ -319,14 +320,17 @@ class Clock:
         last = self._last
         if last is None or len(last) != len(_values(sign)) or sign.begins or sign.together:
             return self._moved
-        if self._strays(sign) or self._starts_over(sign):
+        if (sign.strayed is not None and not sign.strayed <= MOST) or self._starts_over(sign):
             return self._moved
         moved = frozenset(i for i, rests in enumerate(self._resting(sign)) if not rests)
         return self._moved | {moved} if moved else self._moved
 
     def _goes_on(self, sign: Sign) -> bool:
-        """Whether the latent itself shows that a call goes on with the last one, and belongs to no other window."""
-        return sign.helped or (self._moves > 0 and sign.straight)
+        """Whether the latent itself shows, for the second time, that a call goes on with the last one.
+
+        Windows that are alike take turns: once a step the last one's next latent could be that of the first one.
+        """
+        return self._moves > 0 and ((sign.helped and self._helped) or sign.straight)
 
     def _starts_over(self, sign: Sign) -> bool:
         """Whether a latent is the one that the request began with: another request has the same prompt and seed."""

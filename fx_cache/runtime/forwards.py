@@ -358,7 +358,7 @@ class Forward:
         """A graph takes something for the timestep or the like: it is an input, or code between graphs has made it."""
         given = self._given_as(value)
         self.habits.tell(given, embedded)
-        if embedded and not given and self._learnt is not None:
+        if embedded and not given:
             self.habits.embeds(place, value, self._learnt)
 
     def _given_as(self, value: torch.Tensor) -> frozenset[int]:

@@ -54,6 +54,7 @@ class Habits:
         self._lock = threading.Lock()
         self._embedded: frozenset[int] = frozenset()
         self._made_of: dict[Hashable, _MadeOf] = {}
+        self._forwards = 0
 
     def see(self, inputs: Sequence[Any], keys: Sequence[Hashable | None], timed: Collection[int]) -> Call | None:
         """Takes notice of the inputs of a forward that begins; returns what is to be told what comes back.
@@ -68,10 +69,13 @@ class Habits:
 
     def _see(self, inputs: Sequence[Any], keys: Sequence[Hashable | None], timed: Collection[int]) -> Call | None:
         call = None
+        self._forwards += 1
         if self._learned.schedule and not self.schedule:  # of what turned out not to be denoised
             self._learner = Learner()
         if not self._learner.settled:
-            call = Call(inputs, keys, latents=self._alone, schedule=timed, timed=self.embedded, of=named_pass())
+            # Of several numbers that are embedded, or may be, any may be guidance or the like.
+            known = self.embedded if len(self.embedded) == 1 and not self._unlinked else ()
+            call = Call(inputs, keys, latents=self._alone, schedule=timed, timed=known, of=named_pass())
             self._learned = self._learner.see(call) or Moves()
         seen = _Seen(inputs, keys)
         for before in self._history:
@@ -99,18 +103,20 @@ class Habits:
                 self.told |= inputs
                 self._embedded |= inputs if embedded else frozenset()
 
-    def embeds(self, place: Hashable, value: torch.Tensor, call: Call) -> None:
+    def embeds(self, place: Hashable, value: torch.Tensor, call: Call | None) -> None:
         """Takes notice of what a graph embeds as a time, and code between graphs has made of one of the inputs.
 
         Args:
             place: where in a forward a graph is given it.
             value: what it is given.
-            call: of the forward's inputs.
+            call: of the forward's inputs, as long as something is learned from them.
         """
-        given, inputs = extent_of(value), call.extents
-        if given is not None:
-            with self._lock:
-                self._made_of.setdefault(place, _MadeOf()).see(given, inputs)
+        given, inputs = (None, {}) if call is None else (extent_of(value), call.extents)
+        with self._lock:
+            made = self._made_of.setdefault(place, _MadeOf())
+            made.seen = self._forwards
+            if given is not None:
+                made.see(given, inputs)
 
     @property
     def embedded(self) -> frozenset[int]:
@@ -171,14 +177,20 @@ class Habits:
         Where none is embedded, or others were seen to tell it, those; else those that a graph takes so, or look so.
         No input, which stands for all, while it is not known of which one something is made that a graph embeds.
         """
-        if not self.together and not all(made_of.inputs for made_of in self._made_of.copy().values()):
-            return frozenset()
-        return self._moves.times if self.together else self.embedded or self.told | self._moving
+        if self.together:
+            return self._moves.times
+        return frozenset() if self._unlinked else self.embedded or self.told | self._moving
 
     @property
     def together(self) -> bool:
         """Whether all of these move at every step, and not some of them."""
-        return bool(self.schedule) and not self.embedded & self._moving
+        return bool(self.schedule) and (self._unlinked or not self.embedded & self._moving)
+
+    @property
+    def _unlinked(self) -> bool:
+        """Whether a graph embeds something of which it is not known from which input it is made."""
+        made = list(self._made_of.copy().values())
+        return any(not m.inputs for m in made if self._forwards - m.seen <= HISTORY)
 
     @property
     def knows_time(self) -> bool:
@@ -246,10 +258,12 @@ class _MadeOf:
 
     Attributes:
         inputs: that one, once it has done so twice, and as long as it does.
+        seen: number of the last forward in which it was.
     """
 
     def __init__(self) -> None:
         self.inputs: frozenset[int] = frozenset()
+        self.seen = 0
         self._last: tuple[Values, dict[int, Values]] | None = None
         self._alike: frozenset[int] | None = None
         self._moves = 0

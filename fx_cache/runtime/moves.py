@@ -108,7 +108,7 @@ class Learner:
             # Of a pass that somebody names, one call is a step on from the last, whatever else is called between.
             last = self._last.pop(call.of, None)
             earlier = [b for b in self._history if b is not last] + ([last] if last is not None else [])
-            steps = [(before, call.step_from(before, self._history, resting)) for before in earlier]
+            steps = [(before, call.step_from(before, self._history, resting, self._moved)) for before in earlier]
             call.steps = [step for _, step in steps if step is not None]
             for step in call.steps:
                 self._left[step.moves] = min(step.left, self._left.get(step.moves, 1.0))
@@ -181,8 +181,8 @@ class Call:
         large = [i for i, v in enumerate(known) if _is_large_float(v) and i not in self._schedule]
         self._looks = {i: Look([values[i]]) for i in (latents or large)}
         self._times = {i for i, v in enumerate(known) if i in self._schedule or _may_tell_time(v)}
-        beside = [v for i, v in enumerate(known) if i not in self._times | self._known and _is_large_float(v)]
-        self._alone = len(self._times - self._known) == 1 and not any(map(_may_embed, beside))
+        self._beside = {i: v for i, v in enumerate(known) if i not in self._times | self._known and _is_large_float(v)}
+        self._alone = len(self._times - self._known) == 1 and not any(map(_may_embed, self._beside.values()))
         self._extents = {i: extent for i in self._times if (extent := _extent(known[i])) is not None}
         self._fitting: frozenset[int] = frozenset()
 
@@ -207,13 +207,16 @@ class Call:
             return frozenset()
         return frozenset(i for i, (a, b) in enumerate(zip(self._keys, before._keys, strict=True)) if a != b)
 
-    def step_from(self, before: Call, history: Iterable[Call] = (), resting: Collection[int] = ()) -> _Step | None:
+    def step_from(
+        self, before: Call, history: Iterable[Call], resting: Collection[int], moving: frozenset[int]
+    ) -> _Step | None:
         """What changed since an earlier call, if this may be its next step.
 
         Args:
             before: the earlier call.
             history: all earlier ones, among which there may be other passes of its step.
             resting: inputs that look as if they told the time, and do not.
+            moving: inputs that were seen to change.
         """
         if self._forms != before._forms or self._schedule != before._schedule:
             return None
@@ -240,10 +243,12 @@ class Call:
         # The elements of an embedding go both ways in the end.
         plain = all(self._extent(i)[0] == self._extent(i)[1] for i in moved)
         sure = bool((named and plain) or (self._schedule - self.unsure) & moved)
-        if left > (MOST if sure else ALIKE if self._alone else SAME):
+        # What else changes may be an embedding of the time.
+        alone = self._alone and not self._beside.keys() & moving - latents
+        if left > (MOST if sure else ALIKE if alone else SAME):
             return None
         sure = sure or all(self._helped(i, look) for i, look in looks.items())
-        if not (sure or self._alone):
+        if not (sure or alone):
             return None
         start = {i: before._looks[i].start() for i in latents if i in before._looks}
         return _Step(Moves(latents, moved | self._schedule, moved), way, left, sure, start)
