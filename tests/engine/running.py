@@ -56,7 +56,7 @@ def run(
     command = [sys.executable, "-m", "tests.engine.images", model, json.dumps(options), json.dumps(requests)]
     settings = {"VLLM_TARGET_DEVICE": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **environment}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, **settings}, check=False, cwd=ROOT
+        command, capture_output=True, text=True, timeout=1200, env={**os.environ, **settings}, check=False, cwd=ROOT
     )
     said = re.split(r"DIGESTS (.*)", done.stdout)
     found = [(json.loads(digests), before) for before, digests in zip(said[::2], said[1::2], strict=False)]
