@@ -9,7 +9,7 @@ all is left. Some elements, spread over the tensor, tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -105,11 +105,7 @@ def strayed(numbers: Sequence[float], sizes: Sequence[int]) -> float:
         numbers: what `Look.since` gives.
         sizes: of the look before.
     """
-    found, at = [0.0], 0
-    for size in sizes:
-        found.append(left_over([numbers[at + i * size : at + (i + 1) * size] for i in range(size)]))
-        at += size * size
-    return max(found)
+    return max((left_over(gram) for gram in _grams(numbers, sizes)), default=0.0)
 
 
 def helped(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
@@ -119,13 +115,10 @@ def helped(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
         numbers: what `Look.since` gives.
         sizes: of the look before.
     """
-    at = 0
-    for size in sizes:
-        gram = [list(numbers[at + i * size : at + (i + 1) * size]) for i in range(size)]
+    for gram in _grams(numbers, sizes):
         alone = [[row[0], row[-1]] for row in (gram[0], gram[-1])]
         if not HELPED * left_over(gram) <= left_over(alone):
             return False
-        at += size * size
     return bool(sizes)
 
 
@@ -136,13 +129,10 @@ def straight(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
         numbers: what `Look.since` gives, of a look before that knows the latents of two calls (`Look.behind`).
         sizes: of that look.
     """
-    at = 0
-    for size in sizes:
-        (a, ab, an), (_, b, bn), (*_, n) = (numbers[at + i * size : at + (i + 1) * size] for i in range(size))
+    for (a, ab, an), (_, b, bn), (*_, n) in _grams(numbers, sizes):
         along, came, goes = bn - b - an + ab, a - 2 * ab + b, b - 2 * bn + n
         if not (came > 0.0 and goes > 0.0 and along >= STRAIGHT * math.sqrt(came * goes)):
             return False
-        at += size * size
     return bool(sizes)
 
 
@@ -153,13 +143,18 @@ def rests(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
         numbers: what `Look.since` gives.
         sizes: of the look before.
     """
-    at = 0
-    for size in sizes:
-        before, both, now = numbers[at], numbers[at + size - 1], numbers[at + size * size - 1]
+    for (before, *_, both), *_, (*_, now) in _grams(numbers, sizes):
         if not before - 2 * both + now <= SINGULAR**1.2 * now:
             return False
-        at += size * size
     return bool(sizes)
+
+
+def _grams(numbers: Sequence[float], sizes: Sequence[int]) -> Iterator[list[Sequence[float]]]:
+    """The rows of each of some square matrices that lie one behind the other."""
+    at = 0
+    for size in sizes:
+        yield [numbers[at + i * size : at + (i + 1) * size] for i in range(size)]
+        at += size * size
 
 
 def left_over(gram: Sequence[Sequence[float]]) -> float:
