@@ -127,8 +127,10 @@ def test_each_graph_keeps_its_own() -> None:
     branch = Branch("key", "form", StorageHold(()), 1, CacheConfig())
     prompt = torch.randn(100)
     graphs = object(), object()
-    results = [Keep(branch, g, torch.clone)(lambda p, i=i: (p + i,), (prompt,), (0,)) for i, g in enumerate(graphs)]
-    again = Keep(branch, graphs[1], torch.clone)(lambda p: (p + 2,), (prompt,), (0,))
+    results = [
+        Keep(branch, g, torch.clone, known=True)(lambda p, i=i: (p + i,), (prompt,), (0,)) for i, g in enumerate(graphs)
+    ]
+    again = Keep(branch, graphs[1], torch.clone, known=True)(lambda p: (p + 2,), (prompt,), (0,))
     assert torch.equal(results[0][0], prompt) and torch.equal(results[1][0], prompt + 1)
     assert again[0] is results[1][0]
 

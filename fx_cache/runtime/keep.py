@@ -52,7 +52,7 @@ class Keep:
         """
         if not (isinstance(value, torch.Tensor) and value.is_inference()):
             return False
-        return named_session() is None or not self._known or not value.is_floating_point()
+        return named_session() is None or not self._known
 
 
 def keep_nothing(

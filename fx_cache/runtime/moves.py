@@ -181,8 +181,9 @@ class Call:
         large = [i for i, v in enumerate(known) if _is_large_float(v) and i not in self._schedule]
         self._looks = {i: Look([values[i]]) for i in (latents or large)}
         self._times = {i for i, v in enumerate(known) if i in self._schedule or _may_tell_time(v)}
-        self._beside = {i: v for i, v in enumerate(known) if i not in self._times | self._known and _is_large_float(v)}
-        self._alone = len(self._times - self._known) == 1 and not any(map(_may_embed, self._beside.values()))
+        beside = {i: v for i, v in enumerate(known) if i not in self._times | self._known and _is_large_float(v)}
+        self._beside = frozenset(beside)
+        self._alone = len(self._times - self._known) == 1 and not any(map(_may_embed, beside.values()))
         self._extents = {i: extent for i in self._times if (extent := _extent(known[i])) is not None}
         self._fitting: frozenset[int] = frozenset()
 
@@ -244,7 +245,7 @@ class Call:
         plain = all(self._extent(i)[0] == self._extent(i)[1] for i in moved)
         sure = bool((named and plain) or (self._schedule - self.unsure) & moved)
         # What else changes may be an embedding of the time.
-        alone = self._alone and not self._beside.keys() & moving - latents
+        alone = self._alone and not self._beside & moving - latents
         if left > (MOST if sure else ALIKE if alone else SAME):
             return None
         sure = sure or all(self._helped(i, look) for i, look in looks.items())

@@ -43,6 +43,9 @@ def _bagel(folder: Path) -> None:
         mixed = torch.autocast("cpu", torch.bfloat16)
         for name in ("forward_cache_update_text", "generate_image"):
             setattr(pipeline.Bagel, name, mixed(getattr(pipeline.Bagel, name)))
+        # The engine warms up with an image of its own size, which a CPU decodes in bfloat16 for minutes.
+        decode = torch.autocast("cpu", enabled=False)(pipeline.AutoEncoder.decode)
+        pipeline.AutoEncoder.decode = lambda vae, z: decode(vae.float(), z.float()).to(z.dtype)
 
 
 def _hunyuan_image3(folder: Path) -> None:
