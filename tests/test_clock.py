@@ -64,6 +64,10 @@ ROWS = {
     "a request": Row([at(9), at(8), at(7)], [START, FIRST, NEXT], [None, FIRST_MOVE, None]),
     "upwards": Row([at(1), at(2), at(3)], [START, FIRST, NEXT]),
     "guidance rests": Row([at(9, 3.5), *(at(t, 3.5, left=0.1, turn=1) for t in (8, 7))], [START, FIRST, NEXT]),
+    "the time is learned on the way": Row(
+        [*(at(3.5, t, left=0.1) for t in (9, 8)), *(at(3.5, t, left=0.1, times=(1,)) for t in (7, 6))],
+        [START, FIRST, NEXT, NEXT],
+    ),
     "guidance changes on the way": Row(
         [at(9, 3.5), *(at(t, w, left=0.1, turn=1) for t, w in ((8, 3.5), (7, 3.5), (6, 4.0)))],
         [START, FIRST, NEXT, START],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 import fx_cache
 from tests.running import compile_cached, hits_of
+
+REUSING = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
 
 STEPS = 8
 LAST = list(range(2, STEPS))
@@ -466,9 +469,8 @@ class Windows:
     """Windows of one video, called one after another at each timestep. What one reuses is its own, or it computes."""
 
     def __init__(self, model: Placed, count: int, alike: float) -> None:
-        options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
         with torch._dynamo.config.patch(recompile_limit=64):
-            self.compiled = torch.compile(model, backend="dit_cache", options=options)
+            self.compiled = torch.compile(model, backend="dit_cache", options=REUSING)
         self.model, self.hits = model, 0
         base = torch.randn(1, 32, 16)
         self.latents = [0.9 * base + alike * torch.randn(1, 32, 16) for _ in range(count)]
@@ -576,6 +578,42 @@ def test_what_moves_in_place_in_inference_mode(written: str, branch: str | None)
                 t -= 100
 
 
+class TimeOfEachToken(Dit):
+    """Denoises floats; the time of each token goes through a table, and guidance, if any, is embedded as a time is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = nn.Embedding(1000, 32)
+        self.deep = nn.Sequential(*(nn.Linear(32, 32) for _ in range(40)))
+        self.requires_grad_(False)
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor, guidance: Any = None) -> Tensor:
+        e = self.deep(self.times(t)).mean(1)
+        if guidance is not None:
+            e = e + self.embedded(guidance)
+        x = torch.cat([self.text(text), self.patch(latent)], 1)
+        for block in self.blocks:
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("guidance", [(), (torch.tensor([3.5]),)])
+def test_a_time_that_is_learned_and_written_in_place_in_inference_mode(guidance: tuple[Tensor, ...]) -> None:
+    """One request shows which input is the time; the next ones write to theirs. What is made of it is not kept."""
+    model = TimeOfEachToken().eval()
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    with torch.inference_mode():
+        for request in range(3):
+            x, t, text = torch.randn(1, 32, 16), torch.full((1, 100), 900), torch.randn(1, 6, 24)
+            for _ in range(STEPS):
+                with fx_cache.session(f"request {request}", branch="only"):
+                    output = compiled(x, t, text, *guidance)
+                assert torch.equal(output, model(x, t, text, *guidance))
+                x = x - 0.05 * output
+                t = t.sub_(20) if request else t - 20
+
+
 class Timeless(Placed):
     """No time is given, nor anything made of it."""
 
@@ -595,8 +633,7 @@ class Timeless(Placed):
 def test_without_a_time(alike: float, name: str | None, count: int, broken: bool) -> None:
     """A request that is named goes on where its latent does; that of another window does not."""
     model = Timeless("sinusoids", broken).eval()
-    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
-    compiled = torch.compile(model, backend="dit_cache", options=options)
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
     text, base = torch.randn(1, 6, 24), torch.randn(1, 32, 16)
     latents, hits = [0.9 * base + alike * torch.randn(1, 32, 16) for _ in range(count)], 0
     for _ in range(STEPS):
@@ -606,6 +643,77 @@ def test_without_a_time(alike: float, name: str | None, count: int, broken: bool
             hits += not torch.equal(output, model(x, text))
             latents[k] = x - 0.1 * output
     assert bool(hits) == (name is not None and count == 1)
+
+
+def between_two_noises(count: int) -> list[Tensor]:
+    """Latents on an arc: each goes on in the direction in which the ones before have come."""
+    one, other = torch.randn(1, 32, 16), torch.randn(1, 32, 16)
+    return [math.cos(0.3 * k) * one + math.sin(0.3 * k) * other for k in range(count)]
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("name", [None, "video"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_windows_on_one_way(broken: bool, name: str | None) -> None:
+    """Straight on goes what no sampler has made, too: what came out has no part in it."""
+    windows = Windows(Placed("sinusoids", broken, embedded=True).eval(), 4, 0.4)
+    windows.latents = between_two_noises(4)
+    windows.walk(6, "sinusoids", PLACES["each"], name)
+    assert not windows.hits
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("broken", [False, True])
+def test_windows_on_one_way_without_a_time(broken: bool) -> None:
+    model = Timeless("sinusoids", broken).eval()
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    text, latents = torch.randn(1, 6, 24), between_two_noises(4)
+    for _ in range(6):
+        for k, x in enumerate(latents):
+            with fx_cache.session("video"):
+                output = compiled(x, text)
+            assert torch.equal(output, model(x, text))
+            latents[k] = x - 0.1 * output
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("broken", [False, True])
+def test_steps_that_are_counted_begin_a_request(broken: bool) -> None:
+    """Its prompt is made anew at every step. A longer request of the same name reuses nothing of the one before."""
+    model, hits = Timeless("sinusoids", broken).eval(), []
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    text = torch.randn(1, 6, 24)
+    for steps in (4, 8):
+        x, own = torch.randn(1, 32, 16), None
+        for i in range(steps):
+            with fx_cache.session("request", step=i):
+                output = compiled(x, text.clone())
+            h, e = model.begin(x, torch.ones(1), text, 2)
+            first = last = model.blocks[0](h, e)
+            for block in model.blocks[1:]:
+                last = block(last, e)
+            if torch.equal(output, model(x, text)):
+                own = last - first
+            else:
+                assert own is not None
+                torch.testing.assert_close(output, model.last((first + own)[:, 6:]))
+                hits.append((steps, i))
+            x = x - 0.1 * output
+    assert (8, 7) in hits
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+def test_who_counts_the_steps_needs_no_time() -> None:
+    """Of a sampler that adds much noise nothing shows which input tells it."""
+    model = Straight().eval()
+    compiled = compile_cached(model, residual_diff_threshold=10.0)
+    x, text, hits = torch.randn(1, 32, 16), torch.randn(1, 6, 24), []
+    for i in range(STEPS):
+        with fx_cache.session("request", step=i):
+            output = compiled(x, torch.tensor([900.0 - 20 * i]), text)
+        hits.append(not torch.equal(output, model(x, torch.tensor([900.0 - 20 * i]), text)))
+        x = 0.9 * x - 0.05 * output + 0.4 * torch.randn(x.shape)
+    assert hits == [False, *[True] * (STEPS - 1)]
 
 
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fx_cache.runtime.follow import Look, helped, rests, straight, strayed
+from fx_cache.runtime.follow import Look, helped, rests, straight, strayed, unhelped
 
 
 class Move(Enum):
@@ -131,6 +131,12 @@ class Sign:
         return self.grams is not None and helped(self.grams, self.sizes)
 
     @cached_property
+    def unhelped(self) -> bool:
+        """Whether what came out of the call before has no part in its latents."""
+        assert not isinstance(self.grams, torch.Tensor)
+        return self.grams is not None and unhelped(self.grams, self.sizes)
+
+    @cached_property
     def straight(self) -> bool:
         """Whether its latents go on in the direction in which those of the call before have come."""
         assert not isinstance(self.path, torch.Tensor)
@@ -246,7 +252,7 @@ class Clock:
             return False
         step = directions(self._last, values)
         if self._direction is None:
-            return BOTH_WAYS in step and not any(self._resting(sign))
+            return BOTH_WAYS in step and not any(self._resting(sign).values())
         return any(going and goes not in (0, going) for going, goes in zip(self._direction, step, strict=True))
 
     @property
@@ -293,14 +299,14 @@ class Clock:
             return False
         if not sign.apart and sign.rests:
             return True
-        resting = self._resting(sign)
+        resting = self._resting(sign).values()
         return bool(resting) and (any(resting) if sign.together else all(resting))
 
-    def _resting(self, sign: Sign) -> list[bool]:
-        """Of each number that may tell the time, whether it is that of the call before."""
+    def _resting(self, sign: Sign) -> dict[int, bool]:
+        """Of each number of the schedule that may tell the time, whether it is that of the call before."""
         values, last = _values(sign), self._last or ()
         times = sign.times or range(len(values) // PARTS)
-        return [values[i * PARTS : (i + 1) * PARTS] == last[i * PARTS : (i + 1) * PARTS] for i in times]
+        return {i: values[i * PARTS : (i + 1) * PARTS] == last[i * PARTS : (i + 1) * PARTS] for i in times}
 
     def _strays(self, sign: Sign) -> bool:
         """Whether a latent cannot have come out of the call before."""
@@ -309,7 +315,7 @@ class Clock:
 
     def _tells(self, sign: Sign) -> bool:
         """Whether time has gone on beyond doubt, and not that of several numbers only some have moved, or none is."""
-        resting = self._resting(sign)
+        resting = self._resting(sign).values()
         return bool(resting) and (sign.together or not any(resting))
 
     def _moved_with(self, sign: Sign) -> set[frozenset[int]]:
@@ -318,11 +324,13 @@ class Clock:
         If some have moved without others, and once with them, either may be the time.
         """
         last = self._last
-        if last is None or len(last) != len(_values(sign)) or sign.begins or sign.together:
+        if last is None or len(last) != len(_values(sign)):
+            return set()
+        if sign.begins or sign.together:
             return self._moved
         if (sign.strayed is not None and not sign.strayed <= MOST) or self._starts_over(sign):
             return self._moved
-        moved = frozenset(i for i, rests in enumerate(self._resting(sign)) if not rests)
+        moved = frozenset(i for i, rests in self._resting(sign).items() if not rests)
         return self._moved | {moved} if moved else self._moved
 
     def _goes_on(self, sign: Sign) -> bool:
@@ -330,7 +338,7 @@ class Clock:
 
         Windows that are alike take turns: once a step the last one's next latent could be that of the first one.
         """
-        return self._moves > 0 and ((sign.helped and self._helped) or sign.straight)
+        return self._moves > 0 and ((sign.helped and self._helped) or (sign.straight and not sign.unhelped))
 
     def _starts_over(self, sign: Sign) -> bool:
         """Whether a latent is the one that the request began with: another request has the same prompt and seed."""

@@ -404,7 +404,7 @@ class Forward:
             self.came_back(result)
             self._see_writes()
         with guarded("end"):
-            return self.run is None or bool(self.run.end())
+            return self.run is None or bool(self.run.end(result))
         return not self.reusing
 
     def learn(self) -> None:

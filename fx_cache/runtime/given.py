@@ -67,7 +67,7 @@ class Given:
         latents: what is denoised, as far as that is known.
         times: numbers of those of the schedule that are known to tell the time, beside others.
         together: whether all of these move at every step, and not some of them.
-        known: whether the graph, or what was learned of it, shows what is denoised and what tells the time.
+        known: whether the graph itself shows what is denoised, and what tells the time.
         call: what is still to be told of the call, where something is learned from it.
     """
 
@@ -105,7 +105,8 @@ class Reader:
         """
         self._roles = roles
         self._own = _Own([i for i in written if i in roles.conditioning])
-        self._positions = _Positions(roles, self._own)
+        self._known = roles.certain and bool(roles.timed)
+        self._positions = _Positions(roles, self._own, self._known)
         self._learned: dict[Moves, _Positions] = {}
         self._told = {*roles.latents, *roles.conditioning, *roles.scalars, *roles.schedule}
 
@@ -116,7 +117,7 @@ class Reader:
             args: the graph's inputs.
             learner: what is learned of the graph.
         """
-        if self._roles.certain and self._roles.timed:
+        if self._known:
             return self._positions.read(args)
         known = learner()
         call = None if known.settled else self._call(args)
@@ -128,7 +129,7 @@ class Reader:
             return replace(self._positions.read(args, doubt), call=call)
         assert moves is not None
         if moves not in self._learned:
-            self._learned[moves] = _Positions(_with_moves(self._roles, moves), self._own)
+            self._learned[moves] = _Positions(_with_moves(self._roles, moves), self._own, self._known)
         return replace(self._learned[moves].read(args), together=not self._roles.timed, call=call)
 
     def writing(self, args: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
@@ -172,7 +173,7 @@ class _Own:
 class _Positions:
     """Where a graph's inputs stand, by what they are read for."""
 
-    def __init__(self, roles: InputRoles, own: _Own) -> None:
+    def __init__(self, roles: InputRoles, own: _Own, known: bool) -> None:
         self._own = own
         self._fixed = [i for i in (*roles.conditioning, *roles.scalars) if i not in roles.controls]
         self._controls = roles.controls
@@ -181,7 +182,7 @@ class _Positions:
         self._schedule = roles.schedule
         self._times = tuple(k for k, i in enumerate(roles.schedule) if i in roles.timed)
         self._latents = roles.latents
-        self._known = roles.certain and bool(roles.timed)
+        self._known = known
 
     def read(self, args: Sequence[Any], doubt: str | None = None) -> Given:
         fixed = [args[i] for i in self._fixed]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fx_cache.runtime.identity import StorageHold, identity_key
+from fx_cache.runtime.identity import StorageHold, identity_key, is_one
+from fx_cache.runtime.moves import may_tell_time
 from fx_cache.runtime.named import named_session
 from fx_cache.runtime.slots import Branch, Kept
 
@@ -23,7 +24,7 @@ class Keep:
             branch: at its present step.
             graph: who asks; graphs of one program may keep different things.
             copied: what to keep of a tensor that is computed.
-            known: whether it is known that no input that is told by is denoised, or tells the time.
+            known: whether the graph shows what is denoised, and a time.
         """
         self._record = branch.record
         self._aliases = branch.aliases
@@ -50,9 +51,9 @@ class Keep:
 
         Who names a request does not, but to what is denoised, or tells the time.
         """
-        if not (isinstance(value, torch.Tensor) and value.is_inference()):
+        if not (isinstance(value, torch.Tensor) and value.is_inference() and is_one(value)):
             return False
-        return named_session() is None or not self._known
+        return named_session() is None or not self._known or may_tell_time(value)
 
 
 def keep_nothing(

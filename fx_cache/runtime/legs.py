@@ -453,7 +453,8 @@ class WatchRun:
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
         self._count += 1
 
-    def end(self) -> bool:
+    def end(self, result: Any) -> bool:
+        del result
         return True
 
     def forget(self) -> None:

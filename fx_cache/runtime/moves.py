@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fx_cache.runtime.clock import BOTH_WAYS, MOST, SAME, Direction, Values, directions, is_counted, shown
-from fx_cache.runtime.follow import Look, helped, rests, straight, strayed
+from fx_cache.runtime.follow import Look, helped, rests, straight, strayed, unhelped
 from fx_cache.runtime.identity import SMALL, StorageHold
 
 UNKNOWN_LATENT = "which input is denoised is not known: name the request and its branch with fx_cache.session"
@@ -66,6 +66,7 @@ class _Step:
     Attributes:
         left: what of the latents does not follow from that call.
         sure: whether it is one beyond doubt, if seen twice: a known time moved, or what came out made the latents.
+        unhelped: whether what came out of that call has no part in the latents.
         start: the latents of that call.
     """
 
@@ -73,6 +74,7 @@ class _Step:
     way: tuple[tuple[int, Direction], ...]
     left: float = field(compare=False)
     sure: bool = field(compare=False)
+    unhelped: bool = field(compare=False)
     start: Mapping[int, Look] = field(compare=False)
 
 
@@ -180,7 +182,7 @@ class Call:
         self._hold = StorageHold(known)  # so that no other tensor has a key of these
         large = [i for i, v in enumerate(known) if _is_large_float(v) and i not in self._schedule]
         self._looks = {i: Look([values[i]]) for i in (latents or large)}
-        self._times = {i for i, v in enumerate(known) if i in self._schedule or _may_tell_time(v)}
+        self._times = {i for i, v in enumerate(known) if i in self._schedule or may_tell_time(v)}
         beside = {i: v for i, v in enumerate(known) if i not in self._times | self._known and _is_large_float(v)}
         self._beside = frozenset(beside)
         self._alone = len(self._times - self._known) == 1 and not any(map(_may_embed, beside.values()))
@@ -248,11 +250,12 @@ class Call:
         alone = self._alone and not self._beside & moving - latents
         if left > (MOST if sure else ALIKE if alone else SAME):
             return None
-        sure = sure or all(self._helped(i, look) for i, look in looks.items())
+        sure = sure or all(self._made_by(i, look, helped) for i, look in looks.items())
+        apart = any(self._made_by(i, look, unhelped) for i, look in looks.items())
         if not (sure or alone):
             return None
         start = {i: before._looks[i].start() for i in latents if i in before._looks}
-        return _Step(Moves(latents, moved | self._schedule, moved), way, left, sure, start)
+        return _Step(Moves(latents, moved | self._schedule, moved), way, left, sure, apart, start)
 
     def goes_on(self, before: Call, first: _Step, step: _Step) -> bool:
         """Whether a step goes on with one before it: beyond doubt, or since the latents go on where they were going.
@@ -264,7 +267,9 @@ class Call:
         """
         if first != step:
             return False
-        return (first.sure and step.sure) or all(self._straight(before, first, i) for i in step.moves.latents)
+        if first.sure and step.sure:
+            return True
+        return not step.unhelped and all(self._straight(before, first, i) for i in step.moves.latents)
 
     def _straight(self, before: Call, first: _Step, i: int) -> bool:
         look, earlier = before._looks.get(i), first.start.get(i)
@@ -289,10 +294,10 @@ class Call:
         same = [c for c in history if c is not self and c._forms == self._forms and c._keys[i] == self._keys[i]]
         return None if look is None else look.beside([c._looks[i] for c in same if i in c._looks])
 
-    def _helped(self, i: int, before: Look | None) -> bool:
-        """Whether a latent follows from what came out of an earlier call, and not from the latent alone."""
+    def _made_by(self, i: int, before: Look | None, how: Callable[[Sequence[float], Sequence[int]], bool]) -> bool:
+        """What `helped` or `unhelped` says of a latent, and of what came out of an earlier call."""
         grams = self._looks[i].since(before)
-        return grams is not None and helped(grams.tolist(), (math.isqrt(len(grams)),))
+        return grams is not None and how(grams.tolist(), (math.isqrt(len(grams)),))
 
     def _left_of(self, i: int, before: Look | None) -> float:
         """What of a latent does not follow from an earlier one; more than all of it if that cannot be, as it rests."""
@@ -332,7 +337,7 @@ def _extent(value: Any) -> Values | torch.Tensor | None:
     return tuple(extent.tolist()) if extent.is_cpu else extent
 
 
-def _may_tell_time(value: Any) -> bool:
+def may_tell_time(value: Any) -> bool:
     """Whether an input may be a timestep: a number, few of them, integers, or a few different ones for many tokens."""
     if not isinstance(value, torch.Tensor):
         return _is_number(value)

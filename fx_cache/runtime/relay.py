@@ -26,6 +26,8 @@ from fx_cache.errors import CacheWarning, Failure, Refusal, guarded
 from fx_cache.patterns.calls import UNKNOWN, GraphFacts
 from fx_cache.patterns.relays import RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_SHARE, least_gain
+from fx_cache.runtime.contents import contents
+from fx_cache.runtime.follow import Look
 from fx_cache.runtime.forwards import Forward, family_of, surroundings, weakly
 from fx_cache.runtime.habits import Habits
 from fx_cache.runtime.legs import WRITES, Graph, Leg, Misfit, WatchRun
@@ -72,8 +74,8 @@ class Run(Protocol):
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any: ...
 
-    def end(self) -> bool:
-        """The forward is over; returns whether what came of it counts."""
+    def end(self, result: Any) -> bool:
+        """The forward is over, and returns this; returns whether that counts."""
 
     def again(self) -> Run:
         """What drives it if it is begun anew."""
@@ -402,7 +404,8 @@ class ComputingRun:
         del forward, family
         return graph.compute(*args)
 
-    def end(self) -> bool:
+    def end(self, result: Any) -> bool:
+        del result
         return True
 
     def again(self) -> Run:
@@ -435,6 +438,7 @@ class RelayRun:
         self._legs = [Leg(plan, k) for k, plan in enumerate(relay.plans)]
         self._store: Store | None = None
         self._branch: Branch | None = None
+        self._look: Look | None = None
         self._lost = None if relay.settled and forward.caught else NOT_SETTLED
         self._calls: Counter[Hashable] = Counter()
         self._weights: list[torch.Tensor] = []
@@ -489,6 +493,7 @@ class RelayRun:
         if leg.begins(graph, family, args, number):
             if self._branch is None or self._store is None:
                 self._store, self._branch = relay.open(forward, self._plans)
+                self._look = self._branch.look
             if forward.writes:
                 self._lost = self._lost or WRITES
             leg.decide(
@@ -522,9 +527,11 @@ class RelayRun:
         self._calls[family] += 1
         forward.note(graph.facts, args, outputs)
 
-    def end(self) -> bool:
+    def end(self, result: Any) -> bool:
         if self.reusing:
             return False
+        if self._look is not None:
+            self._look.came_out(contents(result))
         if self._legs:
             self._give_up(WAYWARD)
         elif self._branch is not None:

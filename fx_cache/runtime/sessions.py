@@ -19,7 +19,7 @@ from fx_cache.runtime.contexts import Listener
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
-from fx_cache.runtime.moves import Learner
+from fx_cache.runtime.moves import UNKNOWN_TIME, Learner
 from fx_cache.runtime.named import NamedSession, named_session
 from fx_cache.runtime.slots import Branch, BranchRecord, Requests, SessionRecord, Slot
 from fx_cache.runtime.weights import Weights
@@ -211,7 +211,8 @@ class Store:
         if named is None or named.branch is None:
             # Without a timestep the latents of a named request may show that it goes on.
             shown = given.schedule or (named is not None and (given.latents or named.step is not None))
-            branch.unclear = given.doubt or (None if shown else NO_SCHEDULE)
+            counted = named is not None and named.step is not None and given.doubt == UNKNOWN_TIME
+            branch.unclear = (None if counted else given.doubt) or (None if shown else NO_SCHEDULE)
         self._advance(branch, given, named)
         self._refresh(branch, named)
         branch.record.held = branch.hold.bytes
@@ -236,7 +237,7 @@ class Store:
 
     def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool:
         """Whether a call begins a request, as its time says, beside the last call of any branch of the present one."""
-        if not given.schedule:
+        if not given.schedule and (named is None or named.step is None):
             return False
         of_requests = [b for b in self._branches.values() if b.requests is requests]
         for b in of_requests:
