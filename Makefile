@@ -1,4 +1,4 @@
-# make demo | make test | make test-engine | make coverage | make check: each makes the environment it needs, once.
+# make demo | make test | make test-all | make test-engine | make coverage | make check: each makes the environment it needs, once.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +8,17 @@ export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 # Threads that wait must not spin: the machines that run this are small and shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-engine coverage check clean
+.PHONY: demo test test-all test-engine coverage check clean
 
 demo: $(VENV)/ready
 	$(BIN)/fx-cache demo --out out/demo
 
 test: $(VENV)/ready test-engine
 	$(BIN)/pytest -n 2 --dist worksteal --durations=10
+
+# With those that are long, or hold no pair of parameters that others do not: tests/selection.py.
+test-all: export FX_CACHE_TESTS = all
+test-all: test
 
 # The serving engine, in an environment of its own: it pins other versions.
 test-engine: $(ENGINE)/ready

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import fx_cache
-from tests.pairs import in_pairs
+from tests.selection import selected
 
 # Tiny tensors: a second thread costs more than it gives, above all on a busy machine.
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("FX_CACHE_PRODUCTS") != "all":
-        items[:], others = in_pairs(items)
+    if os.environ.get("FX_CACHE_TESTS") != "all" and not config.option.markexpr:
+        items[:], others = selected(items)
         if others:
             config.hook.pytest_deselected(items=others)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -643,37 +642,6 @@ def test_without_a_time(alike: float, name: str | None, count: int, broken: bool
             hits += not torch.equal(output, model(x, text))
             latents[k] = x - 0.1 * output
     assert bool(hits) == (name is not None and count == 1)
-
-
-def between_two_noises(count: int) -> list[Tensor]:
-    """Latents on an arc: each goes on in the direction in which the ones before have come."""
-    one, other = torch.randn(1, 32, 16), torch.randn(1, 32, 16)
-    return [math.cos(0.3 * k) * one + math.sin(0.3 * k) * other for k in range(count)]
-
-
-@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
-@pytest.mark.parametrize("name", [None, "video"])
-@pytest.mark.parametrize("broken", [False, True])
-def test_windows_on_one_way(broken: bool, name: str | None) -> None:
-    """Straight on goes what no sampler has made, too: what came out has no part in it."""
-    windows = Windows(Placed("sinusoids", broken, embedded=True).eval(), 4, 0.4)
-    windows.latents = between_two_noises(4)
-    windows.walk(6, "sinusoids", PLACES["each"], name)
-    assert not windows.hits
-
-
-@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
-@pytest.mark.parametrize("broken", [False, True])
-def test_windows_on_one_way_without_a_time(broken: bool) -> None:
-    model = Timeless("sinusoids", broken).eval()
-    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
-    text, latents = torch.randn(1, 6, 24), between_two_noises(4)
-    for _ in range(6):
-        for k, x in enumerate(latents):
-            with fx_cache.session("video"):
-                output = compiled(x, text)
-            assert torch.equal(output, model(x, text))
-            latents[k] = x - 0.1 * output
 
 
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fx_cache.runtime.follow import Look, helped, rests, straight, strayed, unhelped
+from fx_cache.runtime.follow import Look, helped, rests, straight, strayed
 
 
 class Move(Enum):
@@ -129,12 +129,6 @@ class Sign:
         """Whether its latents follow from what came out of the call before, and not from its latents alone."""
         assert not isinstance(self.grams, torch.Tensor)
         return self.grams is not None and helped(self.grams, self.sizes)
-
-    @cached_property
-    def unhelped(self) -> bool:
-        """Whether what came out of the call before has no part in its latents."""
-        assert not isinstance(self.grams, torch.Tensor)
-        return self.grams is not None and unhelped(self.grams, self.sizes)
 
     @cached_property
     def straight(self) -> bool:
@@ -338,7 +332,7 @@ class Clock:
 
         Windows that are alike take turns: once a step the last one's next latent could be that of the first one.
         """
-        return self._moves > 0 and ((sign.helped and self._helped) or (sign.straight and not sign.unhelped))
+        return self._moves > 0 and ((sign.helped and self._helped) or sign.straight)
 
     def _starts_over(self, sign: Sign) -> bool:
         """Whether a latent is the one that the request began with: another request has the same prompt and seed."""

@@ -19,9 +19,6 @@ ELEMENTS = 4096
 HELPED = 3.0
 """How much less is left of a latent, at least, where what came out before is known than where it is not."""
 
-PART = 1.05
-"""The same of a latent that what came out before has any part in."""
-
 STRAIGHT = 0.5
 """Cosine of the angle between two moves of a latent, at least, the second of which goes on with the first."""
 
@@ -118,20 +115,11 @@ def helped(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
         numbers: what `Look.since` gives.
         sizes: of the look before.
     """
-    return bool(sizes) and all(HELPED * left_over(g) <= left_over(_alone(g)) for g in _grams(numbers, sizes))
-
-
-def unhelped(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
-    """Whether what came out of the call before has no part in latents: another one made them.
-
-    Where nothing came out that could be compared, that cannot be said.
-
-    Args:
-        numbers: what `Look.since` gives.
-        sizes: of the look before.
-    """
-    shown = [g for g in _grams(numbers, sizes) if len(g) > 2]
-    return any(not PART * left_over(g) <= left_over(_alone(g)) for g in shown)
+    for gram in _grams(numbers, sizes):
+        alone = [[row[0], row[-1]] for row in (gram[0], gram[-1])]
+        if not HELPED * left_over(gram) <= left_over(alone):
+            return False
+    return bool(sizes)
 
 
 def straight(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
@@ -159,11 +147,6 @@ def rests(numbers: Sequence[float], sizes: Sequence[int]) -> bool:
         if not before - 2 * both + now <= SINGULAR**1.2 * now:
             return False
     return bool(sizes)
-
-
-def _alone(gram: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The same without what came out: of the latents before and now."""
-    return [[row[0], row[-1]] for row in (gram[0], gram[-1])]
 
 
 def _grams(numbers: Sequence[float], sizes: Sequence[int]) -> Iterator[list[Sequence[float]]]:

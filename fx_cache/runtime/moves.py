@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fx_cache.runtime.clock import BOTH_WAYS, MOST, SAME, Direction, Values, directions, is_counted, shown
-from fx_cache.runtime.follow import Look, helped, rests, straight, strayed, unhelped
+from fx_cache.runtime.follow import Look, helped, rests, straight, strayed
 from fx_cache.runtime.identity import SMALL, StorageHold
 
 UNKNOWN_LATENT = "which input is denoised is not known: name the request and its branch with fx_cache.session"
@@ -66,7 +66,6 @@ class _Step:
     Attributes:
         left: what of the latents does not follow from that call.
         sure: whether it is one beyond doubt, if seen twice: a known time moved, or what came out made the latents.
-        unhelped: whether what came out of that call has no part in the latents.
         start: the latents of that call.
     """
 
@@ -74,7 +73,6 @@ class _Step:
     way: tuple[tuple[int, Direction], ...]
     left: float = field(compare=False)
     sure: bool = field(compare=False)
-    unhelped: bool = field(compare=False)
     start: Mapping[int, Look] = field(compare=False)
 
 
@@ -250,12 +248,11 @@ class Call:
         alone = self._alone and not self._beside & moving - latents
         if left > (MOST if sure else ALIKE if alone else SAME):
             return None
-        sure = sure or all(self._made_by(i, look, helped) for i, look in looks.items())
-        apart = any(self._made_by(i, look, unhelped) for i, look in looks.items())
+        sure = sure or all(self._helped(i, look) for i, look in looks.items())
         if not (sure or alone):
             return None
         start = {i: before._looks[i].start() for i in latents if i in before._looks}
-        return _Step(Moves(latents, moved | self._schedule, moved), way, left, sure, apart, start)
+        return _Step(Moves(latents, moved | self._schedule, moved), way, left, sure, start)
 
     def goes_on(self, before: Call, first: _Step, step: _Step) -> bool:
         """Whether a step goes on with one before it: beyond doubt, or since the latents go on where they were going.
@@ -267,9 +264,7 @@ class Call:
         """
         if first != step:
             return False
-        if first.sure and step.sure:
-            return True
-        return not step.unhelped and all(self._straight(before, first, i) for i in step.moves.latents)
+        return (first.sure and step.sure) or all(self._straight(before, first, i) for i in step.moves.latents)
 
     def _straight(self, before: Call, first: _Step, i: int) -> bool:
         look, earlier = before._looks.get(i), first.start.get(i)
@@ -294,10 +289,10 @@ class Call:
         same = [c for c in history if c is not self and c._forms == self._forms and c._keys[i] == self._keys[i]]
         return None if look is None else look.beside([c._looks[i] for c in same if i in c._looks])
 
-    def _made_by(self, i: int, before: Look | None, how: Callable[[Sequence[float], Sequence[int]], bool]) -> bool:
-        """What `helped` or `unhelped` says of a latent, and of what came out of an earlier call."""
+    def _helped(self, i: int, before: Look | None) -> bool:
+        """Whether a latent follows from what came out of an earlier call, and not from the latent alone."""
         grams = self._looks[i].since(before)
-        return grams is not None and how(grams.tolist(), (math.isqrt(len(grams)),))
+        return grams is not None and helped(grams.tolist(), (math.isqrt(len(grams)),))
 
     def _left_of(self, i: int, before: Look | None) -> float:
         """What of a latent does not follow from an earlier one; more than all of it if that cannot be, as it rests."""

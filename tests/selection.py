@@ -1,0 +1,39 @@
+"""Which tests run by themselves, in half an hour; ``FX_CACHE_TESTS=all`` runs all of them.
+
+Left out are those marked as ``long``, which others nearly stand for, and of tests with three parameters or more what is
+not needed for every pair of values. What goes wrong hangs on one or two of them, hardly ever on three: Kuhn, Wallace
+and Gallo, "Software Fault Interactions and Implications for Software Testing", IEEE Transactions on Software
+Engineering 30(6), 2004.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from allpairspy import AllPairs
+
+
+def few(values: Iterable[Any], count: int) -> list[Any]:
+    """Values of a parameter, of which those behind the first ones are ``long``."""
+    return [v if i < count else pytest.param(v, marks=pytest.mark.long) for i, v in enumerate(values)]
+
+
+def selected(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Those that run by themselves, and the others."""
+    run: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for _, group in itertools.groupby(items, lambda item: (item.path, getattr(item, "originalname", item.name))):
+        members = list(group)
+        axes = [range(len(mark.args[1])) for mark in members[0].iter_markers("parametrize")]
+        product = list(itertools.product(*axes))
+        if len(axes) > 2 and len(product) == len(members):  # else some were asked for by name
+            pairs = {tuple(pair) for pair in AllPairs([list(axis) for axis in axes])}
+            for item, place in zip(members, product, strict=True):
+                (run if place in pairs else others).append(item)
+        else:
+            run += members
+    long = [item for item in run if item.get_closest_marker("long") and len(items) > 1]
+    return [item for item in run if item not in long], others + long
