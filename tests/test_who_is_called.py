@@ -671,6 +671,32 @@ def test_steps_that_are_counted_begin_a_request(broken: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("alike", [0.0, 0.4])
+@pytest.mark.parametrize(("model", "kind"), [(PythonTime, int), (PythonTime, float), (Looked, torch.tensor)])
+def test_given_up_and_begun_again_while_the_time_becomes_known(
+    model: type[Dit], kind: Callable[[Any], Any], alike: float
+) -> None:
+    """By a second program, or by what is learned: in the middle of a named request, whose name then begins afresh."""
+    dit, noise, text, hits = model().eval(), torch.randn(1, 16, 16), torch.randn(1, 7, 24), 0
+    for given_up in (1, 2, 3, 4):
+        torch._dynamo.reset()
+        compiled = torch.compile(dit, backend="dit_cache", options=REUSING)
+        for steps in (given_up, STEPS):
+            x, own = noise + alike * torch.randn(noise.shape), None
+            for i in range(steps):
+                t = kind([900 - 50 * i]) if kind is torch.tensor else kind(900 - 50 * i)
+                with fx_cache.session("request"):
+                    output = compiled(x, t, text)
+                if torch.equal(output, dit(x, t, text)):
+                    own = i
+                else:
+                    assert own is not None, f"given up behind {given_up}: step {i} of the next one reuses"
+                    hits += 1
+                x = x - 0.1 * output
+    assert hits
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 def test_who_counts_the_steps_needs_no_time() -> None:
     """Of a sampler that adds much noise nothing shows which input tells it."""
     model = Straight().eval()

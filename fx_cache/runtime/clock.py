@@ -152,9 +152,12 @@ class Clock:
 
     Attributes:
         doubt: why the present step computes; None: its place in the request is certain.
+        comes_late: whether its first call may be a later step of a request that other clocks know of: what time has
+            done before that is not known here.
     """
 
     doubt: str | None = None
+    comes_late: bool = False
     _last: Values | None = None
     _left: Values | None = None
     _said: int | None = None
@@ -182,6 +185,7 @@ class Clock:
             # Behind two calls at one time, one that moves may go on with either.
             self._moves, self._direction, self._strayed, self._lasting = 0, None, [], None
             self._tried, self._left = again, before
+            self.comes_late = self.comes_late and before is None
         elif move is Move.REPEAT:
             repeated = STEP_REPEATED if self._again(sign) else REPEATED if values and values == before else RESTED
             self.doubt = repeated
@@ -249,6 +253,13 @@ class Clock:
             return BOTH_WAYS in step and not any(self._resting(sign).values())
         return any(going and goes not in (0, going) for going, goes in zip(self._direction, step, strict=True))
 
+    def may_go_on(self, sign: Sign) -> bool:
+        """Whether a call of another pass, or of another program, may be a later step of this one's request."""
+        values = _values(sign)
+        if self._last is None or sign.begins:
+            return False
+        return len(self._last) != len(values) or (self._last != values and not self.begins(sign))
+
     @property
     def first(self) -> bool:
         """Whether it has taken no call yet."""
@@ -277,7 +288,8 @@ class Clock:
     def _trusts(self, sign: Sign, step: Direction) -> bool:
         """Whether what is said leaves no doubt about a first move; where two inputs move, it may be a pass."""
         said = sign.named or self._ahead(sign)
-        return sign.apart or (said and not self._tried and sum(map(bool, step)) <= 1)
+        begun = not self._tried and (self._ahead(sign) or not self.comes_late)
+        return sign.apart or (said and begun and sum(map(bool, step)) <= 1)
 
     def _ahead(self, sign: Sign) -> bool:
         """Whether somebody says that a step has passed."""

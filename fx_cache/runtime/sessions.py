@@ -232,22 +232,30 @@ class Store:
             self._requests[key] = branch.requests
             return
         branch.requests, found.several = found, True
-        if not self._begins_for(found, given, named):
+        begins, comes_late = self._begins_for(found, given, named)
+        if not begins:
             branch.request = found.present
+        branch.clock.comes_late = comes_late
 
-    def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool:
-        """Whether a call begins a request, as its time says, beside the last call of any branch of the present one."""
+    def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> tuple[bool, bool]:
+        """How a call that no branch of a session goes on with stands beside the last calls of the present request.
+
+        Returns:
+            Whether it begins a request, as its time says; whether it may be a later step of the present one, or of one
+            that the session had before: of a program, or of a pass, that was another one until now.
+        """
         if not given.schedule and (named is None or named.step is None):
-            return False
+            return False, False
         of_requests = [b for b in self._branches.values() if b.requests is requests]
         for b in of_requests:
             if b.pending and not b.busy:
                 self.read_pending(b)
         others = [b for b in of_requests if b.request == requests.present]
         if not others or any(b.busy for b in others):
-            return True
+            return True, False
         signs, _ = _on_host([_sign(b, given, None, named) for b in others])
-        return any(b.clock.begins(sign) for b, sign in zip(others, signs, strict=True))
+        pairs = [(b.clock, sign) for b, sign in zip(others, signs, strict=True)]
+        return any(c.begins(sign) for c, sign in pairs), any(c.may_go_on(sign) for c, sign in pairs)
 
     def _make_room(self, branch: Branch) -> None:
         """Discards what was used longest ago until no more is left than allowed: sessions, and passes without a name.
@@ -335,7 +343,7 @@ class Store:
                 goes_on = not given.schedule or (
                     self._goes_on(branch, given, named, wait=True)
                     and branch.request == branch.requests.present
-                    and not self._begins_for(branch.requests, given, named)
+                    and not self._begins_for(branch.requests, given, named)[0]
                 )
             aliases = branch.hold.aliases(given.fixed, identity_key(given.fixed)) if goes_on else None
             if aliases is not None:
@@ -357,7 +365,7 @@ class Store:
             self._begin_anew(branch, named)
         else:
             first_move = branch.requests.several and branch.clock.moves == 0 and sign.step is None
-            if first_move and self._begins_for(branch.requests, given, named):
+            if first_move and self._begins_for(branch.requests, given, named)[0]:
                 sign = replace(sign, begins=True)
             branch.record.step += 1
             if last is not None and sign.step is None and branch.record.step >= last:
