@@ -17,8 +17,9 @@ from allpairspy import AllPairs
 
 
 def few(values: Iterable[Any], count: int) -> list[Any]:
-    """Values of a parameter, of which those behind the first ones are ``long``."""
-    return [v if i < count else pytest.param(v, marks=pytest.mark.long) for i, v in enumerate(values)]
+    """Values of a parameter, or of several together, of which those behind the first ones are ``long``."""
+    every = [v if isinstance(v, tuple) else (v,) for v in values]
+    return [pytest.param(*v, marks=pytest.mark.long if i >= count else ()) for i, v in enumerate(every)]
 
 
 def selected(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:

@@ -107,6 +107,7 @@ def test_numbers_lie_on_the_host() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, where it packages
+@pytest.mark.long
 @needs_inductor
 def test_a_compiled_package_from_python_and_from_cpp(tmp_path: Path) -> None:
     """Over 20 steps of hits and misses the package gives what the program gives; in C++ what it gives in Python."""

@@ -61,7 +61,7 @@ def run(model: nn.Module, steps: list[dict]) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [by_block, by_leaf, int8, lora])
+@pytest.mark.parametrize("change", [by_block, pytest.param(by_leaf, marks=pytest.mark.long), int8, lora])
 def test_exact_and_reused(change: Callable[[nn.Module], None]) -> None:
     model, steps = build("flux"), walk("flux", 6)
     change(model)
@@ -92,8 +92,8 @@ def in_passes(model: nn.Module, prompts: list[dict], steps: list[dict], before: 
     return outputs
 
 
-@pytest.mark.parametrize("change", [by_block, pytest.param(by_leaf, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["MochiTransformer3DModel", pytest.param("wan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("change", [by_block, pytest.param(by_leaf, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["MochiTransformer3DModel", pytest.param("wan", marks=pytest.mark.long)])
 def test_two_passes_of_a_session_are_told_apart(name: str, change: Callable[[nn.Module], None]) -> None:
     """Whatever inputs the graphs show. Oracle: each pass alone in a fresh copy, bit for bit, or the model's own."""
     prompts, steps, before = [conditioning(name, seed) for seed in (0, 1)], walk(name, 6), walk(name, 6, seed=7)

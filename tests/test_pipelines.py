@@ -16,6 +16,7 @@ from torch import nn
 
 import fx_cache
 from tests.pipelines import CASES, FIRST, SECOND, THRESHOLD, Case, run
+from tests.selection import few
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma's own
 
@@ -41,7 +42,7 @@ def alone(name: str, path: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", few(CASES, 2))
 def test_run_twice(name: str, tmp_path: Path) -> None:
     case, path = CASES[name], tmp_path / "latents.pt"
     # Forked from a process that has imported this file and run nothing.
@@ -68,7 +69,7 @@ def test_run_twice(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwenimage", "wan"])
+@pytest.mark.parametrize("name", few(["qwenimage", "wan"], 1))
 def test_the_same_prompt_with_more_steps(name: str) -> None:
     """Nothing is measured that could tell the requests apart: every step that may be reused is."""
     # Wan's second transformer is first called at a later step than the request before ended at.

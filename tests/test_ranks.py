@@ -15,6 +15,7 @@ from fx_cache.patterns.groups import groups_of
 from fx_cache.runtime.policy import Verdict
 from fx_cache.runtime.ranks import ANOTHER, agree
 from tests.ranks import PUSHED
+from tests.selection import few
 
 WORKER = Path(__file__).with_name("ranks.py")
 SECONDS = 240
@@ -48,7 +49,7 @@ def assert_agreed(found: list[dict[str, Any]]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "ranks"), [("heads", 2), ("tokens", 4)])
+@pytest.mark.parametrize(("case", "ranks"), few([("heads", 2), ("tokens", 4)], 1))
 def test_as_on_one_rank(case: str, ranks: int, tmp_path: Path) -> None:
     """Tensor parallel: each rank has the whole probe. Sequence parallel: each has its tokens' part of it."""
     if case not in _alone:
@@ -64,7 +65,7 @@ def test_as_on_one_rank(case: str, ranks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tokens pushed", "heads pushed", "tokens broken pushed"])
+@pytest.mark.parametrize("case", few(["tokens broken pushed", "tokens pushed", "heads pushed"], 1))
 def test_one_rank_over_the_threshold(case: str, tmp_path: Path) -> None:
     """The others are not, and would reuse by themselves; also where the blocks lie in several graphs."""
     found = launch(case, 2, tmp_path)
@@ -73,7 +74,7 @@ def test_one_rank_over_the_threshold(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tokens lost", "heads lost"])
+@pytest.mark.parametrize("case", few(["tokens lost", "heads lost"], 1))
 def test_one_rank_that_has_nothing_cached(case: str, tmp_path: Path) -> None:
     """It cannot reuse, so none may: else it would wait in the blocks' collectives for ever."""
     found = launch(case, 2, tmp_path)
@@ -82,6 +83,7 @@ def test_one_rank_that_has_nothing_cached(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_500_steps(tmp_path: Path) -> None:
     assert len(assert_agreed(launch("tokens long", 2, tmp_path))) > 100
 

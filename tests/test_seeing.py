@@ -14,6 +14,7 @@ from tests.models import MODELS, NAMES, build, walk
 from tests.models.tiny import LAYERS
 from tests.oracles import run_eager
 from tests.running import compile_cached
+from tests.selection import few
 
 PATTERNS = {
     "flux": ["Pattern_0/Pattern_1", "Pattern_0/Pattern_1"],
@@ -29,7 +30,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, 3))
 def test_explain_names_stacks_patterns_and_streams(name: str) -> None:
     model, step = build(name), walk(name, 1)[0]
     compiled = compile_cached(model)
@@ -46,6 +47,7 @@ def test_explain_names_stacks_patterns_and_streams(name: str) -> None:
         assert part in str(found)
 
 
+@pytest.mark.long
 def test_looking_often_leaves_compiling_alone() -> None:
     """Dynamo compiles a function eight times at most; what `explain` captures does not count."""
     model, step = build("dit"), walk("dit", 1)[0]
@@ -55,7 +57,7 @@ def test_looking_often_leaves_compiling_alone() -> None:
     assert fx_cache.summary(model).to_dict()["sessions"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, 3))
 def test_the_roles_of_inputs_are_read_off_the_graph(name: str) -> None:
     model, step = build(name), walk(name, 1)[0]
     inputs = fx_cache.explain(compile_cached(model), **step).inputs

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 import fx_cache
 from tests.models import build, walk
 from tests.running import compile_cached, needs_inductor, relative_error
+from tests.selection import few
 
 
 def run(name: str, compiler: str, dynamic: bool | None, tolerance: float) -> None:
@@ -33,11 +34,12 @@ def run(name: str, compiler: str, dynamic: bool | None, tolerance: float) -> Non
     assert any(hits)
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("flux", True), ("wan", None), ("ltx", True), ("pixart", None)])
+@pytest.mark.parametrize(("name", "dynamic"), few([("wan", None), ("flux", True), ("ltx", True), ("pixart", None)], 1))
 def test_resolutions(name: str, dynamic: bool | None) -> None:
     run(name, "eager", dynamic, 0.0)
 
 
+@pytest.mark.long
 @needs_inductor
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dynamic"), [("dit", None), ("wan", True)])

@@ -178,6 +178,7 @@ def test_found_and_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(1 - work[i] / computed <= most for i in hits)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_exact_where_nothing_is_reused(name: str) -> None:
