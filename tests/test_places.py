@@ -24,7 +24,12 @@ from tests.test_side_values import BLOCKS, HITS, OPTIONS, TOKENS, WIDTH, Block, 
 from tests.test_side_values import walk as steps
 
 ORDER = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
+ELEMENTS = torch.arange(TOKENS * WIDTH).view(1, TOKENS, WIDTH)[:, ORDER]
 ORDERED = ORDER.tolist()
+
+
+def scatter_reduce(x: Tensor) -> Tensor:
+    return x.scatter_reduce(1, ORDER[None, :, None].expand_as(x), x, "amax", include_self=False)
 
 
 def index_copy(x: Tensor) -> Tensor:
@@ -77,6 +82,9 @@ MOVES: dict[str, Move] = {
     "scattered": lambda x: x.scatter(1, ORDER[None, :, None].expand_as(x), x),
     "chosen": lambda x: torch.where(left(x), x, x.flip(1)),
     "chosen otherwise": lambda x: torch.where(left(x), x.flip(1), x),
+    "taken": lambda x: x.take(ELEMENTS),
+    "shifted": lambda x: torch.fft.fftshift(x, 1),
+    "scattered and reduced": scatter_reduce,
     "channels flipped": lambda x: x.flip(-1),
     "content": by_content,
 }
