@@ -191,7 +191,7 @@ def assert_bytes_accounted(
     Returns:
         Bytes held by all requests together.
     """
-    gc.collect()
+    _collect()
     start = allocated(device)
     with no_garbage_collection():  # it would free what others have left behind
         for request in requests:
@@ -202,10 +202,16 @@ def assert_bytes_accounted(
     for request in requests:
         assert request.name is not None, "requests that are to end need names"
         end(request.name)
-    gc.collect()
+    _collect()
     left = allocated(device) - start
     assert _held(model) == 0 and abs(left) <= tolerance * said, f"{left} of {said} bytes are left behind the end"
     return said
+
+
+def _collect() -> None:
+    """Frees what is garbage, and what becomes garbage by that."""
+    while gc.collect():
+        pass
 
 
 def allocated(device: str = "cpu") -> int:

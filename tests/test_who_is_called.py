@@ -371,7 +371,9 @@ def test_numbers_that_change_places_on_the_way(changed: str, name: str | None) -
             output = compiled(*inputs)
         hits += [] if torch.equal(output, model(*inputs)) else [i]
         x = x - 0.1 * output
-    assert 3 in hits and 4 not in hits and 7 in hits
+    assert 3 in hits and 4 not in hits
+    # Boxes are embedded as a time is: now either may be the time.
+    assert (7 in hits) == (changed == "mask")
 
 
 class Placed(Dit):

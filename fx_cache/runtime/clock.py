@@ -276,6 +276,11 @@ class Clock:
         return self._tried and self._moves == 0
 
     @property
+    def puzzled(self) -> bool:
+        """Whether numbers that may tell the time were seen to move apart: none of them does."""
+        return len(self._moved) > 1
+
+    @property
     def doubts(self) -> bool:
         """Whether the rest of the request computes."""
         return self._lasting is not None

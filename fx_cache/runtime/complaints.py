@@ -58,12 +58,17 @@ class Complaints:
         if self._changed == MAX_CHANGED:
             self._note(_CHANGING)
 
-    def began(self, at: Hashable) -> None:
-        """A call has begun a request, `at` this time: many may begin at one time, side by side."""
+    def began(self, at: Hashable, apart: bool) -> None:
+        """A call has begun a request, or may have, `at` this time: many may begin at one time, side by side.
+
+        Args:
+            at: the time.
+            apart: whether numbers that may tell it were seen to move apart.
+        """
         self._begun += at != self._at or not at
         self._at = at
         if self._begun == MAX_BEGUN:
-            self._note(_one_step_each(self._begun))
+            self._note(_moving_apart(self._begun) if apart else _one_step_each(self._begun))
 
     def went_on(self) -> None:
         """A call has gone on with a request."""
@@ -115,6 +120,15 @@ def _without_hits(record: BranchRecord, config: CacheConfig) -> str | None:
     return (
         f"a request of {record.step + 1} steps: got no step that reused anything ({count} times: {reason}"
         f"{measured}); expected some; {remedy}."
+    )
+
+
+def _moving_apart(count: int) -> str:
+    """What to say when it is not known which of several numbers is the time."""
+    return (
+        f"the last {count} calls: got several numbers that may be the time and do not move together (guidance, the "
+        "place of a window), and none reused anything; expected one that moves from step to step; name the request and "
+        "its branch with fx_cache.session."
     )
 
 

@@ -433,10 +433,10 @@ class Store:
                 if not behind and (branch.request is None or not first):
                     shared.present += 1
                 branch.request = shared.present
-                if not sign.apart:
-                    self._complaints.began(sign.values)
-            else:
+            if move not in _BEGINS and branch.clock.doubt is None:
                 self._complaints.went_on()
+            elif not sign.apart:
+                self._complaints.began(sign.values, branch.clock.puzzled)
             branch.last = sign.look
         if branch.clock.doubts:
             self._complaints.lasts(branch.record, branch.config)
