@@ -57,9 +57,10 @@ own (a graph break in the blocks, or a loop that Dynamo leaves to Python); one d
 - **Latte, plain 2D transformers.** Where a block of ours is a pair of theirs, or an unnamed request computes (below), First
   Block Cache reuses at other steps.
 - **Not found without a name.** Classes with no timestep among their inputs (plain 2D transformers inside a UNet,
-  decoders) compute until a request is named with `fx_cache.session`: nothing says when one ends. So do those whose blocks
-  carry several inputs of the latent's kind in one stream (Framepack, WanAnimate): which of them is denoised the graph does
-  not show, and every step is taken for a request of its own. A pass that writes keys and values into a cache object is
+  decoders) compute until a request is named with `fx_cache.session`, and its branch where latents do not follow from
+  step to step: nothing else says when a step ends. So do those whose blocks carry several inputs of the latent's kind
+  in one stream (Framepack, WanAnimate): which of them is denoised the graph does not show, and every step is taken
+  for a request of its own. A pass that writes keys and values into a cache object is
   never taken for a step of a request.
 """
 
