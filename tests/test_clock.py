@@ -68,6 +68,13 @@ ROWS = {
         [*(at(3.5, t, left=0.1) for t in (9, 8)), *(at(3.5, t, left=0.1, times=(1,)) for t in (7, 6))],
         [START, FIRST, NEXT, NEXT],
     ),
+    "goes on from where it began, and straight": Row(
+        [at(9, 3.5), *(at(t, 3.5, left=0.1, back=0.5, turn=1) for t in (8, 7))], [START, FIRST, NEXT]
+    ),
+    "several numbers that move together": Row(
+        [at(9, 3.5), at(8, 3.0, together=True), at(7, 2.5, together=True), at(6, 2.5, together=True)],
+        [START, FIRST, NEXT, REPEAT],
+    ),
     "guidance changes on the way": Row(
         [at(9, 3.5), *(at(t, w, left=0.1, turn=1) for t, w in ((8, 3.5), (7, 3.5), (6, 4.0)))],
         [START, FIRST, NEXT, START],
@@ -185,10 +192,11 @@ def test_what_a_call_shows(name: str, late: bool) -> None:
     moves, doubts = [], []
     for sign in row.calls:
         if late:  # what lay on a device is read, and shows the same
-            values = torch.tensor(sign.values, dtype=torch.float64)
-            grams = None if sign.grams is None else torch.tensor(sign.grams, dtype=torch.float64)
-            back = tuple(torch.tensor(g, dtype=torch.float64) for g in sign.back)
-            there = replace(sign, values=values, grams=grams, back=back)
+            values, grams, path, *back = (
+                None if part is None else torch.tensor(part, dtype=torch.float64)
+                for part in (sign.values, sign.grams, sign.path, *sign.back)
+            )
+            there = replace(sign, values=values, grams=grams, path=path, back=tuple(back))
             sign = there.read(iter([v for part in there.late for v in part.tolist()]))
         moves.append(clock.move(sign))
         doubts.append(clock.doubt)

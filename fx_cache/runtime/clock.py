@@ -332,7 +332,7 @@ class Clock:
     def _moved_with(self, sign: Sign) -> set[frozenset[int]]:
         """Which numbers that may tell the time have moved since the call before, at this call and at earlier ones.
 
-        If some have moved without others, and once with them, either may be the time.
+        If some have moved without others, and once with them, either may be the time, as long as there is this clock.
         """
         last = self._last
         if last is None or len(last) != len(_values(sign)):
