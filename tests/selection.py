@@ -36,5 +36,7 @@ def selected(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.I
                 (run if place in pairs else others).append(item)
         else:
             run += members
-    long = [item for item in run if item.get_closest_marker("long") and len(items) > 1]
-    return [item for item in run if item not in long], others + long
+    if len(items) == 1:  # asked for by name
+        return run, others
+    long = [item for item in run if item.get_closest_marker("long")]
+    return [item for item in run if not item.get_closest_marker("long")], others + long

@@ -370,13 +370,13 @@ class Forward:
         """The user's inputs that have some outputs' shapes, up to channels, where it is clear which has which."""
         return fitting(self._untimed, shapes).alone
 
-    def came_back(self, result: Any) -> None:
-        """Takes notice of what the model returns."""
-        shapes = [tuple(t.shape) for t in contents(result) if stored(t) and t.is_floating_point()]
+    def came_back(self, returned: Sequence[Any]) -> None:
+        """Takes notice of what the model returns (`contents`)."""
+        shapes = [tuple(t.shape) for t in returned if stored(t) and t.is_floating_point()]
         self.habits.came_back(self._untimed, shapes)
         if self._learnt is not None:
-            self._learnt.came_out(contents(result))
-        notes = (n for t in contents(result) if stored(t) for n in self._notes.get(t.untyped_storage()._cdata, []))
+            self._learnt.came_out(returned)
+        notes = (n for t in returned if stored(t) for n in self._notes.get(t.untyped_storage()._cdata, []))
         self._held_at |= {n.made_by: self.count for n in notes}
 
     @property
@@ -400,11 +400,13 @@ class Forward:
 
     def end(self, result: Any) -> bool:
         """It is over; returns whether the result counts."""
+        returned: list[Any] = []
         with guarded("came_back"):
-            self.came_back(result)
+            returned = contents(result)
+            self.came_back(returned)
             self._see_writes()
         with guarded("end"):
-            return self.run is None or bool(self.run.end(result))
+            return self.run is None or bool(self.run.end(returned))
         return not self.reusing
 
     def learn(self) -> None:

@@ -453,8 +453,8 @@ class WatchRun:
         self._outputs.append(tuple(o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs))
         self._count += 1
 
-    def end(self, result: Any) -> bool:
-        del result
+    def end(self, returned: Sequence[Any]) -> bool:
+        del returned
         return True
 
     def forget(self) -> None:

@@ -26,7 +26,6 @@ from fx_cache.errors import CacheWarning, Failure, Refusal, guarded
 from fx_cache.patterns.calls import UNKNOWN, GraphFacts
 from fx_cache.patterns.relays import RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_SHARE, least_gain
-from fx_cache.runtime.contents import contents
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.forwards import Forward, family_of, surroundings, weakly
 from fx_cache.runtime.habits import Habits
@@ -74,8 +73,8 @@ class Run(Protocol):
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any: ...
 
-    def end(self, result: Any) -> bool:
-        """The forward is over, and returns this; returns whether that counts."""
+    def end(self, returned: Sequence[Any]) -> bool:
+        """The forward is over, and returns this (`contents`); returns whether that counts."""
 
     def again(self) -> Run:
         """What drives it if it is begun anew."""
@@ -404,8 +403,8 @@ class ComputingRun:
         del forward, family
         return graph.compute(*args)
 
-    def end(self, result: Any) -> bool:
-        del result
+    def end(self, returned: Sequence[Any]) -> bool:
+        del returned
         return True
 
     def again(self) -> Run:
@@ -527,11 +526,11 @@ class RelayRun:
         self._calls[family] += 1
         forward.note(graph.facts, args, outputs)
 
-    def end(self, result: Any) -> bool:
+    def end(self, returned: Sequence[Any]) -> bool:
         if self.reusing:
             return False
         if self._look is not None:
-            self._look.came_out(contents(result))
+            self._look.came_out(returned)
         if self._legs:
             self._give_up(WAYWARD)
         elif self._branch is not None:
