@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fx_cache
-from tests.running import compile_cached, hits_of
+from tests.running import compile_cached, hits_of, schedule_on_a_device
 
 REUSING = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
 
@@ -51,6 +51,14 @@ class Dit(nn.Module):
     def embedded(self, t: Tensor) -> Tensor:
         frequencies = torch.exp(-torch.arange(16) / 4.0)
         return self.time(torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], -1))
+
+    def added(self, latent: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first block makes, and what the others add to that."""
+        e = self.embedded(t)
+        first = x = self.blocks[0](torch.cat([self.text(text), self.patch(latent)], 1), e)
+        for block in self.blocks[1:]:
+            x = block(x, e)
+        return first, x - first
 
     def forward(
         self, latent: Tensor, t: Any, text: Tensor, reference: Tensor | None = None, pooled: Tensor | None = None
@@ -458,7 +466,7 @@ def test_windows_that_look_alike(
     model = Placed(time, broken).eval()
     windows = Windows(model, count, alike)
     windows.walk(4, time, PLACES[place], name)
-    for i in range(4):
+    for i in range(6):
         for k, x in enumerate(windows.latents):
             with fx_cache.session("by name", branch=f"window {k}"):
                 windows.latents[k] = x - 0.1 * windows.call(k, x, time_of(time, i), windows.text, PLACES[place](k))
@@ -673,29 +681,127 @@ def test_steps_that_are_counted_begin_a_request(broken: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("alike", [0.0, 0.4])
 @pytest.mark.parametrize(("model", "kind"), [(PythonTime, int), (PythonTime, float), (Looked, torch.tensor)])
 def test_given_up_and_begun_again_while_the_time_becomes_known(
-    model: type[Dit], kind: Callable[[Any], Any], alike: float
+    model: type[Dit], kind: Callable[[Any], Any], alike: float, passes: int
 ) -> None:
     """By a second program, or by what is learned: in the middle of a named request, whose name then begins afresh."""
-    dit, noise, text, hits = model().eval(), torch.randn(1, 16, 16), torch.randn(1, 7, 24), 0
+    dit, noise, texts, hits = model().eval(), torch.randn(1, 16, 16), torch.randn(passes, 1, 7, 24).unbind(), 0
     for given_up in (1, 2, 3, 4):
         torch._dynamo.reset()
         compiled = torch.compile(dit, backend="dit_cache", options=REUSING)
         for steps in (given_up, STEPS):
-            x, own = noise + alike * torch.randn(noise.shape), None
-            for i in range(steps):
-                t = kind([900 - 50 * i]) if kind is torch.tensor else kind(900 - 50 * i)
+            x, own = noise + alike * torch.randn(noise.shape), {}
+            for i, p in itertools.product(range(steps), range(passes)):
+                time, text = 900 - 50 * i, texts[p]
+                t = kind([time]) if kind is torch.tensor else kind(time)
                 with fx_cache.session("request"):
                     output = compiled(x, t, text)
+                first, added = dit.added(x, torch.tensor([time / 1000 if model is PythonTime else time]), text)
                 if torch.equal(output, dit(x, t, text)):
-                    own = i
+                    own[p] = added
                 else:
-                    assert own is not None, f"given up behind {given_up}: step {i} of the next one reuses"
+                    assert p in own, f"given up behind {given_up}: step {i} of the next one reuses"
+                    torch.testing.assert_close(output, dit.last((first + own[p])[:, 7:]))
                     hits += 1
-                x = x - 0.1 * output
+                x = x - 0.1 / passes * output if p == passes - 1 else x
     assert hits
+
+
+class Otherwise(Dit):
+    """Computes in two ways, as a flag says."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def forward(self, latent: Tensor, t: Tensor | None, text: Tensor, late: bool) -> Tensor:
+        e = torch.ones(1, 32) if t is None else self.embedded(t)
+        x = torch.cat([self.text(text), self.patch(latent)], 1)
+        x = x * 1.01 if late else x
+        for block in self.blocks:
+            if self.broken:
+                torch._dynamo.graph_break()
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_request_that_begins_one_way_begins_the_other_way_too(broken: bool) -> None:
+    """One is given up where it computes the other way; the next one, of one prompt and seed, gets there later."""
+    model, text, noise = Otherwise(broken).eval(), torch.randn(1, 7, 24), torch.randn(1, 16, 16)
+    compiled, found = torch.compile(model, backend="dit_cache", options=REUSING), []
+    for steps, late_from in ((5, 0), (STEPS, 5)):
+        x = noise
+        for i in range(steps):
+            t, late = torch.tensor([0.9 - 0.05 * i]), i >= late_from
+            output = compiled(x, t, text, late)
+            found.append(not torch.equal(output, model(x, t, text, late)))
+            x = x - 0.1 * output
+    assert found[5:] == [False, False, True, True, True, False, False, True]
+    assert found[4]
+
+
+@pytest.mark.parametrize("flags", [0, 4, 8])
+def test_the_number_of_steps_is_that_of_a_pass_whatever_computes_it(flags: int) -> None:
+    """No time is given: that a request is over shows by how many calls it had, here of two programs."""
+    model = Otherwise().eval()
+    compiled, found = torch.compile(model, backend="dit_cache", options=REUSING), []
+    for _ in range(3):
+        x, text = torch.randn(1, 16, 16), torch.randn(1, 7, 24)
+        for i in range(STEPS):
+            with fx_cache.session("request", branch="only", num_inference_steps=STEPS):
+                output = compiled(x, None, text, i >= flags)
+            found.append(not torch.equal(output, model(x, None, text, i >= flags)))
+            x = x - 0.1 * output
+    assert found == [i not in (0, flags) for i in range(STEPS)] * 3
+
+
+class Deep(Dit):
+    """What it makes of its prompt alone is worth keeping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.Sequential(*(nn.Linear(24, 24) for _ in range(40))).requires_grad_(False)
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return super().forward(latent, t, self.deep(text))
+
+
+@pytest.mark.parametrize("on_a_device", [False, True])
+def test_a_prompt_in_the_place_of_the_last_one_in_inference_mode(
+    on_a_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the time goes back shows that the request begins, also where it is read later than the prompt is used."""
+    model, kept = Deep().eval(), 0
+    compiled = compile_cached(model, residual_diff_threshold=0.0)
+    if on_a_device:
+        schedule_on_a_device(monkeypatch)
+    with torch.inference_mode():
+        text = torch.empty(1, 200, 24)
+        for _ in range(3):
+            text.normal_()
+            x = torch.randn(1, 8, 16)
+            for i in range(4):
+                with fx_cache.session("slot", branch="only"):
+                    output = compiled(x, torch.tensor([0.9 - 0.1 * i]), text)
+                assert torch.equal(output, model(x, torch.tensor([0.9 - 0.1 * i]), text))
+                x = x - 0.1 * output
+        kept = fx_cache.summary(compiled).to_dict()["sessions"][-1]["branches"][-1]["kept_bytes"]
+    assert bool(kept) != on_a_device
+
+
+@pytest.mark.filterwarnings("error::fx_cache.CacheWarning")
+@pytest.mark.parametrize("warmup", [1, 8])
+def test_requests_of_two_steps_are_nothing_to_warn_of(warmup: int) -> None:
+    compiled = compile_cached(Dit().eval(), residual_diff_threshold=10.0, max_warmup_steps=warmup)
+    for _ in range(20):
+        x, text = torch.randn(1, 16, 16), torch.randn(1, 7, 24)
+        for t in (0.9, 0.5):
+            x = x - 0.1 * compiled(x, torch.tensor([t]), text)
+    assert not hits_of(compiled)
 
 
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")

@@ -185,7 +185,8 @@ class Clock:
             # Behind two calls at one time, one that moves may go on with either.
             self._moves, self._direction, self._strayed, self._lasting = 0, None, [], None
             self._tried, self._left = again, before
-            self.comes_late = self.comes_late and before is None
+            # Where more is known of the time than before, what it has done until now is not.
+            self.comes_late = self.comes_late if before is None else len(before) != len(values)
         elif move is Move.REPEAT:
             repeated = STEP_REPEATED if self._again(sign) else REPEATED if values and values == before else RESTED
             self.doubt = repeated
@@ -277,7 +278,7 @@ class Clock:
 
     @property
     def puzzled(self) -> bool:
-        """Whether numbers that may tell the time were seen to move apart: none of them does."""
+        """Whether numbers that may tell the time were seen to move apart: which of them does is not known."""
         return len(self._moved) > 1
 
     @property
@@ -292,9 +293,10 @@ class Clock:
 
     def _trusts(self, sign: Sign, step: Direction) -> bool:
         """Whether what is said leaves no doubt about a first move; where two inputs move, it may be a pass."""
+        if self.comes_late and not self._ahead(sign):
+            return False
         said = sign.named or self._ahead(sign)
-        begun = not self._tried and (self._ahead(sign) or not self.comes_late)
-        return sign.apart or (said and begun and sum(map(bool, step)) <= 1)
+        return sign.apart or (said and not self._tried and sum(map(bool, step)) <= 1)
 
     def _ahead(self, sign: Sign) -> bool:
         """Whether somebody says that a step has passed."""

@@ -58,7 +58,7 @@ class Complaints:
         if self._changed == MAX_CHANGED:
             self._note(_CHANGING)
 
-    def began(self, at: Hashable, apart: bool) -> None:
+    def not_gone_on(self, at: Hashable, apart: bool) -> None:
         """A call has begun a request, or may have, `at` this time: many may begin at one time, side by side.
 
         Args:

@@ -474,6 +474,7 @@ class Forward:
             doubt = OPAQUE.format(opaque[0])
         return Given(
             tuple((i, self.keys[i]) for i in others),
+            tuple((i, self.keys[i]) for i in others if stored(self.inputs[i])),
             tuple(self.control(of_span, denoised) for of_span in shown),
             (),
             signature([t for t in self.inputs if stored(t)]),

@@ -58,6 +58,7 @@ class Given:
 
     Attributes:
         identity: who its conditioning is, but for what feeds nothing but spans.
+        of_requests: the same without values that make the forward another program.
         controls: for each span, the inputs that reach it, and not its probe.
         beside: who those of the inputs are that feed nothing but spans.
         form: shapes, dtypes and devices of everything.
@@ -72,6 +73,7 @@ class Given:
     """
 
     identity: Hashable
+    of_requests: Hashable
     controls: tuple[Control, ...]
     beside: tuple[Hashable, ...]
     form: Hashable
@@ -186,8 +188,10 @@ class _Positions:
 
     def read(self, args: Sequence[Any], doubt: str | None = None) -> Given:
         fixed = [args[i] for i in self._fixed]
+        identity = identity_key(fixed, self._own.writes)
         return Given(
-            identity_key(fixed, self._own.writes),
+            identity,
+            identity,
             tuple([self._control(args, of_span) for of_span in self._unseen]),
             identity_key([args[i] for i in self._controls]),
             signature([args[i] for i in self._form]),

@@ -31,6 +31,7 @@ class Keep:
         self._graph = graph
         self._copied = copied
         self._known = known
+        self._unread = bool(branch.pending)
 
     def __call__(
         self, compute: Callable[..., tuple[Any, ...]], operands: tuple[Any, ...], told_by: tuple[int, ...]
@@ -38,10 +39,12 @@ class Keep:
         told = [operands[i] for i in told_by]
         identity = (self._graph, *(self._aliases.get(key, key) for key in identity_key(told)))
         kept = self._record.kept
-        if kept is None or kept.identity != identity:
+        # A request that begins may have been given something else in the same memory; whether one does is not read yet.
+        unsure = self._unread and any(map(_leaves_no_trace, told))
+        if kept is None or kept.identity != identity or unsure:
             self._record.kept = None
             tensors = tuple(map(self._copied, compute(*operands)))
-            if not any(self._may_change_unseen(v) for v in told):
+            if not unsure and not any(map(self._may_change_unseen, told)):
                 self._record.kept = Kept(identity, StorageHold(told), tensors)
             return tensors
         return kept.tensors
@@ -51,9 +54,14 @@ class Keep:
 
         Who names a request does not, but to what is denoised, or tells the time.
         """
-        if not (isinstance(value, torch.Tensor) and value.is_inference() and is_one(value)):
+        if not _leaves_no_trace(value):
             return False
         return named_session() is None or not self._known or may_tell_time(value)
+
+
+def _leaves_no_trace(value: Any) -> bool:
+    """Whether writes to an input cannot be seen."""
+    return isinstance(value, torch.Tensor) and value.is_inference() and is_one(value)
 
 
 def keep_nothing(

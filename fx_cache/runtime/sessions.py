@@ -204,7 +204,7 @@ class Store:
             branch.apart = named is not None and named.branch is not None
             branch.unheard = unheard
             self._branches[key] = branch
-            self._share(branch, base[1:] if named is None else named.name, given, named)
+            self._share(branch, (given.form, given.of_requests, heard) if named is None else named.name, given, named)
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
         branch.unclear = None
@@ -232,30 +232,46 @@ class Store:
             self._requests[key] = branch.requests
             return
         branch.requests, found.several = found, True
-        begins, comes_late = self._begins_for(found, given, named)
-        if not begins:
+        if not self._begins_for(found, given, named):
             branch.request = found.present
-        branch.clock.comes_late = comes_late
+        branch.clock.comes_late = self._may_come_late(branch, given, named)
 
-    def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> tuple[bool, bool]:
-        """How a call that no branch of a session goes on with stands beside the last calls of the present request.
+    def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool:
+        """Whether a call that no branch of a session goes on with begins a request, as its time says."""
+        if not given.schedule and (named is None or named.step is None):
+            return False
+        others = self._in_present(requests, given, named)
+        return not others or any(b.clock.begins(sign) for b, sign in others)
 
-        Returns:
-            Whether it begins a request, as its time says; whether it may be a later step of the present one, or of one
-            that the session had before: of a program, or of a pass, that was another one until now.
+    def _may_come_late(self, branch: Branch, given: Given, named: NamedSession | None) -> bool:
+        """Whether the first call of a branch may be a later step of its request, or of one that it had before.
+
+        So it may where its program, or its pass, was another one until now; a pass that has a name is known by that.
         """
         if not given.schedule and (named is None or named.step is None):
-            return False, False
+            return False
+        others = self._in_present(branch.requests, given, named)
+        if others is None:
+            return True
+        own = [(b.clock, sign) for b, sign in others if not branch.apart or b.in_request == branch.in_request]
+        return any(clock.comes_late or clock.may_go_on(sign) for clock, sign in own)
+
+    def _in_present(
+        self, requests: Requests, given: Given, named: NamedSession | None
+    ) -> list[tuple[Branch, Sign]] | None:
+        """The branches of the present request, each with what a call shows beside its last one.
+
+        None: another thread is at one of its steps.
+        """
         of_requests = [b for b in self._branches.values() if b.requests is requests]
         for b in of_requests:
             if b.pending and not b.busy:
                 self.read_pending(b)
         others = [b for b in of_requests if b.request == requests.present]
-        if not others or any(b.busy for b in others):
-            return True, False
+        if any(b.busy for b in others):
+            return None
         signs, _ = _on_host([_sign(b, given, None, named) for b in others])
-        pairs = [(b.clock, sign) for b, sign in zip(others, signs, strict=True)]
-        return any(c.begins(sign) for c, sign in pairs), any(c.may_go_on(sign) for c, sign in pairs)
+        return list(zip(others, signs, strict=True))
 
     def _make_room(self, branch: Branch) -> None:
         """Discards what was used longest ago until no more is left than allowed: sessions, and passes without a name.
@@ -287,7 +303,8 @@ class Store:
 
     def _goes_on(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool = False) -> bool:
         """Whether a call is one step on in time for a branch; where that lies on a device, only if it may `wait`."""
-        return bool(given.schedule) and self._move(branch, given, named, wait=wait) in (Move.NEXT, Move.FIRST)
+        on = (Move.NEXT, Move.FIRST, Move.LATE)
+        return bool(given.schedule) and self._move(branch, given, named, wait=wait) in on
 
     def _move(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool) -> Move | None:
         """How a call would follow the last one of a branch; None where that lies on a device, and it may not `wait`."""
@@ -302,8 +319,10 @@ class Store:
         return branch.clock.preview(sign)
 
     def _renamed(self, branch: Branch, key: tuple[Hashable, ...]) -> Branch:
+        steps = branch.requests.steps.pop(branch.in_request, 0)
         self._branches[key] = self._branches.pop(branch.key)
         branch.key = key
+        branch.requests.steps[branch.in_request] = steps
         return branch
 
     def _beside(self, busy: Branch, form: Hashable, spans: int, named: NamedSession | None) -> Branch:
@@ -343,7 +362,7 @@ class Store:
                 goes_on = not given.schedule or (
                     self._goes_on(branch, given, named, wait=True)
                     and branch.request == branch.requests.present
-                    and not self._begins_for(branch.requests, given, named)[0]
+                    and not self._begins_for(branch.requests, given, named)
                 )
             aliases = branch.hold.aliases(given.fixed, identity_key(given.fixed)) if goes_on else None
             if aliases is not None:
@@ -360,16 +379,18 @@ class Store:
         if self.listener is not None and named is None and not branch.unheard:
             sign = replace(sign, said=self.listener.step)
         branch.earlier, branch.look = branch.look, look
-        last = branch.config.num_inference_steps
+        last, steps = branch.config.num_inference_steps, branch.requests.steps
+        if last is not None and sign.step is None and steps[branch.in_request] >= last:
+            sign, steps[branch.in_request] = replace(sign, begins=True), 0
+            branch.request = None if branch.clock.first else branch.request
+        steps[branch.in_request] += 1
         if not branch.slots:
             self._begin_anew(branch, named)
         else:
             first_move = branch.requests.several and branch.clock.moves == 0 and sign.step is None
-            if first_move and self._begins_for(branch.requests, given, named)[0]:
+            if first_move and self._begins_for(branch.requests, given, named):
                 sign = replace(sign, begins=True)
             branch.record.step += 1
-            if last is not None and sign.step is None and branch.record.step >= last:
-                sign = replace(sign, begins=True)
         if sign.step is not None:
             branch.pending.clear()
         branch.pending.append(sign)
@@ -425,18 +446,20 @@ class Store:
             behind = branch.request not in (None, shared.present)
             told = behind and sign is signs[-1] and branch.clock.preview(sign) not in _BEGINS  # by another branch alone
             move = branch.clock.move(replace(sign, begins=True) if told else sign)
+            puzzled = branch.clock.puzzled
             if move in _BEGINS:
                 again = branch.starts if branch.clock.tried else []
                 look = sign.look if move is Move.START else branch.last
                 branch.starts = [*again[:1], *([] if look is None else [look])]
                 began = i if move is Move.START else i - 1
                 if not behind and (branch.request is None or not first):
-                    shared.present += 1
+                    shared.begin()
+                    shared.steps[branch.in_request] = len(signs) - began
                 branch.request = shared.present
-            if move not in _BEGINS and branch.clock.doubt is None:
+            if move not in _BEGINS and (branch.clock.doubt is None or (move is Move.FIRST and not puzzled)):
                 self._complaints.went_on()
             elif not sign.apart:
-                self._complaints.began(sign.values, branch.clock.puzzled)
+                self._complaints.not_gone_on(sign.values, puzzled)
             branch.last = sign.look
         if branch.clock.doubts:
             self._complaints.lasts(branch.record, branch.config)

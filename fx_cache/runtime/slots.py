@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -218,11 +219,18 @@ class Requests:
     Attributes:
         present: number of the request that began last.
         several: whether there are several branches.
+        steps: calls of each pass of the present request (`Branch.in_request`), whatever program computed them.
     """
 
     def __init__(self) -> None:
         self.present = 0
         self.several = False
+        self.steps: Counter[Hashable] = Counter()
+
+    def begin(self) -> None:
+        """Another request begins."""
+        self.present += 1
+        self.steps.clear()
 
 
 class Branch:
@@ -276,6 +284,11 @@ class Branch:
     @property
     def slots(self) -> list[Slot]:
         return self.record.slots
+
+    @property
+    def in_request(self) -> Hashable:
+        """What its pass is known by, whatever program computes it."""
+        return self.key[0][1:] if isinstance(self.key, tuple) else self.key
 
     @property
     def doubt(self) -> str | None:
