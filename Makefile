@@ -22,7 +22,7 @@ test-all: test
 
 # The serving engine, in an environment of its own: it pins other versions.
 test-engine: $(ENGINE)/ready
-	VLLM_TARGET_DEVICE=cpu $(ENGINE)/bin/python -m pytest -c tests/engine/pytest.ini tests/engine -n 2 --dist loadgroup --durations=10
+	VLLM_TARGET_DEVICE=cpu $(ENGINE)/bin/python -m pytest -c tests/engine/pytest.ini tests/engine -n 2 --durations=10
 
 # By itself: counting lines takes as long again as most tests, since it counts the compiler's too.
 coverage: $(VENV)/ready

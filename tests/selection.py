@@ -22,6 +22,11 @@ def few(values: Iterable[Any], count: int) -> list[Any]:
     return [pytest.param(*v, marks=pytest.mark.long if i >= count else ()) for i, v in enumerate(every)]
 
 
+def every(step: int, values: Iterable[Any]) -> list[Any]:
+    """Values of a parameter of which neighbours are kin; all but one in `step` are ``long``."""
+    return [pytest.param(v, marks=pytest.mark.long if i % step else ()) for i, v in enumerate(values)]
+
+
 def selected(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """Those that run by themselves, and the others."""
     run: list[pytest.Item] = []

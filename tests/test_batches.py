@@ -294,6 +294,7 @@ def test_a_session_may_change_the_policy_on_the_way() -> None:
 
 @pytest.mark.slow
 @needs_inductor
+@pytest.mark.long
 def test_compiled_by_inductor() -> None:
     """The sub-batch goes into what was compiled for any number of samples."""
     model = Blocks(mixing=False).eval()

@@ -64,7 +64,7 @@ def test_what_compilers_make_is_called_with_a_list(compiler, boxed):
 
 
 @needs_inductor
-@pytest.mark.slow
+@pytest.mark.long
 def test_peak_over_the_plain_model_is_what_is_accounted():
     model, steps = shallow("flux"), walk("flux", 4, size=2)
     plain = torch.compile(model, fullgraph=True)

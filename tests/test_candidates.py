@@ -242,7 +242,7 @@ def steps(text: tuple[int, int], count: int = 4) -> list[tuple[Tensor, Tensor, T
 BY_STACK = ("text encoder", "one of a chain refused", "encoder and decoder")
 
 
-@pytest.mark.parametrize(("case", "scope"), [(c, "model") for c in CASES] + few([(c, "stack") for c in BY_STACK], 2))
+@pytest.mark.parametrize(("case", "scope"), [(c, "model") for c in CASES] + few([(c, "stack") for c in BY_STACK], 1))
 def test_which_stacks_are_cached(case: str, scope: str) -> None:
     torch.manual_seed(0)
     kind, cached, text = CASES[case]

@@ -46,7 +46,7 @@ def test_like_blocks_are_compiled_once_whatever_the_depth(depth: int) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", few(["flux", "dit", "wan", "pixart"], 1))
+@pytest.mark.parametrize("name", few(["dit", "flux", "wan", "pixart"], 1))
 def test_a_second_process_finds_every_piece_on_disk(name: str, dynamic: bool) -> None:
     seen.clear()
     options = {"compiler": "counting", "Fn_compute_blocks": 1}
@@ -59,7 +59,7 @@ def test_a_second_process_finds_every_piece_on_disk(name: str, dynamic: bool) ->
 
 @needs_inductor
 @pytest.mark.slow
-@pytest.mark.parametrize("name", few(["flux", "sd3", "cogvideox"], 1))
+@pytest.mark.parametrize("name", few(["dit", "flux", "sd3", "cogvideox"], 1))
 def test_inductor(name: str) -> None:
     model, steps = build(name), walk(name, 6)
     compiled = compile_cached(model, compiler="inductor", residual_diff_threshold=0.0, scope="stack")
@@ -113,7 +113,7 @@ def test_the_backend_is_found_by_name_without_an_import() -> None:
     assert done.stdout.strip() == "fx_cache.backend"
 
 
-@pytest.mark.parametrize("name", few(["flux", "dit", "pixart", "cogvideox"], 2))
+@pytest.mark.parametrize("name", few(["dit", "flux", "pixart", "cogvideox"], 1))
 def test_whole_head_span_and_tail_as_one_piece_each(name: str) -> None:
     """``regional=False``: the same results and decisions, and as many pieces whatever the depth."""
     steps = [*walk(name, 6), *walk(name, 6, seed=1)]

@@ -18,6 +18,7 @@ from fx_cache.profiles import options_for, recommended
 from tests.models import build, walk
 from tests.pipelines import CASES, FIRST, THRESHOLD, run
 from tests.running import compile_cached, hits_of, layers, shallow
+from tests.selection import few
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 
@@ -108,7 +109,7 @@ PROFILES = {"Tiny*": {"Fn_compute_blocks": 3}, "DiT*": {"Fn_compute_blocks": 2, 
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's export
-@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+@pytest.mark.parametrize("name", few(["dit", "flux", "wan"], 1))
 def test_an_exported_module(name: str) -> None:
     """Its operations are ATen's, and no module shows its blocks; roles and hits are the model's own."""
     model, steps = shallow(name), walk(name, 5)

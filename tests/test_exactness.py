@@ -14,7 +14,7 @@ from tests.selection import few
 
 
 @pytest.mark.parametrize("scope", ["model", "stack"])
-@pytest.mark.parametrize("name", few(NAMES, 4))
+@pytest.mark.parametrize("name", few(NAMES, 3))
 def test_never_reusing_is_the_model_itself(name: str, scope: str) -> None:
     model, steps = build(name), walk(name, 6)
     expected = run_eager(model, steps).outputs
@@ -22,7 +22,7 @@ def test_never_reusing_is_the_model_itself(name: str, scope: str) -> None:
     assert [torch.equal(a, b) for a, b in zip(expected, run.outputs, strict=True)] == [True] * 6
 
 
-@pytest.mark.parametrize("name", few(NAMES, 4))
+@pytest.mark.parametrize("name", few(NAMES, 3))
 def test_no_breaks_and_no_recompiles(name: str) -> None:
     model, steps = build(name), walk(name, 6)
     counters.clear()
@@ -39,7 +39,7 @@ def test_no_breaks_and_no_recompiles(name: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["model", "stack"])
-@pytest.mark.parametrize("name", few(NAMES, 4))
+@pytest.mark.parametrize("name", few(NAMES, 3))
 def test_a_hit_on_the_same_inputs_gives_the_same_output(name: str, scope: str) -> None:
     model, step = build(name), walk(name, 1)[0]
     compiled = compile_cached(model, scope=scope, residual_diff_threshold=1.0, Fn_compute_blocks=2, Bn_compute_blocks=1)

@@ -13,6 +13,7 @@ import fx_cache
 from tests.models import walk
 from tests.oracles import run_eager
 from tests.running import REUSING, compile_cached, last_branch, needs_inductor, shallow
+from tests.selection import few
 
 ROOT = Path(__file__).parents[1]
 CONTROLLED = "FluxTransformer2DModel+controlnet"
@@ -39,7 +40,7 @@ def run(program: torch.export.ExportedProgram, steps: list[dict]) -> tuple[list[
 
 
 @pytest.mark.parametrize("options", POLICIES, ids=["threshold", "stacks", "mask"])
-@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("name", few(["dit", "flux"], 1))
 def test_a_program_does_what_the_compiled_model_does(name: str, options: dict) -> None:
     """Bit for bit, with the same hits and the same diffs."""
     model, steps = shallow(name), walk(name, 12)

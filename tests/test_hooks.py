@@ -15,6 +15,7 @@ from tests.models import build, conditioning, walk
 from tests.pipelines import CASES, FIRST, THRESHOLD
 from tests.pipelines import run as generate
 from tests.running import hits_of, shallow
+from tests.selection import few
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that are tried here
 
@@ -61,7 +62,7 @@ def run(model: nn.Module, steps: list[dict]) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [by_block, pytest.param(by_leaf, marks=pytest.mark.long), int8, lora])
+@pytest.mark.parametrize("change", [by_block, int8, *few([lora, by_leaf], 0)])
 def test_exact_and_reused(change: Callable[[nn.Module], None]) -> None:
     model, steps = build("flux"), walk("flux", 6)
     change(model)

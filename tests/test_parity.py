@@ -65,7 +65,7 @@ def check_against(model, steps, scope: str, settings: dict, compiled: dict, **or
     return hits
 
 
-@pytest.mark.parametrize("name", few(NAMES, 4))
+@pytest.mark.parametrize("name", few(NAMES, 3))
 def test_scope_stack_is_cache_dit(name: str) -> None:
     model, steps, compiled = build(name), walk(name, STEPS), {}
     for settings in CONFIGS.values():
@@ -78,7 +78,7 @@ def test_scope_model_is_cache_dit_on_a_merged_list() -> None:
         assert check_against(model, steps, "model", settings, compiled)
 
 
-@pytest.mark.parametrize("name", few(NAMES, 4))
+@pytest.mark.parametrize("name", few(NAMES, 3))
 def test_scope_model_is_first_block_cache(name: str) -> None:
     model, steps = build(name), walk(name, STEPS)
     measured = run_first_block_cache(model, steps, threshold=MEASURE_ONLY)

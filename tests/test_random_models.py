@@ -14,7 +14,7 @@ from tests.random_rule import Oracle
 from tests.running import last_branch, relative_error
 
 STEPS = 7
-SHARDS = 4
+SHARDS = 12
 MODELS = int(os.environ.get("FX_CACHE_RANDOM_MODELS", "300"))
 
 

@@ -30,7 +30,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("name", few(NAMES, 3))
+@pytest.mark.parametrize("name", few(NAMES, 2))
 def test_explain_names_stacks_patterns_and_streams(name: str) -> None:
     model, step = build(name), walk(name, 1)[0]
     compiled = compile_cached(model)
@@ -57,7 +57,7 @@ def test_looking_often_leaves_compiling_alone() -> None:
     assert fx_cache.summary(model).to_dict()["sessions"]
 
 
-@pytest.mark.parametrize("name", few(NAMES, 3))
+@pytest.mark.parametrize("name", few(NAMES, 2))
 def test_the_roles_of_inputs_are_read_off_the_graph(name: str) -> None:
     model, step = build(name), walk(name, 1)[0]
     inputs = fx_cache.explain(compile_cached(model), **step).inputs

@@ -14,6 +14,7 @@ from benchmarks.zoo import NOT_FULLGRAPH, OWN_BEGINNING, ZOO, compile_zoo, cuts,
 from tests.models import build, walk
 from tests.oracles import tensors
 from tests.running import last_branch, relative_error
+from tests.selection import every
 
 # What diffusers and Dynamo warn of is not looked at here.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,7 +34,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", every(5, ZOO))
 def test_exact_and_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = recorded(monkeypatch)
     model, steps = build(name), walk(name, 3)

@@ -15,9 +15,6 @@ from tests.engine.running import ALWAYS, NEVER, SUMMARY, Digests, make, run, sum
 STEPS, SIZE = 8, 64
 A, B, AGAIN = (["a cat"], 1, SIZE, STEPS), (["a dog"], 2, SIZE, STEPS), (["a cat"], 1, SIZE, STEPS)
 
-pytestmark = pytest.mark.xdist_group("engine")  # they share what `runs` has made
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make("klein", tmp_path_factory.mktemp("klein"))

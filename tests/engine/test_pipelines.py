@@ -1,6 +1,7 @@
 """Whole pipelines of the engine. Oracles: what it makes without a cache, and a request that is made again.
 
-CI runs those that show something of their own; ``FX_CACHE_PIPELINES=all`` runs every one.
+``make test-all`` runs those that show something of their own, and ``make test`` those of them that do not take long;
+``FX_CACHE_PIPELINES=all`` runs every one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Case:
 
     Attributes:
         hits: of each pass of a request, where every step reuses that may.
-        own: why CI runs it; nothing: it does not.
+        own: what it shows of its own; nothing: it is run on demand.
+        long: whether only ``make test-all`` runs it.
         steps: of a request.
         size: of its image, height and width.
         more: sampling parameters of it.
@@ -34,6 +36,7 @@ class Case:
 
     hits: list[int]
     own: str = ""
+    long: bool = False
     steps: int = 8
     size: int = 64
     more: dict[str, Any] = field(default_factory=dict)
@@ -63,14 +66,14 @@ CASES = {
         prompts=tuple([text, contrast] for text, contrast in zip(QUOTED, (1.0, 0.5), strict=True)),
     ),
     "wan": Case([3, 3, 4, 4], "two transformers, with two passes each", steps=16),
-    "helios": Case([3, 3, 3, 3], "two chunks, with two passes each", size=128, more={"num_frames": 66}),
-    "ltx2": Case([3], "conditioning that is made anew at every step", size=32, more={"num_frames": 5}),
-    "bagel": Case([3, 0], "a KV cache that is made anew at every step; no timestep", steps=10, options=LOW),
+    "helios": Case([3, 3, 3, 3], "two chunks, with two passes each", True, size=128, more={"num_frames": 66}),
+    "ltx2": Case([3], "conditioning that is made anew at every step", True, size=32, more={"num_frames": 5}),
+    "bagel": Case([3, 0], "a KV cache that is made anew at every step; no timestep", True, steps=10, options=LOW),
     "hunyuan-image3": Case([0, 3], options=LOW | ONE_DEVICE),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if c.long else ()) for n, c in CASES.items()])
 def test_a_whole_pipeline(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     if not case.own and os.environ.get("FX_CACHE_PIPELINES") != "all":

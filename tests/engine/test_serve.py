@@ -69,8 +69,10 @@ def ask(address: str, prompt: str, size: int) -> str:
 
 @pytest.mark.parametrize(
     ("pipeline", "more"),
-    [("klein", []), ("qwen-image", ["--step-execution", "--max-num-seqs", "4"])],
-    ids=["requests", "steps"],
+    [
+        pytest.param("klein", [], id="requests", marks=pytest.mark.long),
+        pytest.param("qwen-image", ["--step-execution", "--max-num-seqs", "4"], id="steps"),
+    ],
 )
 def test_40_requests_at_once(tmp_path: Path, pipeline: str, more: list[str]) -> None:
     """One after another, and in step mode, where several are under way together."""
