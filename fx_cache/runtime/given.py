@@ -131,7 +131,7 @@ class Reader:
             return replace(self._positions.read(args, doubt), call=call)
         assert moves is not None
         if moves not in self._learned:
-            self._learned[moves] = _Positions(_with_moves(self._roles, moves), self._own, self._known)
+            self._learned[moves] = _Positions(_with_moves(self._roles, moves), self._own, known=False)
         return replace(self._learned[moves].read(args), together=not self._roles.timed, call=call)
 
     def writing(self, args: Sequence[Any]) -> contextlib.AbstractContextManager[None]:

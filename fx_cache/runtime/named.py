@@ -83,7 +83,8 @@ def session(
         num_inference_steps: steps of this request, if `step` is not given: the one after the last starts it afresh.
         config: run-time options (:class:`fx_cache.CacheConfig`) for the calls inside. Nothing is recompiled.
 
-    Without `step`, a timestep that goes back starts the request afresh; so does another shape, dtype or device.
+    Without `step`, a timestep that goes back starts the request afresh, once it is known which input that is; so does
+    another shape, dtype or device.
 
     Raises:
         SessionError: a name that is no non-empty string, or a step that is no integer >= 0.

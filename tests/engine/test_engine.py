@@ -15,6 +15,7 @@ from tests.engine.running import ALWAYS, NEVER, SUMMARY, Digests, make, run, sum
 STEPS, SIZE = 8, 64
 A, B, AGAIN = (["a cat"], 1, SIZE, STEPS), (["a dog"], 2, SIZE, STEPS), (["a cat"], 1, SIZE, STEPS)
 
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make("klein", tmp_path_factory.mktemp("klein"))
