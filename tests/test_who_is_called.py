@@ -52,10 +52,14 @@ class Dit(nn.Module):
         frequencies = torch.exp(-torch.arange(16) / 4.0)
         return self.time(torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], -1))
 
-    def added(self, latent: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def begin(self, latent: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes through the blocks, and the embedding of the time."""
+        return torch.cat([self.text(text), self.patch(latent)], 1), self.embedded(t)
+
+    def added(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """What the first block makes, and what the others add to that."""
-        e = self.embedded(t)
-        first = x = self.blocks[0](torch.cat([self.text(text), self.patch(latent)], 1), e)
+        x, e = self.begin(*inputs)
+        first = x = self.blocks[0](x, e)
         for block in self.blocks[1:]:
             x = block(x, e)
         return first, x - first
@@ -717,10 +721,12 @@ class Otherwise(Dit):
         super().__init__()
         self.broken = broken
 
-    def forward(self, latent: Tensor, t: Tensor | None, text: Tensor, late: bool) -> Tensor:
-        e = torch.ones(1, 32) if t is None else self.embedded(t)
+    def begin(self, latent: Tensor, t: Tensor | None, text: Tensor, late: bool) -> tuple[Tensor, Tensor]:
         x = torch.cat([self.text(text), self.patch(latent)], 1)
-        x = x * 1.01 if late else x
+        return x * 1.01 if late else x, torch.ones(1, 32) if t is None else self.embedded(t)
+
+    def forward(self, latent: Tensor, t: Tensor | None, text: Tensor, late: bool) -> Tensor:
+        x, e = self.begin(latent, t, text, late)
         for block in self.blocks:
             if self.broken:
                 torch._dynamo.graph_break()
@@ -770,27 +776,86 @@ class Deep(Dit):
         return super().forward(latent, t, self.deep(text))
 
 
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("on_a_device", [False, True])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("said", [{}, {"branch": "only"}, {"step": 0}, {"branch": "only", "step": 0}], ids=str)
 def test_a_prompt_in_the_place_of_the_last_one_in_inference_mode(
-    on_a_device: bool, monkeypatch: pytest.MonkeyPatch
+    said: dict[str, Any], steps: int, on_a_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That the time goes back shows that the request begins, also where it is read later than the prompt is used."""
-    model, kept = Deep().eval(), 0
+    """What is made of it is used by the request alone that it was made for, and where that is sure."""
+    model = Deep().eval()
     compiled = compile_cached(model, residual_diff_threshold=0.0)
     if on_a_device:
         schedule_on_a_device(monkeypatch)
     with torch.inference_mode():
         text = torch.empty(1, 200, 24)
-        for _ in range(3):
+        for begins in (0.9, 0.9, 0.8, 0.3):
             text.normal_()
             x = torch.randn(1, 8, 16)
-            for i in range(4):
-                with fx_cache.session("slot", branch="only"):
-                    output = compiled(x, torch.tensor([0.9 - 0.1 * i]), text)
-                assert torch.equal(output, model(x, torch.tensor([0.9 - 0.1 * i]), text))
+            for i in range(steps):
+                t, named = torch.tensor([begins - 0.1 * i]), {**said, "step": i} if "step" in said else said
+                with fx_cache.session("slot", **named):
+                    output = compiled(x, t, text)
+                assert torch.equal(output, model(x, t, text)), (begins, i)
                 x = x - 0.1 * output
         kept = fx_cache.summary(compiled).to_dict()["sessions"][-1]["branches"][-1]["kept_bytes"]
-    assert bool(kept) != on_a_device
+    assert bool(kept) == ("step" in said or "branch" not in said)
+
+
+A, B = False, True
+AGAIN = {
+    "first call": [(0, 0.9, A)],
+    "first call, otherwise": [(0, 0.9, B)],
+    "on the way": [(0, 0.9, A), (0, 0.85, A), (0, 0.8, A), (1, 0.8, A), (1, 0.75, A)],
+    "otherwise in between": [(0, 0.9, A), (0, 0.85, A), (0, 0.8, A), (1, 0.9, B), (2, 0.9, A), (2, 0.85, B)],
+    "where it went on otherwise": [(0, 0.9, A), (0, 0.85, A), (0, 0.8, B), (1, 0.8, A), (1, 0.75, A)],
+}
+"""Requests of one name before the last one: number, time and flag of each call."""
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize(("before", "branch"), [*((k, None) for k in AGAIN), *((k, "only") for k in [*AGAIN][:-1])])
+def test_a_name_that_is_used_again(before: str, branch: str | None, broken: bool, anew: bool) -> None:
+    """Its requests have prompts that are equal, or with a branch their own, and latents that are alike."""
+    model, noise, text, own = Otherwise(broken).eval(), torch.randn(1, 16, 16), torch.randn(1, 7, 24), {}
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    last, found = AGAIN[before][-1][0] + 1, []
+    texts = [text if branch is None else torch.randn(1, 7, 24) for _ in range(last + 1)]
+    latents = [noise + 0.4 * torch.randn(noise.shape) for _ in range(last + 1)]
+    for request, time, late in [*AGAIN[before], *((last, 0.9 - 0.05 * i, False) for i in range(STEPS))]:
+        inputs = latents[request], torch.tensor([time]), texts[request], late
+        with fx_cache.session("request", branch):
+            output = compiled(*inputs[:2], inputs[2].clone() if anew else inputs[2], late)
+        first, added = model.added(*inputs)
+        found.append((request, not torch.equal(output, model(*inputs))))
+        if found[-1][1]:
+            assert request in own, f"first call of request {request}"
+            torch.testing.assert_close(output, model.last((first + own[request])[:, 7:]))
+        else:
+            own[request] = added
+        latents[request] = latents[request] - 0.1 * output
+    # Over several graphs another prompt object may compute, in a branch that has a name.
+    assert found[-1] == (last, True) or (broken and anew and branch)
+
+
+def test_a_branch_that_was_never_named_begins() -> None:
+    """It has a prompt equal to that of the pass without a name beside it, which is made anew at every step."""
+    model, text = Dit().eval(), torch.randn(1, 7, 24)
+    compiled, found = compile_cached(model, residual_diff_threshold=10.0), []
+    latents = {"": torch.randn(1, 16, 16), "window": torch.randn(1, 16, 16)}
+    for i in range(STEPS):
+        t = torch.tensor([0.9 - 0.05 * i])
+        for k in ("window", "") if i >= 4 else ("",):
+            with fx_cache.session("request", k or None):
+                output = compiled(latents[k], t, text.clone())
+            found.append((k, not torch.equal(output, model(latents[k], t, text))))
+            latents[k] = latents[k] - 0.1 * output
+    windows = [hit for k, hit in found if k]
+    assert windows == [False, True, True, True]
+    assert [hit for k, hit in found if not k][:4] == [False, True, True, True]
 
 
 @pytest.mark.filterwarnings("error::fx_cache.CacheWarning")

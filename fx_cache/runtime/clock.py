@@ -80,6 +80,7 @@ class Sign:
         named: whether somebody says to which request the call belongs.
         apart: whether somebody says to which pass of the request it belongs.
         begins: whether it is known to be the first call of a request.
+        renewed: whether its conditioning is another one than at the call before.
         step: number of the step where the caller counts; then nothing else is looked at.
     """
 
@@ -90,6 +91,7 @@ class Sign:
     named: bool = False
     apart: bool = False
     begins: bool = False
+    renewed: bool = False
     step: int | None = None
     times: tuple[int, ...] = ()
     together: bool = False
@@ -162,6 +164,7 @@ class Clock:
     _left: Values | None = None
     _said: int | None = None
     _direction: Direction | None = None
+    _formerly: Direction | None = None
     _stride: Values = ()
     _moves: int = 0
     _strayed: list[float] = field(default_factory=list)
@@ -182,6 +185,7 @@ class Clock:
         if move is Move.REPEAT and self._moves == 0 and not sign.apart:
             move = Move.START  # most likely the call before was a try
         if move is Move.START:
+            self._formerly = self._direction or self._formerly
             # Behind two calls at one time, one that moves may go on with either.
             self._moves, self._direction, self._strayed, self._lasting = 0, None, [], None
             self._tried, self._left = again, before
@@ -220,6 +224,8 @@ class Clock:
             return Move.START
         if self._again(sign):
             return Move.REPEAT
+        if sign.apart and sign.renewed and values and values == self._last:
+            return Move.START
         if self._still(sign):
             return Move.NEXT if sign.apart else Move.REPEAT
         step = directions(self._last, values)
@@ -267,6 +273,11 @@ class Clock:
         return self._last is None
 
     @property
+    def at(self) -> tuple[Values | None, int | None]:
+        """What its last call showed of the time."""
+        return self._last, self._said
+
+    @property
     def moves(self) -> int:
         """How many of the request's calls went on in time."""
         return self._moves
@@ -293,10 +304,15 @@ class Clock:
 
     def _trusts(self, sign: Sign, step: Direction) -> bool:
         """Whether what is said leaves no doubt about a first move; where two inputs move, it may be a pass."""
-        if self.comes_late and not self._ahead(sign):
+        if (self.comes_late or self._turns(step)) and not self._ahead(sign):
             return False
         said = sign.named or self._ahead(sign)
         return sign.apart or (said and not self._tried and sum(map(bool, step)) <= 1)
+
+    def _turns(self, step: Direction) -> bool:
+        """Whether time goes the other way than in the request before: that may have been given up, and one begun."""
+        before = () if self._formerly is None else self._formerly
+        return len(before) == len(step) and any(a * b < 0 for a, b in zip(before, step, strict=True))
 
     def _ahead(self, sign: Sign) -> bool:
         """Whether somebody says that a step has passed."""

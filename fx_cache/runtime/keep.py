@@ -31,7 +31,7 @@ class Keep:
         self._graph = graph
         self._copied = copied
         self._known = known
-        self._unread = bool(branch.pending)
+        self._goes_on = not branch.pending and branch.clock.doubt is None and branch.clock.moves > 1
 
     def __call__(
         self, compute: Callable[..., tuple[Any, ...]], operands: tuple[Any, ...], told_by: tuple[int, ...]
@@ -39,12 +39,12 @@ class Keep:
         told = [operands[i] for i in told_by]
         identity = (self._graph, *(self._aliases.get(key, key) for key in identity_key(told)))
         kept = self._record.kept
-        # A request that begins may have been given something else in the same memory; whether one does is not read yet.
-        unsure = self._unread and any(map(_leaves_no_trace, told))
-        if kept is None or kept.identity != identity or unsure:
+        # A request that begins may have been given something else in the same memory.
+        begins = not self._goes_on and any(map(_leaves_no_trace, told))
+        if kept is None or kept.identity != identity or begins:
             self._record.kept = None
             tensors = tuple(map(self._copied, compute(*operands)))
-            if not unsure and not any(map(self._may_change_unseen, told)):
+            if not any(map(self._may_change_unseen, told)):
                 self._record.kept = Kept(identity, StorageHold(told), tensors)
             return tensors
         return kept.tensors
@@ -52,11 +52,15 @@ class Keep:
     def _may_change_unseen(self, value: Any) -> bool:
         """Whether somebody may write to an input and leave no trace.
 
-        Who names a request does not, but to what is denoised, or tells the time.
+        Who names a request does not, but to what is denoised, or tells the time. Where a pass is named, and no step,
+        nothing but the time shows that another request begins.
         """
         if not _leaves_no_trace(value):
             return False
-        return named_session() is None or not self._known or may_tell_time(value)
+        named = named_session()
+        if named is None or (named.branch is not None and named.step is None):
+            return True
+        return not self._known or may_tell_time(value)
 
 
 def _leaves_no_trace(value: Any) -> bool:

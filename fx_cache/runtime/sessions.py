@@ -191,7 +191,7 @@ class Store:
             branch.aliases = {}
             if isinstance(branch.hold, ContentHold):
                 branch.hold = StorageHold(given.fixed)  # its inputs are not made anew: no copies are needed
-        elif named is not None:
+        elif named is not None and named.branch is None:
             branch = self._with_equal_inputs(form, heard, given, named)
         if branch is not None and branch.busy:
             return self._beside(branch, form, spans, named)
@@ -205,6 +205,7 @@ class Store:
             branch.unheard = unheard
             self._branches[key] = branch
             self._share(branch, (given.form, given.of_requests, heard) if named is None else named.name, given, named)
+            self._doubt_equal(branch, heard, given)
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
         branch.unclear = None
@@ -351,8 +352,10 @@ class Store:
     def _with_equal_inputs(self, form: Hashable, heard: str | None, given: Given, named: NamedSession) -> Branch | None:
         """The branch of a named request whose inputs are made anew at every step, with the same content.
 
-        It has to be one step on in time; of passes with equal inputs, it is the one whose turn it is.
+        It has to be one step on in time. Of several, it is one of those that have come farthest in time: of passes with
+        equal inputs, the one whose turn it is.
         """
+        found: list[tuple[Branch, dict[Hashable, Hashable]]] = []
         for branch in self._of(named.name):
             if not isinstance(branch.hold, ContentHold) or (branch.form, branch.heard) != (form, heard) or branch.busy:
                 continue
@@ -366,9 +369,27 @@ class Store:
                 )
             aliases = branch.hold.aliases(given.fixed, identity_key(given.fixed)) if goes_on else None
             if aliases is not None:
+                found.append((branch, aliases))
+        last = found[-1][0].clock.at if found else None
+        for branch, aliases in found:
+            if branch.clock.at == last:
                 branch.aliases = aliases
                 return branch
         return None
+
+    def _doubt_equal(self, branch: Branch, heard: str | None, given: Given) -> None:
+        """Of a pass that begins and another one of equal content, neither is sure to go on with its first call.
+
+        The other one may have been given up at that, and begun again with inputs that were made anew.
+        """
+        if not isinstance(branch.hold, ContentHold) or branch.owner is None:
+            return
+        for other in self._of(branch.owner):
+            if other is branch or other.busy or other.clock.moves or not isinstance(other.hold, ContentHold):
+                continue
+            alike = (other.form, other.heard) == (branch.form, heard)
+            if alike and other.hold.same(given.fixed, identity_key(given.fixed)):
+                other.clock.comes_late = branch.clock.comes_late = True
 
     def _advance(self, branch: Branch, given: Given, named: NamedSession | None) -> None:
         """Counts the step, and finds out what the call shows of its place in the request as far as the host knows."""
@@ -378,6 +399,12 @@ class Store:
         sign = _sign(branch, given, look, named)
         if self.listener is not None and named is None and not branch.unheard:
             sign = replace(sign, said=self.listener.step)
+        if branch.apart and sign.step is None and given.doubt is None:
+            before = branch.conditioning
+            renewed = before is None or not before.same(given.fixed, _keys(given))
+            if renewed:
+                branch.conditioning = StorageHold(given.fixed, _keys(given))
+            sign = replace(sign, renewed=renewed)
         branch.earlier, branch.look = branch.look, look
         last, steps = branch.config.num_inference_steps, branch.requests.steps
         if last is not None and sign.step is None and steps[branch.in_request] >= last:
@@ -387,15 +414,23 @@ class Store:
         if not branch.slots:
             self._begin_anew(branch, named)
         else:
-            first_move = branch.requests.several and branch.clock.moves == 0 and sign.step is None
-            if first_move and self._begins_for(branch.requests, given, named):
-                sign = replace(sign, begins=True)
+            if branch.requests.several and branch.clock.moves == 0 and sign.step is None:
+                if self._begins_for(branch.requests, given, named):
+                    sign = replace(sign, begins=True)
+                branch.clock.comes_late |= self._had_another_program(branch)
             branch.record.step += 1
+        branch.requests.calls += 1
+        branch.called = branch.requests.calls
         if sign.step is not None:
             branch.pending.clear()
         branch.pending.append(sign)
         if not any(s.late for s in branch.pending):
             self.read_pending(branch)
+
+    def _had_another_program(self, branch: Branch) -> bool:
+        """Whether another program was called since a branch's last call: for this pass too, maybe, and at its time."""
+        later = [b for b in self._branches.values() if b.requests is branch.requests and b.called > branch.called]
+        return any(b.program != branch.program for b in later)
 
     def _refresh(self, branch: Branch, named: NamedSession | None) -> None:
         """Counts the calls of a request, and starts all its branches afresh where the configuration says so."""
@@ -542,6 +577,11 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
         back=back,
         look=start,
     )
+
+
+def _keys(given: Given) -> tuple[Hashable, ...]:
+    """Who the conditioning of a call is."""
+    return given.identity if isinstance(given.identity, tuple) else (given.identity,)
 
 
 def _since(look: Look, before: Look | None) -> tuple[float, ...] | torch.Tensor | None:

@@ -219,12 +219,14 @@ class Requests:
     Attributes:
         present: number of the request that began last.
         several: whether there are several branches.
+        calls: of all branches together.
         steps: calls of each pass of the present request (`Branch.in_request`), whatever program computed them.
     """
 
     def __init__(self) -> None:
         self.present = 0
         self.several = False
+        self.calls = 0
         self.steps: Counter[Hashable] = Counter()
 
     def begin(self) -> None:
@@ -255,6 +257,8 @@ class Branch:
         heard: what the pipeline calls it, or None.
         busy: whether a call of it is running.
         aliases: where inputs of its present call were made anew, by the key of each that of the one it began with.
+        called: number of its last call, among those of its requests.
+        conditioning: what its last call was given, where nothing but its name is looked at otherwise.
     """
 
     def __init__(self, key: Hashable, form: Hashable, hold: StorageHold, spans: int, config: CacheConfig) -> None:
@@ -267,6 +271,8 @@ class Branch:
         self.heard: str | None = None
         self.busy = False
         self.aliases: dict[Hashable, Hashable] = {}
+        self.called = 0
+        self.conditioning: StorageHold | None = None
         self.form = form
         self.hold = hold
         self.clock = Clock()
@@ -284,6 +290,11 @@ class Branch:
     @property
     def slots(self) -> list[Slot]:
         return self.record.slots
+
+    @property
+    def program(self) -> Hashable:
+        """What its calls compute."""
+        return self.form[0] if isinstance(self.form, tuple) else self.form
 
     @property
     def in_request(self) -> Hashable:
