@@ -1,7 +1,7 @@
 """Which tests run by themselves, in half an hour; ``FX_CACHE_TESTS=all`` runs all of them.
 
 Left out are those marked as ``long``, which others nearly stand for, and of tests with three parameters or more what is
-not needed for every pair of values. What goes wrong hangs on one or two of them, hardly ever on three: Kuhn, Wallace
+not needed for every pair of values; of those marked ``singly``, what is not needed for every value. What goes wrong hangs on one or two of them, hardly ever on three: Kuhn, Wallace
 and Gallo, "Software Fault Interactions and Implications for Software Testing", IEEE Transactions on Software
 Engineering 30(6), 2004.
 """
@@ -35,10 +35,12 @@ def selected(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.I
         members = list(group)
         axes = [range(len(mark.args[1])) for mark in members[0].iter_markers("parametrize")]
         product = list(itertools.product(*axes))
-        if len(axes) > 2 and len(product) == len(members):  # else some were asked for by name
-            pairs = {tuple(pair) for pair in AllPairs([list(axis) for axis in axes])}
+        singly = members[0].get_closest_marker("singly") is not None
+        if (len(axes) > 2 or singly) and len(product) == len(members):  # else some were asked for by name
+            pairs = {tuple(pair) for pair in AllPairs([list(axis) for axis in axes])} if not singly else set()
+            values = {tuple(i % len(axis) for axis in axes) for i in range(max(map(len, axes)))}
             for item, place in zip(members, product, strict=True):
-                (run if place in pairs else others).append(item)
+                (run if place in (pairs or values) else others).append(item)
         else:
             run += members
     if len(items) == 1:  # asked for by name

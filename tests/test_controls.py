@@ -15,6 +15,7 @@ from fx_cache.runtime.gate import SpanGate
 from tests.models import build, walk
 from tests.oracles import run_eager
 from tests.running import compile_cached, hits_of, last_branch, relative_error, run_cached
+from tests.selection import few
 
 NAME = "FluxTransformer2DModel+controlnet"
 CHANGED = "an input that feeds only the span changed"
@@ -47,7 +48,7 @@ def test_unchanged_controls_do_not_matter() -> None:
     assert all(hits == [1, 2, 3, 4] for hits in run.hits)
 
 
-@pytest.mark.parametrize("branch", [None, "cond"])
+@pytest.mark.parametrize("branch", few([None, "cond"], 1))
 def test_a_step_with_other_controls_computes(branch: str | None) -> None:
     """cache-dit reuses here, and shows the picture of the old control (its issue 482)."""
     model, steps = build(NAME), walk(NAME, 6)
@@ -102,7 +103,7 @@ def test_two_requests_with_one_prompt_and_two_controls_stay_apart() -> None:
     )
 
 
-@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+@pytest.mark.parametrize("mode", few([contextlib.nullcontext, torch.inference_mode], 1))
 def test_made_anew_with_the_same_content_they_are_the_same(mode: Any) -> None:
     """Where the request is named: the keys and values of a prompt, joined at every step."""
     model, steps = build(NAME), walk(NAME, 6)
@@ -133,7 +134,7 @@ def clones(value: Any) -> Any:
     return type(value)(map(clones, value)) if isinstance(value, list | tuple) else value
 
 
-@pytest.mark.parametrize("name", [None, "request"])
+@pytest.mark.parametrize("name", few([None, "request"], 1))
 def test_written_while_the_span_is_computed(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another thread, say. What the span was computed from is not known: the next step computes."""
     model, steps = build(NAME), walk(NAME, 5)
@@ -206,6 +207,7 @@ LATE: list[tuple[str, Any, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.singly
 @pytest.mark.parametrize("said", [{}, {"branch": "only"}, {"step": 0}, {"branch": "only", "step": 0}], ids=str)
 @pytest.mark.parametrize(("how", "shape", "options"), LATE)
 def test_what_no_probe_shows(how: str, shape: Any, options: dict[str, Any], said: dict[str, Any]) -> None:

@@ -536,6 +536,7 @@ ONCE = ("begin", "release", "open", "decide", "came_back", "know", "control", "v
         (net, "versions"),
     ],
 )
+@pytest.mark.singly
 @pytest.mark.parametrize("late", [False, True])
 def test_an_error_of_ours(kind: Any, function: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first call on, or once in the middle of a step that is reused: that step is the model's own."""
@@ -664,7 +665,7 @@ OFFLOADED = [
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("name", "kind"), few(OFFLOADED, 4))
+@pytest.mark.parametrize(("name", "kind"), few(OFFLOADED, 2))
 def test_a_hit_is_what_it_is_in_one_graph(name: str, kind: str) -> None:
     """However finely offloading cuts a forward. Oracle: the same without offloading, bit for bit."""
 

@@ -451,6 +451,7 @@ PLACES: dict[str, Callable[[int], Any]] = {
 }
 
 
+@pytest.mark.singly
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize(
     ("count", "alike", "name"), [(3, 0.4, None), (12, 0.4, "video"), (12, 0.01, "video"), (4, 0.1, None)]
