@@ -1,9 +1,9 @@
 """Which tests run by themselves, in half an hour; ``FX_CACHE_TESTS=all`` runs all of them.
 
-Left out are those marked as ``long``, which others nearly stand for, and of tests with three parameters or more what is
-not needed for every pair of values; of those marked ``singly``, what is not needed for every value. What goes wrong hangs on one or two of them, hardly ever on three: Kuhn, Wallace
-and Gallo, "Software Fault Interactions and Implications for Software Testing", IEEE Transactions on Software
-Engineering 30(6), 2004.
+Left out are those marked as ``long``, which others nearly stand for, and of tests with three parameters or more what
+is not needed for every pair of values; of those marked ``singly``, what is not needed for every value. What goes
+wrong hangs on one or two of them, hardly ever on three: Kuhn, Wallace and Gallo, "Software Fault Interactions and
+Implications for Software Testing", IEEE Transactions on Software Engineering 30(6), 2004.
 """
 
 from __future__ import annotations
