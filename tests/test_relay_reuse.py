@@ -504,7 +504,8 @@ def test_what_is_embedded_like_the_time(graphs: int, plain: bool, branch: str, n
             same = torch.equal(output, model(**step, guidance=guidance)[0])
             assert same or (i != CHANGES and (way != "at every step" or i > CHANGES))
             hits += not same
-    assert hits or plain or way == "at every step"
+    # Unnamed, the latents would have to show which of the two is the time, and no sampler made these.
+    assert hits or plain or way == "at every step" or branch == "unnamed"
 
 
 @pytest.mark.parametrize("together", [2, 8])

@@ -80,7 +80,7 @@ class Sign:
         named: whether somebody says to which request the call belongs.
         apart: whether somebody says to which pass of the request it belongs.
         begins: whether it is known to be the first call of a request.
-        renewed: whether its conditioning is another one than at the call before.
+        renewed: whether its conditioning is another one than at the call before; only asked of a branch that is named.
         step: number of the step where the caller counts; then nothing else is looked at.
     """
 
@@ -154,8 +154,8 @@ class Clock:
 
     Attributes:
         doubt: why the present step computes; None: its place in the request is certain.
-        comes_late: whether its first call may be a later step of a request that other clocks know of: what time has
-            done before that is not known here.
+        comes_late: whether its first move is no evidence, whatever is said: its first call may be a later step of a
+            request that other clocks know of, or of one that was given up. What time has done before is not known here.
     """
 
     doubt: str | None = None
@@ -224,10 +224,8 @@ class Clock:
             return Move.START
         if self._again(sign):
             return Move.REPEAT
-        if sign.apart and sign.renewed and values and values == self._last:
-            return Move.START
         if self._still(sign):
-            return Move.NEXT if sign.apart else Move.REPEAT
+            return self._again_at(sign) if sign.apart else Move.REPEAT
         step = directions(self._last, values)
         if BOTH_WAYS in step:
             return Move.START
@@ -309,9 +307,18 @@ class Clock:
         said = sign.named or self._ahead(sign)
         return sign.apart or (said and not self._tried and sum(map(bool, step)) <= 1)
 
+    def _again_at(self, sign: Sign) -> Move:
+        """How a call of a named pass goes on at the time of the call before: the same number may be no time."""
+        if not sign.renewed and _values(sign) == self._last:
+            return Move.NEXT
+        # With other conditioning, or another number beside it: what has moved before would have moved, were it a step.
+        if any(self._direction or ()):
+            return Move.START
+        return Move.NEXT if self._moves else Move.FIRST
+
     def _turns(self, step: Direction) -> bool:
         """Whether time goes the other way than in the request before: that may have been given up, and one begun."""
-        before = () if self._formerly is None else self._formerly
+        before = self._formerly or ()  # the direction that was known last, before the request began
         return len(before) == len(step) and any(a * b < 0 for a, b in zip(before, step, strict=True))
 
     def _ahead(self, sign: Sign) -> bool:

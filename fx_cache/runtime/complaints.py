@@ -59,7 +59,7 @@ class Complaints:
             self._note(_CHANGING)
 
     def not_gone_on(self, at: Hashable, apart: bool) -> None:
-        """A call has begun a request, or may have, `at` this time: many may begin at one time, side by side.
+        """Nothing shows that a call goes on with a request, `at` this time: many may begin at one time, side by side.
 
         Args:
             at: the time.

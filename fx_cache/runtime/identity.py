@@ -111,7 +111,14 @@ class ContentHold(StorageHold):
 
     def same(self, inputs: Sequence[Any], keys: tuple[Hashable, ...]) -> bool:
         """Whether some inputs, which have these keys, have the content of those held, bit for bit."""
-        return self.aliases(inputs, keys) is not None
+        same = self.aliases(inputs, keys) is not None
+        if same:
+            self.let_go(keys)
+        return same
+
+    def let_go(self, keys: tuple[Hashable, ...]) -> None:
+        """Of inputs that came back as they were, by these keys of all, copies are needed no longer."""
+        self.inputs = {i: copy for i, copy in self.inputs.items() if keys[i] != self.identity[i]}
 
     @property
     def bytes(self) -> int:
@@ -130,7 +137,6 @@ class ContentHold(StorageHold):
             return None
         if any_of([differs(inputs[i], self.inputs[i]) for i in anew]):
             return None
-        self.inputs = {i: self.inputs[i] for i in anew}
         return dict(zip(keys, self.identity, strict=True))
 
 

@@ -105,6 +105,8 @@ class Store:
             branch.drop()
             if self._branches.get(branch.key) is branch:
                 del self._branches[branch.key]
+                if not branch.apart:
+                    branch.requests.steps.pop(branch.counted_as, None)
                 self._complaints.ended(branch.record, branch.config)
 
     def release(self, branch: Branch) -> None:
@@ -254,7 +256,7 @@ class Store:
         others = self._in_present(branch.requests, given, named)
         if others is None:
             return True
-        own = [(b.clock, sign) for b, sign in others if not branch.apart or b.in_request == branch.in_request]
+        own = [(b.clock, sign) for b, sign in others if not branch.apart or b.pass_key == branch.pass_key]
         return any(clock.comes_late or clock.may_go_on(sign) for clock, sign in own)
 
     def _in_present(
@@ -320,10 +322,10 @@ class Store:
         return branch.clock.preview(sign)
 
     def _renamed(self, branch: Branch, key: tuple[Hashable, ...]) -> Branch:
-        steps = branch.requests.steps.pop(branch.in_request, 0)
+        steps = branch.requests.steps.pop(branch.counted_as, 0)
         self._branches[key] = self._branches.pop(branch.key)
         branch.key = key
-        branch.requests.steps[branch.in_request] = steps
+        branch.requests.steps[branch.counted_as] = steps
         return branch
 
     def _beside(self, busy: Branch, form: Hashable, spans: int, named: NamedSession | None) -> Branch:
@@ -352,10 +354,11 @@ class Store:
     def _with_equal_inputs(self, form: Hashable, heard: str | None, given: Given, named: NamedSession) -> Branch | None:
         """The branch of a named request whose inputs are made anew at every step, with the same content.
 
-        It has to be one step on in time. Of several, it is one of those that have come farthest in time: of passes with
+        It has to be one step on in time. Of several, it is one of those at the time of the last call: of passes with
         equal inputs, the one whose turn it is.
         """
-        found: list[tuple[Branch, dict[Hashable, Hashable]]] = []
+        found: list[tuple[Branch, ContentHold, dict[Hashable, Hashable]]] = []
+        keys = identity_key(given.fixed)
         for branch in self._of(named.name):
             if not isinstance(branch.hold, ContentHold) or (branch.form, branch.heard) != (form, heard) or branch.busy:
                 continue
@@ -367,13 +370,14 @@ class Store:
                     and branch.request == branch.requests.present
                     and not self._begins_for(branch.requests, given, named)
                 )
-            aliases = branch.hold.aliases(given.fixed, identity_key(given.fixed)) if goes_on else None
+            aliases = branch.hold.aliases(given.fixed, keys) if goes_on else None
             if aliases is not None:
-                found.append((branch, aliases))
+                found.append((branch, branch.hold, aliases))
         last = found[-1][0].clock.at if found else None
-        for branch, aliases in found:
+        for branch, hold, aliases in found:
             if branch.clock.at == last:
                 branch.aliases = aliases
+                hold.let_go(keys)
                 return branch
         return None
 
@@ -388,7 +392,7 @@ class Store:
             if other is branch or other.busy or other.clock.moves or not isinstance(other.hold, ContentHold):
                 continue
             alike = (other.form, other.heard) == (branch.form, heard)
-            if alike and other.hold.same(given.fixed, identity_key(given.fixed)):
+            if alike and other.hold.aliases(given.fixed, identity_key(given.fixed)) is not None:
                 other.clock.comes_late = branch.clock.comes_late = True
 
     def _advance(self, branch: Branch, given: Given, named: NamedSession | None) -> None:
@@ -407,10 +411,11 @@ class Store:
             sign = replace(sign, renewed=renewed)
         branch.earlier, branch.look = branch.look, look
         last, steps = branch.config.num_inference_steps, branch.requests.steps
-        if last is not None and sign.step is None and steps[branch.in_request] >= last:
-            sign, steps[branch.in_request] = replace(sign, begins=True), 0
-            branch.request = None if branch.clock.first else branch.request
-        steps[branch.in_request] += 1
+        if last is not None and sign.step is None:
+            if steps[branch.counted_as] >= last:
+                sign, steps[branch.counted_as] = replace(sign, begins=True), 0
+                branch.request = None if branch.clock.first else branch.request
+            steps[branch.counted_as] += 1
         if not branch.slots:
             self._begin_anew(branch, named)
         else:
@@ -428,9 +433,19 @@ class Store:
             self.read_pending(branch)
 
     def _had_another_program(self, branch: Branch) -> bool:
-        """Whether another program was called since a branch's last call: for this pass too, maybe, and at its time."""
+        """Whether another program was called for a pass since a branch's last call: at the same time, maybe.
+
+        Where conditioning is made anew at every step, it may be of the same pass though it is another object.
+        """
         later = [b for b in self._branches.values() if b.requests is branch.requests and b.called > branch.called]
-        return any(b.program != branch.program for b in later)
+        return any(
+            b.program != branch.program
+            and (
+                b.pass_key == branch.pass_key
+                or (isinstance(b.hold, ContentHold) and isinstance(branch.hold, ContentHold))
+            )
+            for b in later
+        )
 
     def _refresh(self, branch: Branch, named: NamedSession | None) -> None:
         """Counts the calls of a request, and starts all its branches afresh where the configuration says so."""
@@ -489,7 +504,7 @@ class Store:
                 began = i if move is Move.START else i - 1
                 if not behind and (branch.request is None or not first):
                     shared.begin()
-                    shared.steps[branch.in_request] = len(signs) - began
+                    shared.steps[branch.counted_as] = len(signs) - began
                 branch.request = shared.present
             if move not in _BEGINS and (branch.clock.doubt is None or (move is Move.FIRST and not puzzled)):
                 self._complaints.went_on()

@@ -220,7 +220,7 @@ class Requests:
         present: number of the request that began last.
         several: whether there are several branches.
         calls: of all branches together.
-        steps: calls of each pass of the present request (`Branch.in_request`), whatever program computed them.
+        steps: calls that each pass of the present request had (`Branch.counted_as`).
     """
 
     def __init__(self) -> None:
@@ -297,9 +297,14 @@ class Branch:
         return self.form[0] if isinstance(self.form, tuple) else self.form
 
     @property
-    def in_request(self) -> Hashable:
+    def pass_key(self) -> Hashable:
         """What its pass is known by, whatever program computes it."""
         return self.key[0][1:] if isinstance(self.key, tuple) else self.key
+
+    @property
+    def counted_as(self) -> Hashable:
+        """With what its calls are counted: of passes without a name, two may differ in nothing but the program."""
+        return self.pass_key if self.apart else self.key
 
     @property
     def doubt(self) -> str | None:
