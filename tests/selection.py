@@ -37,10 +37,12 @@ def selected(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.I
         product = list(itertools.product(*axes))
         singly = members[0].get_closest_marker("singly") is not None
         if (len(axes) > 2 or singly) and len(product) == len(members):  # else some were asked for by name
-            pairs = {tuple(pair) for pair in AllPairs([list(axis) for axis in axes])} if not singly else set()
-            values = {tuple(i % len(axis) for axis in axes) for i in range(max(map(len, axes)))}
+            if singly:
+                places = {tuple(i % len(axis) for axis in axes) for i in range(max(map(len, axes)))}
+            else:
+                places = {tuple(pair) for pair in AllPairs([list(axis) for axis in axes])}
             for item, place in zip(members, product, strict=True):
-                (run if place in (pairs or values) else others).append(item)
+                (run if place in places else others).append(item)
         else:
             run += members
     if len(items) == 1:  # asked for by name

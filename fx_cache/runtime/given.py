@@ -72,8 +72,8 @@ class Given:
         call: what is still to be told of the call, where something is learned from it.
     """
 
-    identity: Hashable
-    of_requests: Hashable
+    identity: tuple[Hashable, ...]
+    of_requests: tuple[Hashable, ...]
     controls: tuple[Control, ...]
     beside: tuple[Hashable, ...]
     form: Hashable

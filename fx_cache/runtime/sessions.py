@@ -405,10 +405,9 @@ class Store:
             sign = replace(sign, said=self.listener.step)
         if branch.apart and sign.step is None and given.doubt is None:
             before = branch.conditioning
-            renewed = before is None or not before.same(given.fixed, _keys(given))
-            if renewed:
-                branch.conditioning = StorageHold(given.fixed, _keys(given))
-            sign = replace(sign, renewed=renewed)
+            if before is None or not before.same(given.fixed, given.identity):
+                branch.conditioning = StorageHold(given.fixed, given.identity)
+                sign = replace(sign, renewed=True)
         branch.earlier, branch.look = branch.look, look
         last, steps = branch.config.num_inference_steps, branch.requests.steps
         if last is not None and sign.step is None:
@@ -592,11 +591,6 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
         back=back,
         look=start,
     )
-
-
-def _keys(given: Given) -> tuple[Hashable, ...]:
-    """Who the conditioning of a call is."""
-    return given.identity if isinstance(given.identity, tuple) else (given.identity,)
 
 
 def _since(look: Look, before: Look | None) -> tuple[float, ...] | torch.Tensor | None:
