@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 import fx_cache
@@ -751,19 +752,115 @@ def test_a_request_that_begins_one_way_begins_the_other_way_too(broken: bool) ->
     assert found[4]
 
 
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("branch", ["only", None])
 @pytest.mark.parametrize("flags", [0, 4, 8])
-def test_the_number_of_steps_is_that_of_a_pass_whatever_computes_it(flags: int) -> None:
-    """No time is given: that a request is over shows by how many calls it had, here of two programs."""
-    model = Otherwise().eval()
+def test_the_number_of_steps_is_that_of_a_pass_whatever_computes_it(flags: int, branch: str | None, anew: bool) -> None:
+    """No time is given: that a request is over shows by how many calls it had, here of two programs.
+
+    Without a branch, requests go on with one picture, and have one prompt.
+    """
+    model, x, text = Otherwise().eval(), torch.randn(1, 16, 16), torch.randn(1, 7, 24)
     compiled, found = torch.compile(model, backend="dit_cache", options=REUSING), []
     for _ in range(3):
-        x, text = torch.randn(1, 16, 16), torch.randn(1, 7, 24)
+        x, text = (torch.randn(1, 16, 16), torch.randn(1, 7, 24)) if branch else (x, text)
         for i in range(STEPS):
-            with fx_cache.session("request", branch="only", num_inference_steps=STEPS):
-                output = compiled(x, None, text, i >= flags)
+            with fx_cache.session("request", branch, num_inference_steps=STEPS):
+                output = compiled(x, None, text.clone() if anew else text, i >= flags)
             found.append(not torch.equal(output, model(x, None, text, i >= flags)))
             x = x - 0.1 * output
-    assert found == [i not in (0, flags) for i in range(STEPS)] * 3
+    # Without a branch the first move is no evidence.
+    computed = {0, flags} if branch else {0, 1, flags, flags + 1}
+    assert found == [i not in computed for i in range(STEPS)] * 3
+
+
+def test_steps_are_counted_anew_in_another_shape() -> None:
+    """A request is given up; those behind it, of more tokens, are complete."""
+    model, found = Otherwise().eval(), []
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    for tokens, steps in ((16, STEPS), (16, 5), (24, STEPS), (24, STEPS)):
+        latents = {name: torch.randn(1, tokens, 16) for name in ("cond", "uncond")}
+        texts = {name: torch.randn(1, 7, 24) for name in latents}
+        for i, (name, text) in itertools.product(range(steps), texts.items()):
+            with fx_cache.session("request", name, num_inference_steps=STEPS):
+                output = compiled(latents[name], None, text, False)
+            assert torch.equal(output, model(latents[name], None, text, False)) == (i == 0), (tokens, i)
+            latents[name] = latents[name] - 0.1 * output
+            found.append(i)
+    assert len(found) == 2 * (3 * STEPS + 5)
+
+
+@pytest.mark.parametrize("forget", [fx_cache.reset, lambda: fx_cache.end("request")])
+def test_steps_are_counted_anew_where_a_request_was_ended(forget: Callable[[], Any]) -> None:
+    """Within `except` the frames of the call that failed still hold all that belonged to it."""
+
+    class Failing(Otherwise):
+        def forward(self, *inputs: Any) -> Tensor:
+            return _maybe(super().forward(*inputs))
+
+    model = Failing().eval()
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+
+    def request(fails_at: int | None = None) -> Iterator[bool]:
+        x, text = torch.randn(1, 16, 16), torch.randn(1, 7, 24)
+        for i in range(STEPS):
+            _FAILS[:] = [True] * (i == fails_at)
+            with fx_cache.session("request", "only", num_inference_steps=STEPS):
+                output = compiled(x, None, text, False)
+            yield torch.equal(output, model(x, None, text, False))
+            x = x - 0.1 * output
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        list(request(fails_at=5))
+    try:
+        list(request(fails_at=5))
+    except RuntimeError:
+        _FAILS.clear()
+        forget()
+        for _ in range(2):
+            assert list(request()) == [True] + [False] * (STEPS - 1)
+
+
+_FAILS: list[bool] = []
+
+
+@torch.library.custom_op("fx_cache_tests::maybe", mutates_args=())
+def _maybe(x: Tensor) -> Tensor:
+    if _FAILS:
+        raise RuntimeError("on purpose")
+    return x.clone()
+
+
+@_maybe.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("others", [0, 2])
+@pytest.mark.parametrize("said", [True, False])
+def test_programs_of_a_pass_that_is_heard_late(said: bool, others: int) -> None:
+    """Nobody listens at a process's first call. Its request, of one seed and prompt with the next, is given up."""
+
+    class Told(CacheMixin, Otherwise): ...
+
+    model, text, noise = Told().eval(), torch.randn(1, 7, 24), torch.randn(1, 16, 16)
+    compiled, own = torch.compile(model, backend="dit_cache", options=REUSING), {}
+    x, before = noise, torch.randn(1, 7, 24)
+    for i in range(others):
+        with model.cache_context("cond") if said else contextlib.nullcontext():
+            compiled(torch.randn(1, 16, 16), torch.tensor([0.9 - 0.05 * i]), before, A)
+    for request, (steps, late) in enumerate(((5, 3), (7, 5))):
+        x = noise
+        for i in range(steps):
+            inputs = x, torch.tensor([0.9 - 0.05 * i]), text, i >= late
+            with model.cache_context("cond") if said else contextlib.nullcontext():
+                output = compiled(*inputs)
+            first, added = model.added(*inputs)
+            if torch.equal(output, model(*inputs)):
+                own[request, i >= late] = added
+            else:
+                torch.testing.assert_close(output, model.last((first + own[request, i >= late])[:, 7:]))
+            x = x - 0.1 * output
 
 
 class Deep(Dit):
@@ -805,11 +902,22 @@ def test_a_prompt_in_the_place_of_the_last_one_in_inference_mode(
 
 
 A, B = False, True
+FULL = [(0, 0.9 - 0.1 * i, A) for i in range(5)]
 AGAIN = {
     "first call": [(0, 0.9, A)],
     "first call, otherwise": [(0, 0.9, B)],
     "on the way": [(0, 0.9, A), (0, 0.85, A), (0, 0.8, A), (1, 0.8, A), (1, 0.75, A)],
     "otherwise in between": [(0, 0.9, A), (0, 0.85, A), (0, 0.8, A), (1, 0.9, B), (2, 0.9, A), (2, 0.85, B)],
+    "first calls at one time": [(0, 0.9, A), (0, 0.85, A), (1, 0.9, A), (2, 0.9, A)],
+    "first calls, then back": [*FULL, (1, 0.7, A), (2, 0.7, A)],
+    "first calls that rise": [*FULL, (1, 0.6, A), (2, 0.7, A), (3, 0.8, A)],
+    "first calls that rise, two at one time": [*FULL, (1, 0.6, A), (2, 0.7, A), (3, 0.7, A), (4, 0.8, A)],
+    "otherwise at the second call": [(0, 0.9, A), (0, 0.85, B), (1, 0.85, A), (1, 0.8, A)],
+    "one that did not get so far": [
+        *((0, t, t < 0.8) for t in (0.9, 0.85, 0.8, 0.75)),
+        *((1, t, B) for t in (0.9, 0.85)),
+        *((2, t, t < 0.8) for t in (0.9, 0.85, 0.8, 0.75)),
+    ],
     "where it went on otherwise": [(0, 0.9, A), (0, 0.85, A), (0, 0.8, B), (1, 0.8, A), (1, 0.75, A)],
 }
 """Requests of one name before the last one: number, time and flag of each call."""
@@ -818,7 +926,11 @@ AGAIN = {
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize(("before", "branch"), [*((k, None) for k in AGAIN), *((k, "only") for k in [*AGAIN][:-1])])
+@pytest.mark.parametrize(
+    ("before", "branch"),
+    # One prompt in rising calls is one request that rises.
+    [*((k, None) for k in AGAIN if "rise" not in k), *((k, "only") for k in [*AGAIN][:-1])],
+)
 def test_a_name_that_is_used_again(before: str, branch: str | None, broken: bool, anew: bool) -> None:
     """Its requests have prompts that are equal, or with a branch their own, and latents that are alike."""
     model, noise, text, own = Otherwise(broken).eval(), torch.randn(1, 16, 16), torch.randn(1, 7, 24), {}
@@ -857,6 +969,19 @@ def test_a_branch_that_was_never_named_begins() -> None:
     windows = [hit for k, hit in found if k]
     assert windows == [False, True, True, True]
     assert [hit for k, hit in found if not k][:4] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_other_conditioning_at_every_call_of_a_branch(said: bool) -> None:
+    """At one time: nothing shows but that each call is another request's, and a warning says so."""
+    model, found = Dit().eval(), []
+    compiled = compile_cached(model, residual_diff_threshold=10.0)
+    with contextlib.nullcontext() if said else pytest.warns(fx_cache.CacheWarning, match="other conditioning"):
+        for i in range(20):
+            inputs = torch.randn(1, 16, 16), torch.tensor([0.5]), torch.randn(1, 7, 24)
+            with fx_cache.session("request", "only", step=i if said else None):
+                found.append(not torch.equal(compiled(*inputs), model(*inputs)))
+    assert any(found) == said
 
 
 @pytest.mark.filterwarnings("error::fx_cache.CacheWarning")

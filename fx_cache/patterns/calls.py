@@ -250,3 +250,8 @@ def layout(facts: GraphFacts, outputs: Sequence[Form | None], streams: Collectio
         None if form is None else (len(form[0]), form[1], frozenset(facts.names[i] for i in shown) & frozenset(streams))
         for form, shown in zip(outputs, facts.shown, strict=True)
     )
+
+
+def is_held(name: str) -> bool:
+    """Whether an input, by its name in the captured code, comes from a global variable, or is an attribute."""
+    return name.startswith("G[") or "." in name

@@ -21,6 +21,16 @@ _KNOWN = {"aten", "prims", "prim"}
 """Namespaces of operators whose work the counter knows, or which have none."""
 
 
+class _NoModules:
+    """Stands for a counter's `ModuleTracker`: that hooks all modules of the process, those of other threads too."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 class Work:
     """The FLOPs of a graph's operations, as ``torch.utils.flop_counter`` counts them; like operations once.
 
@@ -38,6 +48,7 @@ class Work:
         self.estimated: set[str] = set()
         self._counted: dict[Any, int] = {}
         self._counter = FlopCounterMode(display=False)
+        self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         with torch.no_grad(), self._counter:
             self._by_node = {n: self._count(n) for n in graph.nodes if n.op in ("call_function", "call_method")}
         self.total = sum(self._by_node.values())

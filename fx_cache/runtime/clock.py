@@ -80,7 +80,8 @@ class Sign:
         named: whether somebody says to which request the call belongs.
         apart: whether somebody says to which pass of the request it belongs.
         begins: whether it is known to be the first call of a request.
-        renewed: whether its conditioning is another one than at the call before; only asked of a branch that is named.
+        renewed: whether its conditioning is another one than at the last call of its program that showed it; only asked
+            of a branch that is named.
         step: number of the step where the caller counts; then nothing else is looked at.
     """
 
@@ -185,7 +186,7 @@ class Clock:
         if move is Move.REPEAT and self._moves == 0 and not sign.apart:
             move = Move.START  # most likely the call before was a try
         if move is Move.START:
-            self._formerly = self._direction or self._formerly
+            self._formerly = (None if self._unproven else self._direction) or self._formerly
             # Behind two calls at one time, one that moves may go on with either.
             self._moves, self._direction, self._strayed, self._lasting = 0, None, [], None
             self._tried, self._left = again, before
@@ -227,7 +228,7 @@ class Clock:
         if self._still(sign):
             return self._again_at(sign) if sign.apart else Move.REPEAT
         step = directions(self._last, values)
-        if BOTH_WAYS in step:
+        if BOTH_WAYS in step or (sign.apart and sign.renewed and self._turns(step) and not self._ahead(sign)):
             return Move.START
         if self._direction is not None and step != self._direction:
             return Move.LATE if self._unproven else Move.START
@@ -301,20 +302,21 @@ class Clock:
         return self._moves == 1 and self.doubt is not None
 
     def _trusts(self, sign: Sign, step: Direction) -> bool:
-        """Whether what is said leaves no doubt about a first move; where two inputs move, it may be a pass."""
+        """Whether what is said leaves no doubt about a first move; where two inputs move, it may be a pass.
+
+        A call that comes late, or turns, leaves one whatever is said, but for a step that is counted.
+        """
         if (self.comes_late or self._turns(step)) and not self._ahead(sign):
             return False
         said = sign.named or self._ahead(sign)
         return sign.apart or (said and not self._tried and sum(map(bool, step)) <= 1)
 
     def _again_at(self, sign: Sign) -> Move:
-        """How a call of a named pass goes on at the time of the call before: the same number may be no time."""
-        if not sign.renewed and _values(sign) == self._last:
-            return Move.NEXT
-        # With other conditioning, or another number beside it: what has moved before would have moved, were it a step.
-        if any(self._direction or ()):
-            return Move.START
-        return Move.NEXT if self._moves else Move.FIRST
+        """How a call of a named pass goes on at the time of the call before: the same number may be no time.
+
+        With other conditioning, or another number beside it, it is another request's first one.
+        """
+        return Move.NEXT if not sign.renewed and _values(sign) == self._last else Move.START
 
     def _turns(self, step: Direction) -> bool:
         """Whether time goes the other way than in the request before: that may have been given up, and one begun."""

@@ -42,6 +42,13 @@ _CHANGING = (
 )
 
 
+_RENEWED = (
+    f"the last {MAX_BEGUN} calls of named branches: got other conditioning at each, and no later time, and none reused "
+    "anything; expected prompt embeddings, masks and ids in the same tensors over the steps of a request, or a time "
+    "that moves; keep them in the same tensors, or count the steps with fx_cache.session(..., step=i)."
+)
+
+
 class Complaints:
     """What there is to say of one model's requests. Only the first thing is said, and only once."""
 
@@ -69,6 +76,12 @@ class Complaints:
         self._at = at
         if self._begun == MAX_BEGUN:
             self._note(_moving_apart(self._begun) if apart else _one_step_each(self._begun))
+
+    def renewed(self) -> None:
+        """A named pass was given other conditioning at the time of its last call, or at an earlier one."""
+        self._begun += 1
+        if self._begun == MAX_BEGUN:
+            self._note(_RENEWED)
 
     def went_on(self) -> None:
         """A call has gone on with a request."""

@@ -25,15 +25,26 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module
 
 from fx_cache.errors import guarded
-from fx_cache.patterns.calls import UNKNOWN, Call, GraphFacts, InputTrace, Origin, Place, given_as
+from fx_cache.patterns.calls import UNKNOWN, Call, GraphFacts, InputTrace, Origin, Place, given_as, is_held
 from fx_cache.patterns.forms import Form
 from fx_cache.patterns.programs import Program
 from fx_cache.runtime import moves
 from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.contents import PLAIN, contents
+from fx_cache.runtime.front import Front
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.habits import Habits, Shape, fitting
-from fx_cache.runtime.identity import SMALL, StorageHold, identity_key, is_one, signature
+from fx_cache.runtime.identity import (
+    SMALL,
+    StorageHold,
+    as_number,
+    identity_key,
+    is_one,
+    memory_of,
+    signature,
+    stored,
+    view_of,
+)
 from fx_cache.runtime.named import named_session
 from fx_cache.runtime.net import Versions, plain, spread, versions_at_begin
 
@@ -91,6 +102,7 @@ class Forward:
         habits: what other forwards of this layout have shown of them.
         weight: the first weight of the model that one of its graphs was given.
         branches: (store, branch) of each of its graphs that caches by itself, by program.
+        front: what it has run, for spans behind that.
         run: whatever drives it; set by whoever drives.
         caught: whether it can be begun anew.
     """
@@ -121,6 +133,7 @@ class Forward:
         self._learnt: moves.Call | None = None
         self.weight: torch.Tensor | None = None
         self.branches: dict[Program, tuple[Any, Any]] = {}
+        self.front = Front()
         self.run: Any = None
         self.caught = caught
         self._owners: dict[int, str] = {}
@@ -161,6 +174,7 @@ class Forward:
         alive = _Alive()
         frame.f_locals[_ALIVE] = alive
         self._frame = weakref.ref(alive)
+        self.when_over(self.front.over)
 
     def when_over(self, call: Callable[[], None]) -> None:
         """Has something called when the compiled call has returned, or raised."""
@@ -178,15 +192,15 @@ class Forward:
         if key in self._user:
             return frozenset({self._user[key]})
         notes = self._notes.get(key, [])
-        exact = [n.tokens for n in notes if n.view == _view(value)]
+        exact = [n.tokens for n in notes if n.view == view_of(value)]
         return frozenset().union(*(exact or (n.tokens for n in notes)))
 
     def shown_by(self, value: Any) -> frozenset[int]:
         """The user's inputs that a tensor is known to depend on: what code between graphs has made of one is not."""
-        key, view = (value.untyped_storage()._cdata, _view(value)) if stored(value) else (None, ())
+        key, view = (value.untyped_storage()._cdata, view_of(value)) if stored(value) else (None, ())
         if key in self._user:
             same = [i for i, v in enumerate(self.inputs) if stored(v) and v.untyped_storage()._cdata == key]
-            exact = [i for i in same if _view(self.inputs[i]) == view]
+            exact = [i for i in same if view_of(self.inputs[i]) == view]
             return frozenset(exact or (same if len(same) == 1 else ()))
         notes = self._notes.get(key, [])
         just = [n for n in notes if n.view == view]
@@ -227,7 +241,7 @@ class Forward:
     def made_by(self, value: Any) -> Place | None:
         """The call that made just this tensor, if no code between graphs has touched it."""
         notes = self._notes.get(value.untyped_storage()._cdata, []) if stored(value) else []
-        return next((n.made_by for n in reversed(notes) if n.view == _view(value)), None)
+        return next((n.made_by for n in reversed(notes) if n.view == view_of(value)), None)
 
     def origin(self, name: str, value: torch.Tensor) -> Origin:
         """Where a tensor comes from that a graph is given by a name."""
@@ -240,7 +254,7 @@ class Forward:
             if seen is not None and not value.is_inference() and value._version == seen.version:
                 return Origin(frozenset({seen.place}), True)
             return Origin(known=key in self._user or is_held(name) or as_number(value) is not None)
-        view = _view(value)
+        view = view_of(value)
         same = self.made_by(value)
         if same is not None:
             return Origin(frozenset({same}), True)
@@ -275,7 +289,7 @@ class Forward:
                     continue
                 self._sinusoids[self.count, k] = [args[i] for i in facts.sinusoids[k] if stored(args[i])]
                 depends = self._showing[self.count, k] = frozenset().union(*(shown[i] for i in behind))
-                note = _Note(StorageWeakRef(storage), (self.count, k), _view(output), held, depends)
+                note = _Note(StorageWeakRef(storage), (self.count, k), view_of(output), held, depends)
                 self._notes.setdefault(storage._cdata, []).append(note)
                 self._alive += [note] if self.calls else []
         for i, arg in enumerate(args):
@@ -484,6 +498,7 @@ class Forward:
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
             self.habits.together,
+            front=self.front.so_far(),
         )
 
     @property
@@ -672,22 +687,9 @@ def _looks_like_time(value: torch.Tensor) -> bool:
     return value.ndim == 0 or (value.ndim == 1 and value.is_floating_point())
 
 
-def as_number(value: Any) -> float | None:
-    """A number, also in the form in which a graph is given one of the host."""
-    if isinstance(value, torch.Tensor):
-        wrapped = type(value) is torch.Tensor and value.ndim == 0 and value.is_cpu and value.dtype is torch.float64
-        return float(value) if wrapped else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _real(value: Any) -> float | None:
     """A real number that a graph is given."""
     return None if isinstance(value, int) or (isinstance(value, torch.Tensor) and value.ndim) else as_number(value)
-
-
-def is_held(name: str) -> bool:
-    """Whether an input, by its name in the captured code, comes from a global variable, or is an attribute."""
-    return name.startswith("G[") or "." in name
 
 
 def handed_through(facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> list[str | None]:
@@ -696,24 +698,9 @@ def handed_through(facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any
     return [given.get(memory_of(output)) if stored(output) else None for output in outputs]
 
 
-def memory_of(value: torch.Tensor) -> Hashable:
-    """What tensors have in common that are one: the same view of the same memory."""
-    return value.untyped_storage()._cdata, _view(value)
-
-
-def stored(value: Any) -> bool:
-    """Whether it is a tensor with memory of its own."""
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided
-
-
 def comparable(value: Any) -> bool:
     """Whether it can be said of an input that it is the same as before."""
     return (isinstance(value, PLAIN) and type(value).__hash__ is not None) or stored(value)
-
-
-def _view(value: torch.Tensor) -> tuple[Any, ...]:
-    version = None if value.is_inference() else value._version
-    return value.storage_offset(), tuple(value.shape), value.stride(), value.dtype, version
 
 
 def form_of(value: torch.Tensor) -> Form:

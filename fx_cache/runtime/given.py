@@ -11,6 +11,7 @@ import torch
 
 from fx_cache.errors import guarded
 from fx_cache.patterns.inputs import InputRoles
+from fx_cache.runtime.front import Front
 from fx_cache.runtime.identity import ContentHold, OwnWrites, StorageHold, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT, UNKNOWN_TIME, Call, Learner, Moves
 from fx_cache.runtime.named import named_pass
@@ -70,6 +71,7 @@ class Given:
         together: whether all of these move at every step, and not some of them.
         known: whether the graph itself shows what is denoised, and what tells the time.
         call: what is still to be told of the call, where something is learned from it.
+        front: what the forward has run before, where it is one of several graphs.
     """
 
     identity: tuple[Hashable, ...]
@@ -85,6 +87,12 @@ class Given:
     together: bool = False
     known: bool = False
     call: Call | None = None
+    front: Front | None = None
+
+    @property
+    def flags(self) -> tuple[Hashable, ...]:
+        """The values that make the forward another program, where no graph has them built in."""
+        return tuple(k for k in self.identity if k not in self.of_requests)
 
     @property
     def one_time(self) -> bool:

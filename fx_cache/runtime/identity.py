@@ -191,3 +191,27 @@ def _key(value: Any, own: OwnWrites | None = None) -> Hashable:
 def signature(inputs: Sequence[Any]) -> tuple[Hashable, ...]:
     """Shape, dtype and device of inputs: with any of them changed, nothing cached fits."""
     return tuple([(t.shape, t.dtype, t.device) for t in inputs if isinstance(t, torch.Tensor)])
+
+
+def as_number(value: Any) -> float | None:
+    """A number, also in the form in which a graph is given one of the host."""
+    if isinstance(value, torch.Tensor):
+        wrapped = type(value) is torch.Tensor and value.ndim == 0 and value.is_cpu and value.dtype is torch.float64
+        return float(value) if wrapped else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def memory_of(value: torch.Tensor) -> Hashable:
+    """What tensors have in common that are one: the same view of the same memory."""
+    return value.untyped_storage()._cdata, view_of(value)
+
+
+def stored(value: Any) -> bool:
+    """Whether it is a tensor with memory of its own."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided
+
+
+def view_of(value: torch.Tensor) -> tuple[Any, ...]:
+    """Which part of its storage a tensor is, in which version."""
+    version = None if value.is_inference() else value._version
+    return value.storage_offset(), tuple(value.shape), value.stride(), value.dtype, version

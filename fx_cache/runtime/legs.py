@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +17,10 @@ from fx_cache.patterns.calls import GraphFacts, Origin, Part, Place, layout
 from fx_cache.patterns.relays import RelayPlan
 from fx_cache.patterns.stretches import RelayStream, ended_by
 from fx_cache.runtime.batches import Separation
-from fx_cache.runtime.forwards import Forward, Joined, as_number, form_of, handed_through, is_held, memory_of, stored
+from fx_cache.runtime.forwards import Forward, Joined, form_of, handed_through
+from fx_cache.runtime.front import OTHER_CALLS, Front, held_by, strangers, without_numbers
 from fx_cache.runtime.gate import SpanGate
-from fx_cache.runtime.identity import any_of, differs, identity_key, signature
+from fx_cache.runtime.identity import any_of, differs, identity_key, memory_of, signature, stored
 from fx_cache.runtime.memory import ViewOf, copied, laid_out, parts_of
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
@@ -36,7 +37,6 @@ HELD = 0.25
 BESIDE = "its blocks made something beside their streams that cannot be made without them"
 WRITES = "the forward writes to tensors from outside before the span ends, and could not be begun anew"
 UNPLANNED = "a forward meanwhile did not run as planned, and may have been a step of the request"
-OTHER_CALLS = "other code was called before the span, or where it begins"
 
 
 class Graph(Protocol):
@@ -82,13 +82,13 @@ class Called:
         origins: Mapping[str, Origin],
     ) -> Called:
         """A call, of a span that begins with the forward's call of number `begin`."""
-        held = _held(forward, graph, args)
+        held = held_by(forward, graph.facts, args)
         what = _what(forward, graph, family, args, begin, held, origins)
-        return cls(what, Given(_weights(held)), _strangers(forward, graph, args))
+        return cls(what, Given(without_numbers(held)), strangers(forward, graph.facts, args))
 
     def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        all_held = _held(forward, graph, args)
+        all_held = held_by(forward, graph.facts, args)
         if self.what != _what(forward, graph, family, args, begin, all_held, forward.origins(graph.facts, args)):
             return False
         lasting = self.lasting  # once: the forward that it is of may be over meanwhile
@@ -96,7 +96,7 @@ class Called:
         for name, (held, memory) in lasting.items():
             if held.expired() or not stored(given.get(name)) or memory_of(given[name]) != memory:
                 return False
-        return self.weights.same(_weights(all_held))
+        return self.weights.same(without_numbers(all_held))
 
     def over(self) -> None:
         """The forward is over: what has not outlived it was made in it."""
@@ -133,30 +133,6 @@ def _seen_from(origin: Origin, begin: int) -> tuple[frozenset[Place | None], boo
     return frozenset((at - begin, output) if at >= begin else None for at, output in origin.of), origin.known
 
 
-def _strangers(forward: Forward, graph: Graph, args: Sequence[Any]) -> dict[str, tuple[StorageWeakRef, Hashable]]:
-    """The tensors that neither the user nor a graph has made, but for weights and numbers."""
-    given = ((graph.facts.names[i], a) for i, a in enumerate(args) if i not in graph.facts.roles.weights)
-    return {
-        name: (StorageWeakRef(a.untyped_storage()), memory_of(a))
-        for name, a in given
-        if stored(a) and not (forward.knows(a) or is_held(name) or as_number(a) is not None)
-    }
-
-
-def _weights(held: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What is held, but for numbers: those are made at every call, and known by their value."""
-    return [a for a in held if not is_number(a)]
-
-
-def _held(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
-    """The weights that a graph is given and does not write to itself, and other tensors that are held outside the
-    forward, in the order of their names."""
-    facts = graph.facts
-    held = {i for i, name in enumerate(facts.names) if is_held(name) and not forward.knows(args[i])}
-    kept = sorted(held.union(facts.roles.weights).difference(facts.written), key=facts.names.__getitem__)
-    return [a for i in kept if isinstance(a := args[i], torch.Tensor)]
-
-
 def written_by(graph: Graph, args: Sequence[Any]) -> dict[str, torch.Tensor]:
     """The inputs that a call has written to, by name."""
     return {graph.facts.names[i]: a for i in graph.facts.written if isinstance(a := args[i], torch.Tensor)}
@@ -191,19 +167,15 @@ class Script:
     """The calls of a span, as they were when it was computed, and the tensors that they made.
 
     Attributes:
-        before: the code that was called before the span.
-        weights: those that it was given, where they are known by nothing else.
+        front: what was called before the span.
         unplanned: stands for the forwards before it that did not run as planned.
         writes: whether something that the user gave was written to by its end.
         torn: whether tensors that shared memory would not, given back.
     """
 
-    def __init__(
-        self, streams: int, before: Iterable[Hashable], weights: Sequence[torch.Tensor], unplanned: Hashable
-    ) -> None:
+    def __init__(self, streams: int, front: Front, unplanned: Hashable) -> None:
         self.unplanned = unplanned
-        self.before = frozenset(before)
-        self.weights = Given(weights)
+        self.front = front
         self.writes = False
         self.torn = False
         self.entries: list[Entry] = []
@@ -417,6 +389,7 @@ class WatchRun:
             began, origins = self._before(forward, graph, args), forward.origins(graph.facts, args)
         outputs = graph.step(forward, args)
         with guarded("watch") as behind:
+            forward.front.add(forward, graph.facts, family, args)
             if self.failure is None and before.failure is None:
                 self._behind(forward, graph, family, args, outputs, began, origins)
         self.failure = self.failure or before.failure or behind.failure
@@ -539,6 +512,11 @@ class Leg:
         return len(self._ended) == len(self._plan.streams)
 
     @property
+    def begun(self) -> bool:
+        """Whether it was decided."""
+        return self._gate is not None
+
+    @property
     def hit(self) -> bool:
         """Whether it gives back what was made at another step."""
         return self._hit
@@ -572,8 +550,7 @@ class Leg:
         graph: Graph,
         family: Hashable,
         args: Sequence[Any],
-        before: Collection[Hashable],
-        weights: Sequence[torch.Tensor],
+        front: Front,
         lost: str | None,
         unplanned: Hashable,
     ) -> None:
@@ -583,8 +560,7 @@ class Leg:
             store: where the branch is kept.
             branch: what the forward belongs to.
             forward, graph, family, args: the call with which the span begins.
-            before: the code that was called before that.
-            weights: those that it was given, where they are known by nothing else.
+            front: what was called before that.
             lost: why nothing that was cached before may be reused; None: it may.
             unplanned: another one than before if a forward meanwhile may have been a step of the request (`Unplanned`).
         """
@@ -597,12 +573,9 @@ class Leg:
         slot = branch.slots[self._number]
         # Once: whoever ends the session meanwhile empties the slot.
         kept, script, self._call = slot.tensors, slot.script, forward.count
-        fits = (
-            script is not None
-            and script.before == before
-            and script.weights.same(weights)
-            and script.goes_on(0, forward, graph, family, args, self._call)
-        )
+        fits = script is not None and script.goes_on(0, forward, graph, family, args, self._call)
+        if script is not None:
+            lost = lost or script.front.differs(front)
         if script is not None and script.writes:
             lost = lost or WRITES
         if script is not None and script.unplanned != unplanned:
@@ -624,7 +597,7 @@ class Leg:
 
         ranks = (groups, probe.device) if groups else None
         self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
-        self._script = script if self._hit else Script(len(self._plan.streams), before, weights, unplanned)
+        self._script = script if self._hit else Script(len(self._plan.streams), front, unplanned)
         plan = self._plan
         self._beside = (
             None if self._hit else Beside(plan.streams, range(*plan.ranges[1]), self._call, plan.joined, plan.light)

@@ -418,9 +418,10 @@ class PlainRun(ComputingRun):
         self._relay = relay
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
-        del family
-        outputs = graph.step(forward, args) if self._relay.caches(graph.facts) else graph.compute(*args)
+        caches = self._relay.caches(graph.facts)
+        outputs = graph.step(forward, args) if caches else graph.compute(*args)
         with guarded("note") as guard:
+            forward.front.add(forward, graph.facts, family, args, weights=not caches)
             forward.note(graph.facts, args, outputs)
         if guard.failure is not None:
             self._relay.leave(forward, guard.failure)
@@ -440,7 +441,6 @@ class RelayRun:
         self._look: Look | None = None
         self._lost = None if relay.settled and forward.caught else NOT_SETTLED
         self._calls: Counter[Hashable] = Counter()
-        self._weights: list[torch.Tensor] = []
         self._anchors: list[torch.Tensor] = []
         self._settled = True
         self._reused = False
@@ -482,9 +482,8 @@ class RelayRun:
         self._settled = relay.ran(graph, args) and self._settled
         if any(not forward.made(args[i]) for i in graph.facts.written):
             self._lost = self._lost or WRITES
-        if not isinstance(forward.root, torch.nn.Module):  # else all that it holds is looked at
+        if not isinstance(forward.root, torch.nn.Module):
             weights = [a for i in graph.facts.roles.weights if isinstance(a := args[i], torch.nn.Parameter)]
-            self._weights += weights
             self._anchors += weights[:1]
         if not self._legs:
             return None
@@ -502,11 +501,15 @@ class RelayRun:
                 graph,
                 family,
                 args,
-                self._calls.keys(),
-                self._weights,
+                forward.front.so_far(),
                 self._lost,
                 relay.unplanned.before(forward),
             )
+        # In a span each call is looked at; that of a module's weights has been done for all when that began.
+        if leg.begun and isinstance(forward.root, torch.nn.Module):
+            forward.front.passed(family)
+        else:
+            forward.front.add(forward, graph.facts, family, args)
         return leg.skip(forward, graph, family, args, number)
 
     def _take(

@@ -73,6 +73,7 @@ class Store:
         with self._lock:
             for branch in list(self._branches.values()):
                 self.discard(branch)
+            self._requests.clear()
         self._complaints.say()
 
     def end(self, name: str) -> None:
@@ -80,6 +81,7 @@ class Store:
         with self._lock:
             for branch in self._of(name):
                 self.discard(branch)
+            self._requests.pop(name, None)
         self._complaints.say()
 
     def offload(self, name: str) -> None:
@@ -100,12 +102,15 @@ class Store:
     def _of(self, name: str) -> list[Branch]:
         return [b for b in self._branches.values() if b.owner == name]
 
+    def _with(self, requests: Requests) -> list[Branch]:
+        return [b for b in self._branches.values() if b.requests is requests]
+
     def discard(self, branch: Branch) -> None:
         with self._lock:
             branch.drop()
             if self._branches.get(branch.key) is branch:
                 del self._branches[branch.key]
-                if not branch.apart:
+                if all(b.counted_as != branch.counted_as for b in self._with(branch.requests)):
                     branch.requests.steps.pop(branch.counted_as, None)
                 self._complaints.ended(branch.record, branch.config)
 
@@ -188,7 +193,7 @@ class Store:
         key = (base, controls)
         branch = self._branches.get(key) or self._with_other_controls(base, key, given, named)
         if branch is None and heard is not None:
-            branch = self._heard_late(((*base[:-1], None), controls), key, given)
+            branch = self._heard_late(((*base[:-1], None), controls), key, heard, given)
         if branch is not None:
             branch.aliases = {}
             if isinstance(branch.hold, ContentHold):
@@ -204,9 +209,11 @@ class Store:
             branch = Branch(key, form, _hold(given, named), spans, config)
             branch.owner = None if named is None else named.name
             branch.apart = named is not None and named.branch is not None
+            branch.of_pass = named.key if named is not None and branch.apart else (given.of_requests, heard)
+            branch.computed_by = (program, () if branch.apart else given.flags)
             branch.unheard = unheard
             self._branches[key] = branch
-            self._share(branch, (given.form, given.of_requests, heard) if named is None else named.name, given, named)
+            self._share(branch, (given.form, *branch.of_pass) if named is None else named.name, given, named)
             self._doubt_equal(branch, heard, given)
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
@@ -256,7 +263,7 @@ class Store:
         others = self._in_present(branch.requests, given, named)
         if others is None:
             return True
-        own = [(b.clock, sign) for b, sign in others if not branch.apart or b.pass_key == branch.pass_key]
+        own = [(b.clock, sign) for b, sign in others if not branch.apart or b.of_pass == branch.of_pass]
         return any(clock.comes_late or clock.may_go_on(sign) for clock, sign in own)
 
     def _in_present(
@@ -266,11 +273,11 @@ class Store:
 
         None: another thread is at one of its steps.
         """
-        of_requests = [b for b in self._branches.values() if b.requests is requests]
-        for b in of_requests:
+        branches = self._with(requests)
+        for b in branches:
             if b.pending and not b.busy:
                 self.read_pending(b)
-        others = [b for b in of_requests if b.request == requests.present]
+        others = [b for b in branches if b.request == requests.present]
         if any(b.busy for b in others):
             return None
         signs, _ = _on_host([_sign(b, given, None, named) for b in others])
@@ -294,7 +301,9 @@ class Store:
             for other in [b for b in self._branches.values() if b.session is session and b is not branch]:
                 self.discard(other)
 
-    def _heard_late(self, unheard: tuple[Hashable, ...], key: tuple[Hashable, ...], given: Given) -> Branch | None:
+    def _heard_late(
+        self, unheard: tuple[Hashable, ...], key: tuple[Hashable, ...], heard: str, given: Given
+    ) -> Branch | None:
         """The branch that began with the very first call, before which nobody listened."""
         branch = self._branches.get(unheard)
         if branch is None or not branch.unheard or branch.record.step > 0:
@@ -302,6 +311,9 @@ class Store:
         if given.schedule and not self._goes_on(branch, given, None, wait=True):
             return None
         branch.unheard = False
+        branch.of_pass = (given.of_requests, heard)
+        if branch.owner is None:
+            self._requests[(given.form, *branch.of_pass)] = branch.requests
         return self._renamed(branch, key)
 
     def _goes_on(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool = False) -> bool:
@@ -418,10 +430,8 @@ class Store:
         if not branch.slots:
             self._begin_anew(branch, named)
         else:
-            if branch.requests.several and branch.clock.moves == 0 and sign.step is None:
-                if self._begins_for(branch.requests, given, named):
-                    sign = replace(sign, begins=True)
-                branch.clock.comes_late |= self._had_another_program(branch)
+            if branch.requests.several and sign.step is None:
+                sign = self._beside_others(branch, sign, given, named)
             branch.record.step += 1
         branch.requests.calls += 1
         branch.called = branch.requests.calls
@@ -431,18 +441,28 @@ class Store:
         if not any(s.late for s in branch.pending):
             self.read_pending(branch)
 
+    def _beside_others(self, branch: Branch, sign: Sign, given: Given, named: NamedSession | None) -> Sign:
+        """What a call shows of its place in a branch, with what the last calls of others of its requests say."""
+        behind = branch.request not in (None, branch.requests.present)
+        if (behind or branch.clock.moves == 0) and self._begins_for(branch.requests, given, named):
+            branch.request = None if behind else branch.request  # of one that nobody has begun yet
+            return replace(sign, begins=True)
+        if self._had_another_program(branch):
+            if not given.schedule:
+                return replace(sign, begins=True)  # nothing would tell that its request ended with that
+            branch.clock.comes_late |= branch.clock.moves == 0
+        return sign
+
     def _had_another_program(self, branch: Branch) -> bool:
         """Whether another program was called for a pass since a branch's last call: at the same time, maybe.
 
         Where conditioning is made anew at every step, it may be of the same pass though it is another object.
         """
-        later = [b for b in self._branches.values() if b.requests is branch.requests and b.called > branch.called]
+        later = [b for b in self._with(branch.requests) if b.called > branch.called]
+        anew = isinstance(branch.hold, ContentHold)
         return any(
-            b.program != branch.program
-            and (
-                b.pass_key == branch.pass_key
-                or (isinstance(b.hold, ContentHold) and isinstance(branch.hold, ContentHold))
-            )
+            b.computed_by != branch.computed_by
+            and (b.of_pass == branch.of_pass or (anew and isinstance(b.hold, ContentHold)))
             for b in later
         )
 
@@ -471,8 +491,8 @@ class Store:
         with self._lock:
             unread = [branch]
             if branch.requests.several:  # by another one it may be seen that a request began
-                of_request = [b for b in self._branches.values() if b.requests is branch.requests]
-                unread = [*(b for b in of_request if b.pending and not b.busy and b is not branch), branch]
+                others = [b for b in self._with(branch.requests) if b is not branch]
+                unread = [*(b for b in others if b.pending and not b.busy), branch]
             signs, read = _on_host([s for b in unread for s in b.pending], diffs)
             rest = iter(signs)
             for other in unread:
@@ -509,6 +529,8 @@ class Store:
                 self._complaints.went_on()
             elif not sign.apart:
                 self._complaints.not_gone_on(sign.values, puzzled)
+            elif sign.renewed:
+                self._complaints.renewed()
             branch.last = sign.look
         if branch.clock.doubts:
             self._complaints.lasts(branch.record, branch.config)

@@ -13,6 +13,7 @@ import torch
 from fx_cache.config import CacheConfig
 from fx_cache.runtime.clock import Clock, Sign
 from fx_cache.runtime.follow import Look
+from fx_cache.runtime.front import Front
 from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.policy import Counters
 
@@ -84,6 +85,7 @@ class Slot:
         times: the same of those that look like the time.
         made_anew: whether the former are made anew at every step; None while that is not known.
         script: where the span lies over several graphs, what each of them gave back.
+        front: where it lies in one of several, what ran before it when it was computed.
         open: whether a span over several graphs has begun and not ended.
         counters: what the policy remembers.
         samples: the same of each sample of a batch, where each is decided by itself.
@@ -96,6 +98,7 @@ class Slot:
     times: Times = field(default_factory=Times)
     made_anew: bool | None = None
     script: Any = None
+    front: Front | None = None
     open: bool = False
     counters: Counters = field(default_factory=Counters)
     samples: list[Counters] = field(default_factory=list)
@@ -124,6 +127,12 @@ class Slot:
     def forget(self, why: str) -> None:
         """Lets go of what is cached."""
         self.tensors, self.home, self.script, self.lost, self.open = [], None, None, why, False
+
+    def stands_behind(self, front: Front | None) -> None:
+        """Lets go of what is cached unless the forward has run before it what it had when that was computed."""
+        why = None if self.front is None or front is None else self.front.differs(front)
+        if self.tensors and why is not None:
+            self.forget(why)
 
     def offload(self) -> None:
         """Moves the tensors to the host, but for those of a span over several graphs."""
@@ -252,6 +261,8 @@ class Branch:
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
         apart: whether somebody names it within that.
+        of_pass: what its pass is known by, whatever program computes it.
+        computed_by: its program, with the Python values that choose one over several graphs.
         session: the present session, as statistics.
         unheard: whether it began with a call before which nobody listened to what the pipeline says.
         heard: what the pipeline calls it, or None.
@@ -266,6 +277,8 @@ class Branch:
         self.config = config
         self.owner: str | None = None
         self.apart = False
+        self.of_pass: tuple[Hashable, ...] = ()
+        self.computed_by: Hashable = None
         self.session: SessionRecord | None = None
         self.unheard = False
         self.heard: str | None = None
@@ -292,19 +305,9 @@ class Branch:
         return self.record.slots
 
     @property
-    def program(self) -> Hashable:
-        """What its calls compute."""
-        return self.form[0] if isinstance(self.form, tuple) else self.form
-
-    @property
-    def pass_key(self) -> Hashable:
-        """What its pass is known by, whatever program computes it."""
-        return self.key[0][1:] if isinstance(self.key, tuple) else self.key
-
-    @property
     def counted_as(self) -> Hashable:
         """With what its calls are counted: of passes without a name, two may differ in nothing but the program."""
-        return self.pass_key if self.apart else self.key
+        return self.of_pass if self.apart else self.key
 
     @property
     def doubt(self) -> str | None:

@@ -153,6 +153,8 @@ class CachedForward:
                 SpanGate(store, branch, k, control, separation)
                 for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
             ]
+            for slot in branch.slots:
+                slot.stands_behind(given.front)
             state = [Keep(branch, self._graph, self._copied, given.known)] if self._keeps else []
             for gate, slot in zip(gates, branch.slots, strict=True):
                 state += [gate, slot.load()]
@@ -180,7 +182,7 @@ class CachedForward:
             given.call.came_out(outputs)
         for gate, slot, tensors in zip(gates, branch.slots, new_state, strict=True):
             if not gate.verdict.reuse:
-                slot.tensors = [self._copied(t) for t in tensors]
+                slot.tensors, slot.front = [self._copied(t) for t in tensors], given.front
                 gate.remember_control()
             gate.record()
 

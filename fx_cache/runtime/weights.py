@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -62,15 +62,27 @@ class Weights:
 class Given:
     """The weights that a graph was given at one call: the same ones, and not written to since, or others."""
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], numbers: Hashable = ()) -> None:
+        """
+        Args:
+            weights: known by who they are, and their versions.
+            numbers: what the model holds beside them, known by value.
+        """
         self._references = [weakref.ref(w) for w in weights]
         self._versions = _versions(weights)
+        self._numbers = numbers
 
     def same(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether those of another call are these."""
         own = [reference() for reference in self._references]
         same = len(own) == len(weights) and all(map(operator.is_, own, weights))
         return same and _versions(weights) == self._versions
+
+    def equals(self, other: Given) -> bool:
+        """Whether another call was given these, as they were."""
+        pairs = [(a(), b()) for a, b in zip(self._references, other._references, strict=False)]
+        same = len(self._references) == len(other._references) and all(a is b is not None for a, b in pairs)
+        return same and (self._versions, self._numbers) == (other._versions, other._numbers)
 
 
 def weights_of(root: Any) -> list[torch.Tensor]:

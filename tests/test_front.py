@@ -1,0 +1,132 @@
+"""What a forward in several graphs has run before a span of it. Oracles: the model itself, and the rule in Python."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module
+from torch.utils import module_tracker
+
+import fx_cache
+from tests.running import compile_cached, hits_of
+from tests.test_who_is_called import REUSING, Block, Dit
+
+STEPS = 8
+CHANGED_AT = 5
+ELSEWHERE: list[Tensor] = []
+
+
+class Reading(Block):
+    """Adds a mean of the text, but for the first one: the head does not show it."""
+
+    def forward(self, x: Tensor, e: Tensor, text: Tensor) -> Tensor:
+        return super().forward(x, e) + text.mean(1, keepdim=True)
+
+
+class Broken(Dit):
+    """Reads what it holds in front of a graph break, and the blocks read that behind it."""
+
+    def __init__(self, held: str, breaks: str) -> None:
+        super().__init__()
+        self.held_as, self.breaks = held, breaks
+        self.blocks = nn.ModuleList(Reading() for _ in range(5)).requires_grad_(False)
+        self.number, self.scalar, self.tensor, self.bag = 1.0, torch.tensor(1.0), torch.randn(1, 5, 24), {}
+        self.register_buffer("buffer", torch.randn(1, 5, 24))
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        given = {"tensor": self.tensor, "buffer": self.buffer, "elsewhere": ELSEWHERE[0], "bag": self.bag.get("text")}
+        return self.run(latent, t, text if (held := given.get(self.held_as)) is None else held)
+
+    def run(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        e, x, text = self.embedded(t), self.patch(latent), self.text(text) * self.number * self.scalar
+        if self.breaks:
+            torch._dynamo.graph_break()
+        for i, block in enumerate(self.blocks):
+            if self.breaks == "between":
+                torch._dynamo.graph_break()
+            x = block(x, e, text if i else torch.zeros_like(text))
+        return self.last(x)
+
+    def change(self, how: str) -> None:
+        """Another text, or a text read otherwise, in one of several ways."""
+        other = torch.randn(1, 5, 24)
+        if how == "written":
+            self.text.weight.mul_(-1)
+        elif how == "another parameter":
+            self.text.weight = nn.Parameter(-self.text.weight, requires_grad=False)
+        elif how == "number":
+            self.number = -1.0
+        elif how == "scalar":
+            self.scalar = torch.tensor(-1.0)
+        elif how == "scalar written":
+            self.scalar.fill_(-1.0)
+        elif how == "tensor written":
+            self.tensor.copy_(other)
+        elif how == "tensor":
+            self.tensor = other
+        elif how == "buffer":
+            self.buffer.copy_(other)
+        elif how == "bag":
+            self.bag["text"] = other
+        else:
+            ELSEWHERE[0] = other
+
+
+HELD = {
+    "written": "",
+    "another parameter": "",
+    "number": "",
+    "scalar": "",
+    "scalar written": "",
+    "tensor written": "tensor",
+    "tensor": "tensor",
+    "buffer": "buffer",
+    "bag": "bag",
+    "elsewhere": "elsewhere",
+}
+"""What changes, and as what the text is held."""
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("branch", [None, "only"])
+@pytest.mark.parametrize("breaks", ["", "front", "between"])
+@pytest.mark.parametrize("change", HELD)
+def test_what_is_read_before_the_span_changes(change: str, breaks: str, branch: str | None) -> None:
+    """In the midst of a request; the step computes, and those behind it reuse what it has computed."""
+    ELSEWHERE[:] = [torch.randn(1, 5, 24)]
+    model, text = Broken(HELD[change], breaks), torch.randn(1, 5, 24)
+    model.bag["text"] = torch.randn(1, 5, 24)
+    compiled, computed = torch.compile(model, backend="dit_cache", options=REUSING), []
+    x = torch.randn(1, 16, 16)
+    with torch.no_grad():
+        for i in range(STEPS):
+            if i == CHANGED_AT:
+                model.change(change)
+            inputs = x, torch.tensor([0.9 - 0.05 * i]), text
+            with contextlib.nullcontext() if branch is None else fx_cache.session("request", branch):
+                output = compiled(*inputs)
+            computed.append(torch.equal(output, model(*inputs)))
+            x = x - 0.1 * output
+    assert not computed[CHANGED_AT - 1]
+    assert computed[CHANGED_AT]
+    assert not computed[-1]
+
+
+def test_nothing_is_hooked_to_the_modules_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads' forwards would capture it."""
+
+    def refuse(*_: Any) -> None:
+        pytest.fail("a hook for all modules of the process")
+
+    for name in ("register_module_forward_pre_hook", "register_module_forward_hook"):
+        monkeypatch.setattr(module, name, refuse)
+        monkeypatch.setattr(module_tracker, name, refuse)
+    model, text = Dit().eval(), torch.randn(1, 7, 24)
+    compiled, x = compile_cached(model, residual_diff_threshold=10.0), torch.randn(1, 16, 16)
+    for i in range(STEPS):
+        x = x - 0.1 * compiled(x, torch.tensor([0.9 - 0.05 * i]), text)
+    assert hits_of(compiled) == [list(range(2, STEPS))]
