@@ -174,7 +174,12 @@ class Forward:
         alive = _Alive()
         frame.f_locals[_ALIVE] = alive
         self._frame = weakref.ref(alive)
-        self.when_over(self.front.over)
+        self.when_over(self._let_go)
+
+    def _let_go(self) -> None:
+        """The compiled call has returned, or raised: what nobody else holds any more has not outlived it."""
+        self._sinusoids.clear()
+        self.front.over()
 
     def when_over(self, call: Callable[[], None]) -> None:
         """Has something called when the compiled call has returned, or raised."""

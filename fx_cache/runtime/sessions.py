@@ -366,8 +366,8 @@ class Store:
     def _with_equal_inputs(self, form: Hashable, heard: str | None, given: Given, named: NamedSession) -> Branch | None:
         """The branch of a named request whose inputs are made anew at every step, with the same content.
 
-        It has to be one step on in time. Of several, it is one of those at the time of the last call: of passes with
-        equal inputs, the one whose turn it is.
+        It has to be one step on in time. Of several, it is one of those at the time of the last call of any of them: of
+        passes with equal inputs, the one whose turn it is.
         """
         found: list[tuple[Branch, ContentHold, dict[Hashable, Hashable]]] = []
         keys = identity_key(given.fixed)
@@ -529,7 +529,7 @@ class Store:
                 self._complaints.went_on()
             elif not sign.apart:
                 self._complaints.not_gone_on(sign.values, puzzled)
-            elif sign.renewed:
+            elif sign.renewed and not first and move is Move.START:
                 self._complaints.renewed()
             branch.last = sign.look
         if branch.clock.doubts:
