@@ -774,6 +774,20 @@ def test_the_number_of_steps_is_that_of_a_pass_whatever_computes_it(flags: int, 
     assert found == [i not in computed for i in range(STEPS)] * 3
 
 
+@pytest.mark.parametrize("branch", ["only", None])
+def test_programs_that_take_turns_without_a_time(branch: str | None) -> None:
+    """Each goes on with its own where the pass is named; else its request may have ended in the other one."""
+    model, x, text = Otherwise().eval(), torch.randn(1, 16, 16), torch.randn(1, 7, 24)
+    compiled, found = torch.compile(model, backend="dit_cache", options=REUSING), []
+    for i in range(STEPS):
+        inputs = x, None, text, bool(i % 2)
+        with fx_cache.session("request", branch):
+            output = compiled(*inputs)
+        found.append(not torch.equal(output, model(*inputs)))
+        x = x - 0.1 * output
+    assert found == [i > 3 and branch is not None for i in range(STEPS)]  # one move of each is no evidence
+
+
 def test_steps_are_counted_anew_in_another_shape() -> None:
     """A request is given up; those behind it, of more tokens, are complete."""
     model, found = Otherwise().eval(), []

@@ -448,7 +448,7 @@ class Store:
             branch.request = None if behind else branch.request  # of one that nobody has begun yet
             return replace(sign, begins=True)
         if self._had_another_program(branch):
-            if not given.schedule:
+            if not given.schedule and not branch.apart:
                 return replace(sign, begins=True)  # nothing would tell that its request ended with that
             branch.clock.comes_late |= branch.clock.moves == 0
         return sign
