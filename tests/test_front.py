@@ -116,6 +116,131 @@ def test_what_is_read_before_the_span_changes(change: str, breaks: str, branch: 
     assert not computed[-1]
 
 
+@torch._dynamo.disable
+def _elsewhere() -> Tensor:
+    return ELSEWHERE[0]
+
+
+class Behind(Broken):
+    """The blocks' own graph is given what it holds."""
+
+    def run(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        e, x = self.embedded(t), self.patch(latent)
+        torch._dynamo.graph_break()
+        held = _elsewhere() if self.breaks == "handed over" else ELSEWHERE[0]
+        held = self.text(held) * NUMBERS[0] * self.bag["number"]
+        for i, block in enumerate(self.blocks):
+            x = block(x, e, held if i else torch.zeros_like(held))
+        return self.last(x)
+
+
+NUMBERS = [1.0]
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("branch", [None, "only"])
+@pytest.mark.parametrize("breaks", ["", "handed over"])
+@pytest.mark.parametrize("change", ["tensor", "global number", "held number"])
+def test_what_is_read_behind_the_graph_break_changes(change: str, breaks: str, branch: str | None) -> None:
+    """More than once: from the second time on a number is an input of the graph."""
+    ELSEWHERE[:], NUMBERS[:] = [torch.randn(1, 5, 24)], [1.0]
+    model, text = Behind("", breaks), torch.randn(1, 5, 24)
+    model.bag["number"] = 1.0
+    compiled, computed = torch.compile(model, backend="dit_cache", options=REUSING), []
+    x, changes = torch.randn(1, 16, 16), (4, 7, 10)
+    with torch.no_grad():
+        for i in range(13):
+            if i in changes and change == "tensor":
+                ELSEWHERE[0] = torch.randn(1, 5, 24)
+            elif i in changes and change == "global number":
+                NUMBERS[0] += 1.5
+            elif i in changes:
+                model.bag["number"] += 1.5
+            inputs = x, torch.tensor([0.9 - 0.05 * i]), text
+            with contextlib.nullcontext() if branch is None else fx_cache.session("request", branch):
+                output = compiled(*inputs)
+            computed.append(torch.equal(output, model(*inputs)))
+            x = x - 0.1 * output
+    assert all(computed[i] for i in changes)
+    assert not any(computed[i] for i in (3, 6, 9, 12))
+
+
+class Two(Dit):
+    """Two stacks in many graphs; the blocks of the first one read what they hold."""
+
+    class Holding(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = torch.randn(1, 5, 32)
+
+        def forward(self, x: Tensor, e: Tensor) -> Tensor:
+            return super().forward(x, e) + self.held.mean(1, keepdim=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holding = nn.ModuleList(self.Holding() for _ in range(5)).requires_grad_(False)
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        e, x = self.embedded(t), torch.cat([self.text(text), self.patch(latent)], 1)
+        for block in (*self.holding, *self.blocks):
+            torch._dynamo.graph_break()
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+
+def test_what_an_earlier_span_reads_changes() -> None:
+    """The later one was computed behind that."""
+    model, text = Two(), torch.randn(1, 7, 24)
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    x = torch.randn(1, 16, 16)
+    for i in range(9):
+        if i == 6:
+            for block in model.holding[1:]:
+                block.held = torch.randn(1, 5, 32)
+        with torch.no_grad(), fx_cache.session("request", "only"):
+            x = x - 0.1 * compiled(x, torch.tensor([0.9 - 0.05 * i]), text)
+    assert hits_of(compiled) == [[3, 4, 5, 7, 8]] * 2
+
+
+@torch._dynamo.disable
+def _index(t: Tensor) -> int:
+    return round(float(t) * 1000)
+
+
+class Indexed(Dit):
+    """Code between the graphs makes an integer of the time."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.breaks, self.table = breaks, nn.Parameter(torch.randn(1000, 32), requires_grad=False)
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        k = _index(t)
+        e, x = self.embedded(t) + self.table[k][None], torch.cat([self.text(text), self.patch(latent)], 1)
+        torch._dynamo.graph_break()
+        for block in self.blocks:
+            if self.breaks:
+                torch._dynamo.graph_break()
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_number_that_is_made_of_the_time_is_no_change(breaks: bool) -> None:
+    model, found = Indexed(breaks), []
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    for request in range(2):
+        x, text = torch.randn(1, 16, 16), torch.randn(1, 7, 24)
+        for i in range(STEPS):
+            inputs = x, torch.tensor([0.9 - 0.05 * i]), text
+            with torch.no_grad(), fx_cache.session(f"request {request}", "only"):
+                output = compiled(*inputs)
+            found.append(not torch.equal(output, model(*inputs)))
+            x = x - 0.1 * output
+    # The first time the number is a part of the program.
+    assert found == [*[i > (2 if breaks else 1) for i in range(STEPS)], *[i > 0 for i in range(STEPS)]]
+
+
 def test_nothing_is_hooked_to_the_modules_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other threads' forwards would capture it."""
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_cache.patterns.calls import GraphFacts, is_held
 from fx_cache.runtime.identity import as_number, identity_key, memory_of, stored
-from fx_cache.runtime.weights import CHANGED, Given, is_number
+from fx_cache.runtime.weights import CHANGED, Held, is_number
 
 if TYPE_CHECKING:
     from fx_cache.runtime.forwards import Forward
@@ -25,93 +24,115 @@ Lasting = dict[str, tuple[StorageWeakRef, Hashable]]
 """Tensors by name: their storage, and which view of it, in which version."""
 
 
+class Before(Protocol):
+    """A call before a span, as far as what comes behind it may depend on that."""
+
+    def differs(self, now: Any) -> str | None:
+        """Why another forward's call at its place may make something else; None: it does not."""
+
+    def over(self) -> None:
+        """The forward is over: what has not outlived it was made in it."""
+
+
 @dataclass(eq=False)
-class _Before:
-    """One call before a span.
+class _Call:
+    """One call in front of all spans, or between two.
 
     Attributes:
-        computes: what its graph does; None: it is in a span.
-        held: what it was given that is held outside the forward; None where somebody else looks at that.
+        computes: what its graph does.
+        held: what it was given that is held outside the forward, but for weights.
+        weights: these; None where somebody else looks at them.
         lasting: tensors that code between graphs has given it: those that outlive the forward.
     """
 
     computes: Hashable
-    held: Given | None = None
-    lasting: Lasting = field(default_factory=dict)
+    held: Held
+    weights: Held | None
+    lasting: Lasting
 
-    def differs(self, now: _Before) -> str | None:
-        if self.computes != now.computes:
+    def differs(self, now: Any) -> str | None:
+        if not isinstance(now, _Call) or self.computes != now.computes:
             return OTHER_CALLS
-        if self.held is not None and now.held is not None and not self.held.equals(now.held):
+        weights = self.weights is not None and now.weights is not None and not self.weights.equals(now.weights)
+        if weights or not self.held.equals(now.held):
             return CHANGED
-        lasting = self.lasting  # once: the forward that it is of may be over meanwhile
-        given = now.lasting
-        same = all(not s.expired() and name in given and given[name][1] == m for name, (s, m) in lasting.items())
-        return None if same else OTHER_TENSORS
+        return None if lasts(self.lasting, now.lasting) else OTHER_TENSORS
+
+    def over(self) -> None:
+        self.lasting = lasting_of(self.lasting)
 
 
 class Front:
     """The calls before a span: of which code, what their graphs compute, and for what that is held outside the forward.
 
-    What code between the graphs has made of the user's inputs is none of it, and neither are numbers that he gives.
+    What code between the graphs has made of the user's inputs is none of it, and neither are numbers that come from
+    there, or that he gives.
     """
 
-    def __init__(self) -> None:
-        self._counts: Counter[Hashable] = Counter()
-        self._calls: dict[Hashable, _Before] = {}
+    def __init__(self, calls: Sequence[tuple[Hashable, Before]] = ()) -> None:
+        self._calls = [*calls]
 
     def add(
         self, forward: Forward, facts: GraphFacts, family: Hashable, args: Sequence[Any], *, weights: bool = True
     ) -> None:
-        """Takes notice of a call.
+        """Takes notice of a call that is about to run.
 
         Args:
             forward: what it is a call of.
             facts: the graph.
             family: the code that it was captured from.
             args: what it is given.
-            weights: whether to look at what is held; else somebody else does.
+            weights: whether to look at its weights; else somebody else does.
         """
-        scalars = [i for i in facts.roles.scalars if args[i] not in forward.counts]
-        before = _Before(facts.program.at(args, scalars), lasting=strangers(forward, facts, args))
-        if weights:
-            held = held_by(forward, facts, args)
-            before.held = Given(without_numbers(held), identity_key([a for a in held if is_number(a)]))
-        self._add(family, before)
+        scalars = [i for i in facts.roles.scalars if is_held(facts.names[i])]
+        own = frozenset(facts.roles.weights)
+        held = held_by(forward, facts, args)
+        others = [a for i, a in held if i not in own]
+        call = _Call(
+            facts.program.at(args, scalars),
+            Held(without_numbers(others), identity_key([a for _, a in held if is_number(a)])),
+            Held(without_numbers([a for i, a in held if i in own])) if weights else None,
+            strangers(forward, facts, args),
+        )
+        self.passed(family, call)
 
-    def passed(self, family: Hashable) -> None:
-        """Takes notice of a call in a span, of which more is looked at there."""
-        self._add(family, _Before(None))
-
-    def _add(self, family: Hashable, before: _Before) -> None:
-        self._counts[family] += 1
-        self._calls[family, self._counts[family]] = before
+    def passed(self, family: Hashable, call: Before) -> None:
+        """Takes notice of a call of which somebody else knows more."""
+        self._calls.append((family, call))
 
     def over(self) -> None:
-        """The forward is over: what has not outlived it was made in it."""
-        for call in self._calls.values():
-            call.lasting = {name: kept for name, kept in call.lasting.items() if not kept[0].expired()}
+        """The forward is over."""
+        for _, call in self._calls:
+            call.over()
 
     def so_far(self) -> Front:
         """The calls until now."""
-        copy = Front()
-        copy._calls = dict(self._calls)
-        return copy
+        return Front(self._calls)
 
     def differs(self, now: Front) -> str | None:
         """Why what comes behind the calls of another forward may be something else; None: they were the same."""
-        if self._calls.keys() != now._calls.keys():
+        if [family for family, _ in self._calls] != [family for family, _ in now._calls]:
             return OTHER_CALLS
-        found = (before.differs(now._calls[call]) for call, before in self._calls.items())
+        found = (before.differs(call) for (_, before), (_, call) in zip(self._calls, now._calls, strict=True))
         return next((why for why in found if why is not None), None)
 
 
-def held_by(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> list[torch.Tensor]:
+def lasts(lasting: Lasting, now: Lasting) -> bool:
+    """Whether tensors that outlived a forward are those that another one is given by the same names."""
+    return all(not s.expired() and name in now and now[name][1] == m for name, (s, m) in lasting.items())
+
+
+def lasting_of(tensors: Lasting) -> Lasting:
+    """Those of a forward's tensors that are still there when it is over."""
+    return {name: kept for name, kept in tensors.items() if not kept[0].expired()}
+
+
+def held_by(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> list[tuple[int, torch.Tensor]]:
     """The weights that a graph is given and does not write to itself, and other tensors that are held outside the
-    forward, in the order of their names."""
+    forward, in the order of their names, each with its position."""
     held = {i for i, name in enumerate(facts.names) if is_held(name) and not forward.knows(args[i])}
     kept = sorted(held.union(facts.roles.weights).difference(facts.written), key=facts.names.__getitem__)
-    return [a for i in kept if isinstance(a := args[i], torch.Tensor)]
+    return [(i, a) for i in kept if isinstance(a := args[i], torch.Tensor)]
 
 
 def without_numbers(held: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -18,14 +18,14 @@ from fx_cache.patterns.relays import RelayPlan
 from fx_cache.patterns.stretches import RelayStream, ended_by
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined, form_of, handed_through
-from fx_cache.runtime.front import OTHER_CALLS, Front, held_by, strangers, without_numbers
+from fx_cache.runtime.front import OTHER_CALLS, Front, held_by, lasting_of, lasts, strangers, without_numbers
 from fx_cache.runtime.gate import SpanGate
-from fx_cache.runtime.identity import any_of, differs, identity_key, memory_of, signature, stored
+from fx_cache.runtime.identity import any_of, differs, identity_key, signature, stored
 from fx_cache.runtime.memory import ViewOf, copied, laid_out, parts_of
 from fx_cache.runtime.net import Astray
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
-from fx_cache.runtime.weights import Given, is_number
+from fx_cache.runtime.weights import CHANGED, Held, is_number
 
 RECENT = 16
 """Calls back to which the outputs are looked through for what a tensor is made of."""
@@ -68,7 +68,7 @@ class Called:
     """
 
     what: Hashable
-    weights: Given
+    weights: Held
     lasting: dict[str, tuple[StorageWeakRef, Hashable]]
 
     @classmethod
@@ -82,25 +82,29 @@ class Called:
         origins: Mapping[str, Origin],
     ) -> Called:
         """A call, of a span that begins with the forward's call of number `begin`."""
-        held = held_by(forward, graph.facts, args)
+        held = [a for _, a in held_by(forward, graph.facts, args)]
         what = _what(forward, graph, family, args, begin, held, origins)
-        return cls(what, Given(without_numbers(held)), strangers(forward, graph.facts, args))
+        return cls(what, Held(without_numbers(held)), strangers(forward, graph.facts, args))
 
     def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        all_held = held_by(forward, graph.facts, args)
+        all_held = [a for _, a in held_by(forward, graph.facts, args)]
         if self.what != _what(forward, graph, family, args, begin, all_held, forward.origins(graph.facts, args)):
             return False
         lasting = self.lasting  # once: the forward that it is of may be over meanwhile
-        given = dict(zip(graph.facts.names, args, strict=True)) if lasting else {}
-        for name, (held, memory) in lasting.items():
-            if held.expired() or not stored(given.get(name)) or memory_of(given[name]) != memory:
-                return False
+        if lasting and not lasts(lasting, strangers(forward, graph.facts, args)):
+            return False
         return self.weights.same(without_numbers(all_held))
+
+    def differs(self, now: Any) -> str | None:
+        """Why what comes behind another forward's call may be something else; None: it is not."""
+        if not isinstance(now, Called) or self.what != now.what or not lasts(self.lasting, now.lasting):
+            return OTHER_CALLS
+        return None if self.weights.equals(now.weights) else CHANGED
 
     def over(self) -> None:
         """The forward is over: what has not outlived it was made in it."""
-        self.lasting = {name: kept for name, kept in self.lasting.items() if not kept[0].expired()}
+        self.lasting = lasting_of(self.lasting)
 
 
 def _what(
@@ -386,10 +390,10 @@ class WatchRun:
         began: dict[str, torch.Tensor] = {}
         origins: dict[str, Origin] = {}
         with guarded("watch") as before:
+            forward.front.add(forward, graph.facts, family, args)
             began, origins = self._before(forward, graph, args), forward.origins(graph.facts, args)
         outputs = graph.step(forward, args)
         with guarded("watch") as behind:
-            forward.front.add(forward, graph.facts, family, args)
             if self.failure is None and before.failure is None:
                 self._behind(forward, graph, family, args, outputs, began, origins)
         self.failure = self.failure or before.failure or behind.failure
@@ -502,6 +506,7 @@ class Leg:
         self._ended: set[int] = set()
         self._hit = False
         self._called: Called | None = None
+        self._passed: Called | None = None
         self._call = 0
         self._beside: Beside | None = None
         self._origins: dict[str, Origin] = {}
@@ -512,9 +517,9 @@ class Leg:
         return len(self._ended) == len(self._plan.streams)
 
     @property
-    def begun(self) -> bool:
-        """Whether it was decided."""
-        return self._gate is not None
+    def passed(self) -> Called | None:
+        """The present call, run or skipped; None: it lies before the span."""
+        return self._passed
 
     @property
     def hit(self) -> bool:
@@ -615,11 +620,12 @@ class Leg:
             if not expected or not self._may_skip(forward, graph, args):
                 raise Misfit
             self._origins = forward.origins(graph.facts, args)
-            self._called = Called.of(forward, graph, family, args, self._call, self._origins)
+            self._passed = self._called = Called.of(forward, graph, family, args, self._call, self._origins)
             return None
         if not expected or not self._script.goes_on(self._at, forward, graph, family, args, self._call):
             raise Astray
         self._changed += self._script.changed(self._at, graph, args)
+        self._passed = self._script.entries[self._at].called
         outputs = self._script.outputs(self._at, graph, args, self._starts)
         self._ended |= self._script.ended(self._at)
         self._at += 1

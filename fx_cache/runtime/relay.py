@@ -419,12 +419,15 @@ class PlainRun(ComputingRun):
 
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         caches = self._relay.caches(graph.facts)
-        outputs = graph.step(forward, args) if caches else graph.compute(*args)
-        with guarded("note") as guard:
+        with guarded("front") as before:
             forward.front.add(forward, graph.facts, family, args, weights=not caches)
+        step = caches and before.failure is None
+        outputs = graph.step(forward, args) if step else graph.compute(*args)
+        with guarded("note") as behind:
             forward.note(graph.facts, args, outputs)
-        if guard.failure is not None:
-            self._relay.leave(forward, guard.failure)
+        failure = before.failure or behind.failure
+        if failure is not None:
+            self._relay.leave(forward, failure)
         return outputs
 
 
@@ -505,12 +508,12 @@ class RelayRun:
                 self._lost,
                 relay.unplanned.before(forward),
             )
-        # In a span each call is looked at; that of a module's weights has been done for all when that began.
-        if leg.begun and isinstance(forward.root, torch.nn.Module):
-            forward.front.passed(family)
+        outputs = leg.skip(forward, graph, family, args, number)
+        if leg.passed is not None:
+            forward.front.passed(family, leg.passed)
         else:
             forward.front.add(forward, graph.facts, family, args)
-        return leg.skip(forward, graph, family, args, number)
+        return outputs
 
     def _take(
         self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], outputs: Sequence[Any]

@@ -19,9 +19,9 @@ from fx_cache.runtime.contexts import Listener
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
-from fx_cache.runtime.moves import UNKNOWN_TIME, Learner
+from fx_cache.runtime.moves import UNKNOWN_LATENT, UNKNOWN_TIME, Learner
 from fx_cache.runtime.named import NamedSession, named_session
-from fx_cache.runtime.slots import Branch, BranchRecord, Requests, SessionRecord, Slot
+from fx_cache.runtime.slots import Branch, BranchRecord, Form, Requests, SessionRecord, Slot
 from fx_cache.runtime.weights import Weights
 
 MAX_RECORDS = 64
@@ -179,7 +179,7 @@ class Store:
 
     def _begin(self, program: Hashable, spans: int, given: Given, named: NamedSession | None) -> Branch:
         config = self.config if named is None else named.config(self.config)
-        form: Hashable = (program, given.form)
+        form = program, given.form
         controls = given.beside
         unheard = self.listener is not None and self.listener.begin()
         heard = None if self.listener is None or unheard else self.listener.branch
@@ -213,6 +213,8 @@ class Store:
             branch.computed_by = (program, () if branch.apart else given.flags)
             branch.unheard = unheard
             self._branches[key] = branch
+            if branch.apart and config.num_inference_steps is not None:
+                self._end_other_forms(branch, given)
             self._share(branch, (given.form, *branch.of_pass) if named is None else named.name, given, named)
             self._doubt_equal(branch, heard, given)
         self._branches.move_to_end(branch.key)
@@ -232,6 +234,12 @@ class Store:
         branch.busy = True
         return branch
 
+    def _end_other_forms(self, branch: Branch, given: Given) -> None:
+        """Ends what other programs of a named pass have of another shape: its calls are counted anew with this one."""
+        for b in self._of(branch.owner or ""):
+            if b is not branch and b.of_pass == branch.of_pass and b.form[1] != given.form and not b.busy:
+                self.discard(b)
+
     def _share(self, branch: Branch, key: Hashable, given: Given, named: NamedSession | None) -> None:
         """Lets a branch that begins know of others of its requests, and whether it takes part in the present one.
 
@@ -246,11 +254,16 @@ class Store:
             branch.request = found.present
         branch.clock.comes_late = self._may_come_late(branch, given, named)
 
-    def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool:
-        """Whether a call that no branch of a session goes on with begins a request, as its time says."""
+    def _begins_for(self, requests: Requests, given: Given, named: NamedSession | None) -> bool | None:
+        """Whether a call that no branch of a session goes on with begins a request, as its time says.
+
+        None: another thread is at one of its steps.
+        """
         if not given.schedule and (named is None or named.step is None):
             return False
         others = self._in_present(requests, given, named)
+        if others is None:
+            return None
         return not others or any(b.clock.begins(sign) for b, sign in others)
 
     def _may_come_late(self, branch: Branch, given: Given, named: NamedSession | None) -> bool:
@@ -312,8 +325,11 @@ class Store:
             return None
         branch.unheard = False
         branch.of_pass = (given.of_requests, heard)
+        found = branch.requests
         if branch.owner is None:
-            self._requests[(given.form, *branch.of_pass)] = branch.requests
+            found = self._requests.setdefault((given.form, *branch.of_pass), found)
+        if found is not branch.requests:  # another program of the pass was heard before this one
+            branch.requests, branch.request, found.several = found, found.present, True
         return self._renamed(branch, key)
 
     def _goes_on(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool = False) -> bool:
@@ -340,7 +356,7 @@ class Store:
         branch.requests.steps[branch.counted_as] = steps
         return branch
 
-    def _beside(self, busy: Branch, form: Hashable, spans: int, named: NamedSession | None) -> Branch:
+    def _beside(self, busy: Branch, form: Form, spans: int, named: NamedSession | None) -> Branch:
         """A branch for one call, of a request at whose step another thread is: it computes, and keeps nothing."""
         if named is not None:
             raise SessionError(
@@ -363,7 +379,7 @@ class Store:
                 return self._renamed(branch, key)
         return None
 
-    def _with_equal_inputs(self, form: Hashable, heard: str | None, given: Given, named: NamedSession) -> Branch | None:
+    def _with_equal_inputs(self, form: Form, heard: str | None, given: Given, named: NamedSession) -> Branch | None:
         """The branch of a named request whose inputs are made anew at every step, with the same content.
 
         It has to be one step on in time. Of several, it is one of those at the time of the last call of any of them: of
@@ -415,7 +431,7 @@ class Store:
         sign = _sign(branch, given, look, named)
         if self.listener is not None and named is None and not branch.unheard:
             sign = replace(sign, said=self.listener.step)
-        if branch.apart and sign.step is None and given.doubt is None:
+        if branch.apart and sign.step is None and given.doubt in (None, UNKNOWN_LATENT):
             before = branch.conditioning
             if before is None or not before.same(given.fixed, given.identity):
                 branch.conditioning = StorageHold(given.fixed, given.identity)
@@ -444,9 +460,12 @@ class Store:
     def _beside_others(self, branch: Branch, sign: Sign, given: Given, named: NamedSession | None) -> Sign:
         """What a call shows of its place in a branch, with what the last calls of others of its requests say."""
         behind = branch.request not in (None, branch.requests.present)
-        if (behind or branch.clock.moves == 0) and self._begins_for(branch.requests, given, named):
-            branch.request = None if behind else branch.request  # of one that nobody has begun yet
-            return replace(sign, begins=True)
+        if behind or branch.clock.moves == 0:
+            begins = self._begins_for(branch.requests, given, named)
+            if begins:
+                branch.request = None if behind else branch.request  # of one that nobody has begun yet
+                return replace(sign, begins=True)
+            branch.clock.comes_late |= begins is None
         if self._had_another_program(branch):
             if not given.schedule and not branch.apart:
                 return replace(sign, begins=True)  # nothing would tell that its request ended with that

@@ -13,7 +13,7 @@ import torch
 from fx_cache.config import CacheConfig
 from fx_cache.runtime.clock import Clock, Sign
 from fx_cache.runtime.follow import Look
-from fx_cache.runtime.front import Front
+from fx_cache.runtime.front import OTHER_CALLS, Front
 from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.policy import Counters
 
@@ -111,7 +111,7 @@ class Slot:
     def handed_on(self) -> Slot:
         """The state with no statistics; none of it is left here."""
         taken = replace(self, lost=None, times=self.times.of_another_request(), counters=Counters(), samples=[])
-        self.tensors, self.home, self.script, self.control = [], None, None, None
+        self.tensors, self.home, self.script, self.front, self.control = [], None, None, None, None
         return taken
 
     @property
@@ -126,12 +126,14 @@ class Slot:
 
     def forget(self, why: str) -> None:
         """Lets go of what is cached."""
-        self.tensors, self.home, self.script, self.lost, self.open = [], None, None, why, False
+        self.tensors, self.home, self.script, self.front, self.lost, self.open = [], None, None, None, why, False
 
     def stands_behind(self, front: Front | None) -> None:
         """Lets go of what is cached unless the forward has run before it what it had when that was computed."""
-        why = None if self.front is None or front is None else self.front.differs(front)
-        if self.tensors and why is not None:
+        if not self.tensors or self.front is front:
+            return
+        why = OTHER_CALLS if self.front is None or front is None else self.front.differs(front)
+        if why is not None:
             self.forget(why)
 
     def offload(self) -> None:
@@ -244,6 +246,10 @@ class Requests:
         self.steps.clear()
 
 
+Form = tuple[Hashable, Hashable]
+"""What a call's program is, and the shapes, dtypes and devices of all that it was given."""
+
+
 class Branch:
     """A pass of a request that goes on from call to call, and its slots.
 
@@ -272,7 +278,7 @@ class Branch:
         conditioning: what its last call was given, where nothing but its name is looked at otherwise.
     """
 
-    def __init__(self, key: Hashable, form: Hashable, hold: StorageHold, spans: int, config: CacheConfig) -> None:
+    def __init__(self, key: Hashable, form: Form, hold: StorageHold, spans: int, config: CacheConfig) -> None:
         self.key = key
         self.config = config
         self.owner: str | None = None
@@ -322,4 +328,4 @@ class Branch:
         for slot in self.slots:
             slot.control = None
             if slot.tensors:
-                slot.tensors, slot.home, slot.script, slot.lost = [], None, None, why
+                slot.tensors, slot.home, slot.script, slot.front, slot.lost = [], None, None, None, why

@@ -59,8 +59,8 @@ class Weights:
         self._gone = True
 
 
-class Given:
-    """The weights that a graph was given at one call: the same ones, and not written to since, or others."""
+class Held:
+    """What is held outside a forward that a graph was given at one call: whether another one is given the same."""
 
     def __init__(self, weights: Sequence[torch.Tensor], numbers: Hashable = ()) -> None:
         """
@@ -78,7 +78,7 @@ class Given:
         same = len(own) == len(weights) and all(map(operator.is_, own, weights))
         return same and _versions(weights) == self._versions
 
-    def equals(self, other: Given) -> bool:
+    def equals(self, other: Held) -> bool:
         """Whether another call was given these, as they were."""
         pairs = [(a(), b()) for a, b in zip(self._references, other._references, strict=False)]
         same = len(self._references) == len(other._references) and all(a is b is not None for a, b in pairs)
