@@ -103,6 +103,25 @@ class GraphFacts:
     groups: tuple[str, ...]
     parts: Parts
 
+    @cached_property
+    def given(self) -> tuple[int, ...]:
+        """The inputs that are no weights."""
+        weights = frozenset(self.roles.weights)
+        return tuple(i for i in range(len(self.names)) if i not in weights)
+
+    @cached_property
+    def weights(self) -> tuple[int, ...]:
+        """The weights that it does not write to itself, in the order of their names."""
+        return self._by_name(self.roles.weights)
+
+    @cached_property
+    def held(self) -> tuple[int, ...]:
+        """The same of other inputs that are attributes or global; the user may have given them."""
+        return self._by_name([i for i in self.given if is_held(self.names[i])])
+
+    def _by_name(self, inputs: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted(frozenset(inputs).difference(self.written), key=self.names.__getitem__))
+
     @property
     def layers(self) -> Hashable:
         """Captured code and its weights: the same for another pass of a request, and at another size."""

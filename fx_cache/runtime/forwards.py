@@ -270,8 +270,8 @@ class Forward:
         """Where the tensors come from that a graph is given, by name, but for weights. To be asked before it runs."""
         return {
             name: self.origin(name, a)
-            for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
-            if isinstance(a, torch.Tensor) and i not in facts.roles.weights
+            for name, a in ((facts.names[i], args[i]) for i in facts.given)
+            if isinstance(a, torch.Tensor)
         }
 
     def note(self, facts: GraphFacts, args: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -356,8 +356,8 @@ class Forward:
         owner = next((name for i in facts.roles.weights if (name := self._owners.get(id(args[i])))), "")
         inputs = {
             name: trace(name, a)
-            for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
-            if isinstance(a, torch.Tensor) and i not in facts.roles.weights
+            for name, a in ((facts.names[i], args[i]) for i in facts.given)
+            if isinstance(a, torch.Tensor)
         }
         forms = tuple(form_of(o) if isinstance(o, torch.Tensor) else None for o in outputs)
         through = frozenset(k for k, name in enumerate(handed_through(facts, args, outputs)) if name is not None)

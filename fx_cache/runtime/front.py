@@ -85,13 +85,11 @@ class Front:
             weights: whether to look at its weights; else somebody else does.
         """
         scalars = [i for i in facts.roles.scalars if is_held(facts.names[i])]
-        own = frozenset(facts.roles.weights)
-        held = held_by(forward, facts, args)
-        others = [a for i, a in held if i not in own]
+        held, own = held_by(forward, facts, args), weights_of_call(facts, args) if weights else []
         call = _Call(
             facts.program.at(args, scalars),
-            Held(without_numbers(others), identity_key([a for _, a in held if is_number(a)])),
-            Held(without_numbers([a for i, a in held if i in own])) if weights else None,
+            _held(held),
+            _held(own) if weights else None,
             strangers(forward, facts, args),
         )
         self.passed(family, call)
@@ -117,6 +115,10 @@ class Front:
         return next((why for why in found if why is not None), None)
 
 
+def _held(values: Sequence[torch.Tensor]) -> Held:
+    return Held(without_numbers(values), identity_key([a for a in values if is_number(a)]))
+
+
 def lasts(lasting: Lasting, now: Lasting) -> bool:
     """Whether tensors that outlived a forward are those that another one is given by the same names."""
     return all(not s.expired() and name in now and now[name][1] == m for name, (s, m) in lasting.items())
@@ -127,12 +129,14 @@ def lasting_of(tensors: Lasting) -> Lasting:
     return {name: kept for name, kept in tensors.items() if not kept[0].expired()}
 
 
-def held_by(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> list[tuple[int, torch.Tensor]]:
-    """The weights that a graph is given and does not write to itself, and other tensors that are held outside the
-    forward, in the order of their names, each with its position."""
-    held = {i for i, name in enumerate(facts.names) if is_held(name) and not forward.knows(args[i])}
-    kept = sorted(held.union(facts.roles.weights).difference(facts.written), key=facts.names.__getitem__)
-    return [(i, a) for i in kept if isinstance(a := args[i], torch.Tensor)]
+def held_by(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> list[torch.Tensor]:
+    """What a graph is given that is held outside the forward and that it does not write to itself, but for weights."""
+    return [a for i in facts.held if isinstance(a := args[i], torch.Tensor) and not forward.knows(a)]
+
+
+def weights_of_call(facts: GraphFacts, args: Sequence[Any]) -> list[torch.Tensor]:
+    """The weights that a graph is given and does not write to itself."""
+    return [a for i in facts.weights if isinstance(a := args[i], torch.Tensor)]
 
 
 def without_numbers(held: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -142,7 +146,7 @@ def without_numbers(held: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def strangers(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> Lasting:
     """The tensors that neither the user nor a graph has made, but for weights and numbers."""
-    given = ((facts.names[i], a) for i, a in enumerate(args) if i not in facts.roles.weights)
+    given = ((facts.names[i], args[i]) for i in facts.given)
     return {
         name: (StorageWeakRef(a.untyped_storage()), memory_of(a))
         for name, a in given

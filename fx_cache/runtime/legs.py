@@ -18,7 +18,16 @@ from fx_cache.patterns.relays import RelayPlan
 from fx_cache.patterns.stretches import RelayStream, ended_by
 from fx_cache.runtime.batches import Separation
 from fx_cache.runtime.forwards import Forward, Joined, form_of, handed_through
-from fx_cache.runtime.front import OTHER_CALLS, Front, held_by, lasting_of, lasts, strangers, without_numbers
+from fx_cache.runtime.front import (
+    OTHER_CALLS,
+    Front,
+    held_by,
+    lasting_of,
+    lasts,
+    strangers,
+    weights_of_call,
+    without_numbers,
+)
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.identity import any_of, differs, identity_key, signature, stored
 from fx_cache.runtime.memory import ViewOf, copied, laid_out, parts_of
@@ -82,13 +91,13 @@ class Called:
         origins: Mapping[str, Origin],
     ) -> Called:
         """A call, of a span that begins with the forward's call of number `begin`."""
-        held = [a for _, a in held_by(forward, graph.facts, args)]
+        held = _held(forward, graph, args)
         what = _what(forward, graph, family, args, begin, held, origins)
         return cls(what, Held(without_numbers(held)), strangers(forward, graph.facts, args))
 
     def same(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any], begin: int) -> bool:
         """Whether a call is this one, and nobody has replaced its weights, or written to them."""
-        all_held = [a for _, a in held_by(forward, graph.facts, args)]
+        all_held = _held(forward, graph, args)
         if self.what != _what(forward, graph, family, args, begin, all_held, forward.origins(graph.facts, args)):
             return False
         lasting = self.lasting  # once: the forward that it is of may be over meanwhile
@@ -107,6 +116,11 @@ class Called:
         self.lasting = lasting_of(self.lasting)
 
 
+def _held(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
+    """The weights that a graph is given, and whatever else is held outside the forward."""
+    return weights_of_call(graph.facts, args) + held_by(forward, graph.facts, args)
+
+
 def _what(
     forward: Forward,
     graph: Graph,
@@ -118,9 +132,8 @@ def _what(
 ) -> Hashable:
     roles = graph.facts.roles
     scalars = [i for i in roles.scalars if args[i] not in forward.counts]
-    forms = signature([a for i, a in enumerate(args) if i not in roles.weights])
-    named = zip(graph.facts.names, args, strict=True)
-    others = [(n, a) for i, (n, a) in enumerate(named) if i not in roles.weights and forward.is_strange(a)]
+    forms = signature([args[i] for i in graph.facts.given])
+    others = [(graph.facts.names[i], args[i]) for i in graph.facts.given if forward.is_strange(args[i])]
     numbers = tuple(name for name, _ in others), identity_key([number for _, number in others])
     return (
         family,
@@ -404,8 +417,8 @@ class WatchRun:
         facts = graph.facts
         return {
             name: a.detach().clone()
-            for i, (name, a) in enumerate(zip(facts.names, args, strict=True))
-            if isinstance(a, torch.Tensor) and i not in facts.roles.weights and self._is_new(forward, a)
+            for name, a in ((facts.names[i], args[i]) for i in facts.given)
+            if isinstance(a, torch.Tensor) and self._is_new(forward, a)
         }
 
     def _behind(
@@ -422,7 +435,7 @@ class WatchRun:
         joined = {name: found for name, a in began.items() if (found := self._holds(a)) is not None}
         unseen = self._unseen(family, {n: a for n, a in began.items() if n not in joined})
         facts = graph.facts
-        given = {n: a for i, (n, a) in enumerate(zip(facts.names, args, strict=True)) if i not in facts.roles.weights}
+        given = {facts.names[i]: args[i] for i in facts.given}
         # Copies: how long somebody else holds what was made is looked at.
         self._given[family] = began | {n: a.detach().clone() for n, a in given.items() if stored(a) and n not in began}
         forward.trace(family, graph.facts, args, outputs, origins, joined, unseen)
@@ -730,8 +743,7 @@ class Leg:
 
 def _view_of_input(graph: Graph, args: Sequence[Any], output: Any) -> tuple[str, ViewOf | None] | None:
     """The input in whose memory an output lies, but for weights, and how, if that can be told."""
-    weights = graph.facts.roles.weights
-    given = ((n, a) for i, (n, a) in enumerate(zip(graph.facts.names, args, strict=True)) if i not in weights)
+    given = ((graph.facts.names[i], args[i]) for i in graph.facts.given)
     found = ((n, a, ViewOf.made(a, output)) for n, a in given if stored(a) and stored(output))
     views = [(n, view if view.of(a) is not None else None) for n, a, view in found if view is not None]
     return min(views, key=lambda of: of[1] is None, default=None)
