@@ -727,7 +727,7 @@ def test_a_function_that_calls_another_model() -> None:
 def test_which_call_it_was_while_its_forward_ends() -> None:
     """Another thread may ask meanwhile: what it looks at is not written to."""
     called = legs.Called(
-        (), legs.Given([]), {str(k): (StorageWeakRef(torch.zeros(1).untyped_storage()), k) for k in "ab"}
+        (), legs.Held([]), {str(k): (StorageWeakRef(torch.zeros(1).untyped_storage()), k) for k in "ab"}
     )
     before = called.lasting
     called.over()
