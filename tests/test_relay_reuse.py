@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import fx_cache
 from fx_cache.runtime import legs
+from fx_cache.runtime.front import Strangers
 from fx_cache.runtime.identity import OwnWrites, StorageHold
 from fx_cache.runtime.relay import ObservedForward
 from fx_cache.runtime.slots import Times
@@ -726,12 +726,10 @@ def test_a_function_that_calls_another_model() -> None:
 
 def test_which_call_it_was_while_its_forward_ends() -> None:
     """Another thread may ask meanwhile: what it looks at is not written to."""
-    called = legs.Called(
-        (), legs.Held([]), {str(k): (StorageWeakRef(torch.zeros(1).untyped_storage()), k) for k in "ab"}
-    )
-    before = called.lasting
-    called.over()
-    assert len(before) == 2 and not called.lasting
+    strangers = Strangers({name: torch.zeros(1) for name in "ab"})
+    before = strangers._kept
+    strangers.over()
+    assert len(before) == 2 and not strangers._kept
 
 
 def test_what_ended_is_not_begun_again_by_the_forward_that_was_watched() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -792,21 +792,66 @@ def test_programs_that_take_turns_without_a_time(branch: str | None) -> None:
     assert found == [i > 3 and branch is not None for i in range(STEPS)]  # one move of each is no evidence
 
 
+def _computed(requests: Sequence[Sequence[int]], late: int) -> list[bool]:
+    """Which calls of a pass compute whose requests are known to have `STEPS` steps; for each its number of tokens.
+
+    A call may begin a request where one begins that is not given up, where the shape becomes another one, and `STEPS`
+    calls, or twice as many, after any of these.
+    """
+    begins, computed = {0}, []
+    cached: set[bool] = set()  # the programs that have computed since
+    before = requests[0][0]
+    for n, (i, tokens) in enumerate(call for request in requests for call in enumerate(request)):
+        program = tokens == 16 and i >= late
+        if tokens != before:
+            begins.add(n % STEPS)
+        if n % STEPS in begins:
+            cached = set()
+        computed.append(program not in cached)
+        cached.add(program)
+        before = tokens
+    return computed
+
+
 @pytest.mark.parametrize("late", [STEPS, 3])
-def test_steps_are_counted_anew_in_another_shape(late: int) -> None:
-    """A request is given up, maybe where it computes otherwise; those behind it, of more tokens, are complete."""
-    model, found = Otherwise().eval(), []
+@pytest.mark.parametrize(
+    "requests",
+    [
+        ([16] * STEPS, [16] * 5, [24] * STEPS, [24] * STEPS),  # the second one is given up
+        ([16] * STEPS, [24] * STEPS, [16] * STEPS),
+        ([16] * 4 + [24] * 4, [24] * STEPS, [24] * STEPS),  # the first one goes on
+        ([16] * 4 + [24] * 4, [16] * 4 + [24] * 4),
+        ([16] * 3, [24] * 4 + [16] * 4, [24] * STEPS, [24] * STEPS),
+    ],
+)
+def test_steps_are_counted_in_another_shape(requests: Sequence[Sequence[int]], late: int) -> None:
+    """No time is given: whether a request was given up where the shape changes, or goes on, cannot be told."""
+    model = Otherwise().eval()
     compiled = torch.compile(model, backend="dit_cache", options=REUSING)
-    for tokens, steps in ((16, STEPS), (16, 5), (24, STEPS), (24, STEPS)):
-        latents = {name: torch.randn(1, tokens, 16) for name in ("cond", "uncond")}
-        texts = {name: torch.randn(1, 7, 24) for name in latents}
-        for i, (name, text) in itertools.product(range(steps), texts.items()):
-            inputs = latents[name], None, text, tokens == 16 and i >= late
+    found: dict[str, list[bool]] = {"cond": [], "uncond": []}
+    for request in requests:
+        latents = {name: torch.randn(1, 24, 16) for name in found}
+        texts = {name: torch.randn(1, 7, 24) for name in found}
+        for (i, tokens), (name, text) in itertools.product(enumerate(request), texts.items()):
+            inputs = latents[name][:, :tokens].contiguous(), None, text, tokens == 16 and i >= late
             with fx_cache.session("request", name, num_inference_steps=STEPS):
                 output = compiled(*inputs)
-            found.append(torch.equal(output, model(*inputs)) == (i == 0 or (tokens == 16 and i in (late, late + 1))))
-            latents[name] = latents[name] - 0.1 * output
-    assert found[-2 * 2 * STEPS :] == [True] * 2 * 2 * STEPS
+            found[name].append(torch.equal(output, model(*inputs)))
+            latents[name] = torch.cat([latents[name][:, :tokens] - 0.1 * output, latents[name][:, tokens:]], 1)
+    assert found == dict.fromkeys(found, _computed(requests, late))
+
+
+def test_another_number_of_steps_is_another_request() -> None:
+    model, found = Otherwise().eval(), []
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    for steps in (STEPS, 12, STEPS):
+        x, text = torch.randn(1, 16, 16), torch.randn(1, 7, 24)
+        for _ in range(steps):
+            with fx_cache.session("request", "only", num_inference_steps=steps):
+                output = compiled(x, None, text, False)
+            found.append(torch.equal(output, model(x, None, text, False)))
+            x = x - 0.1 * output
+    assert [i for i, computed in enumerate(found) if computed] == [0, STEPS, STEPS + 12]
 
 
 @pytest.mark.parametrize("forget", [fx_cache.reset, lambda: fx_cache.end("request")])

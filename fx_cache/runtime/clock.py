@@ -80,6 +80,7 @@ class Sign:
         named: whether somebody says to which request the call belongs.
         apart: whether somebody says to which pass of the request it belongs.
         begins: whether it is known to be the first call of a request.
+        counted: whether it may be, as far as the calls of its pass were counted.
         renewed: whether its conditioning is another one than at the last call of its program that showed it; only asked
             of a branch that is named.
         step: number of the step where the caller counts; then nothing else is looked at.
@@ -92,6 +93,7 @@ class Sign:
     named: bool = False
     apart: bool = False
     begins: bool = False
+    counted: bool = False
     renewed: bool = False
     step: int | None = None
     times: tuple[int, ...] = ()

@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ from fx_cache.runtime.identity import (
     as_number,
     identity_key,
     is_one,
+    lies_in,
     memory_of,
     signature,
     stored,
@@ -47,6 +48,7 @@ from fx_cache.runtime.identity import (
 )
 from fx_cache.runtime.named import named_session
 from fx_cache.runtime.net import Versions, plain, spread, versions_at_begin
+from fx_cache.runtime.weights import weights_of
 
 _KEPT_AS = "__fx_cache_forward__"
 _ALIVE = "__fx_cache_alive__"
@@ -138,7 +140,13 @@ class Forward:
         self.caught = caught
         self._owners: dict[int, str] = {}
         self.count = 0
-        self._user = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(self.inputs)]) if stored(t)}
+        self._user: dict[int, list[int]] = {}
+        """Numbers of the inputs that lie in a storage."""
+        for i, v in enumerate(self.inputs):
+            if stored(v):
+                self._user.setdefault(v.untyped_storage()._cdata, []).append(i)
+        self._returned = False
+        self._written_to: Container[torch.Tensor] = ()
         self._notes: dict[int | None, list[_Note]] = {}
         self._seen: dict[int, _Seen] = {}
         self._alive: list[_Note] = []
@@ -177,9 +185,13 @@ class Forward:
         self.when_over(self._let_go)
 
     def _let_go(self) -> None:
-        """The compiled call has returned, or raised: what nobody else holds any more has not outlived it."""
+        """The compiled call has returned, or raised: what nobody else holds any more has not outlived it.
+
+        Behind an exception it is still held by that, and what was replaced until now cannot be told from what was made.
+        """
         self._sinusoids.clear()
-        self.front.over()
+        if self._returned or not self.caught:
+            self.front.over()
 
     def when_over(self, call: Callable[[], None]) -> None:
         """Has something called when the compiled call has returned, or raised."""
@@ -193,20 +205,20 @@ class Forward:
         """The user's inputs whose tokens a tensor holds, as far as is known."""
         if not stored(value):
             return frozenset()
-        key = value.untyped_storage()._cdata
-        if key in self._user:
-            return frozenset({self._user[key]})
-        notes = self._notes.get(key, [])
+        users = self._lies_in(value)
+        if users:
+            return frozenset(users[:1])
+        notes = self._notes.get(value.untyped_storage()._cdata, [])
         exact = [n.tokens for n in notes if n.view == view_of(value)]
         return frozenset().union(*(exact or (n.tokens for n in notes)))
 
     def shown_by(self, value: Any) -> frozenset[int]:
         """The user's inputs that a tensor is known to depend on: what code between graphs has made of one is not."""
         key, view = (value.untyped_storage()._cdata, view_of(value)) if stored(value) else (None, ())
-        if key in self._user:
-            same = [i for i, v in enumerate(self.inputs) if stored(v) and v.untyped_storage()._cdata == key]
-            exact = [i for i in same if view_of(self.inputs[i]) == view]
-            return frozenset(exact or (same if len(same) == 1 else ()))
+        users = self._lies_in(value) if stored(value) else []
+        if users:
+            exact = [i for i in users if view_of(self.inputs[i]) == view]
+            return frozenset(exact or (users if len(users) == 1 else ()))
         notes = self._notes.get(key, [])
         just = [n for n in notes if n.view == view]
         if just:
@@ -218,6 +230,14 @@ class Forward:
         same = [i for i, v in enumerate(self.inputs) if not isinstance(v, torch.Tensor) and as_number(v) == number]
         return frozenset(same if number is not None and len(same) == 1 else ())
 
+    def weights(self) -> list[torch.Tensor]:
+        """All that the model has and that no graph of it writes to; no graph is given those of code between them."""
+        return [w for w in weights_of(self.root) if w not in self._written_to]
+
+    def front_so_far(self) -> Front:
+        """What it has run until now, for the model's weights as they are now."""
+        return self.front.so_far(self.weights())
+
     @property
     def writes(self) -> bool:
         """Whether something that the user gave it was written to since it began."""
@@ -226,9 +246,11 @@ class Forward:
     def is_strange(self, value: Any) -> bool:
         """Whether it is a real number that the user has not given; integers are compared as sizes are."""
         number = _real(value)
-        if number is None:
-            return False
-        return all(isinstance(v, torch.Tensor) or as_number(v) != number for v in self.inputs)
+        return number is not None and not self.was_given(number)
+
+    def was_given(self, number: float) -> bool:
+        """Whether the user has given it this number."""
+        return any(not isinstance(v, torch.Tensor) and as_number(v) == number for v in self.inputs)
 
     def made(self, value: Any) -> bool:
         """Whether one of its graphs has made a tensor, or what it is a view of."""
@@ -241,7 +263,11 @@ class Forward:
 
     def knows(self, value: Any) -> bool:
         """Whether a tensor lies in what one of its graphs has made, or what the user gave it."""
-        return stored(value) and (self.made(value) or value.untyped_storage()._cdata in self._user)
+        return stored(value) and (self.made(value) or bool(self._lies_in(value)))
+
+    def _lies_in(self, value: torch.Tensor) -> list[int]:
+        """The user's inputs that a tensor lies in: he may not have given all of a storage."""
+        return [i for i in self._user.get(value.untyped_storage()._cdata, ()) if lies_in(value, self.inputs[i])]
 
     def made_by(self, value: Any) -> Place | None:
         """The call that made just this tensor, if no code between graphs has touched it."""
@@ -258,7 +284,7 @@ class Forward:
             seen = self._seen.get(key)
             if seen is not None and not value.is_inference() and value._version == seen.version:
                 return Origin(frozenset({seen.place}), True)
-            return Origin(known=key in self._user or is_held(name) or as_number(value) is not None)
+            return Origin(known=bool(self._lies_in(value)) or is_held(name) or as_number(value) is not None)
         view = view_of(value)
         same = self.made_by(value)
         if same is not None:
@@ -383,7 +409,7 @@ class Forward:
     def _given_as(self, value: torch.Tensor) -> frozenset[int]:
         """The user's input that a tensor is, or a view of it."""
         itself = frozenset(i for i, v in enumerate(self.inputs) if v is value)
-        return itself or (self.shown_by(value) if value.untyped_storage()._cdata in self._user else itself)
+        return itself or (self.shown_by(value) if self._lies_in(value) else itself)
 
     def latent_like(self, shapes: Sequence[Shape]) -> frozenset[int]:
         """The user's inputs that have some outputs' shapes, up to channels, where it is clear which has which."""
@@ -419,6 +445,7 @@ class Forward:
 
     def end(self, result: Any) -> bool:
         """It is over; returns whether the result counts."""
+        self._returned = True
         returned: list[Any] = []
         with guarded("came_back"):
             returned = contents(result)
@@ -432,9 +459,14 @@ class Forward:
         """Learns from its inputs what other forwards are to know of them; from what comes back, when it ends."""
         self._learnt = self.habits.see(self.inputs, self.keys, self.telling)
 
-    def know(self, habits: Habits) -> None:
-        """Takes what other forwards have shown: what only they have written to is what it was."""
-        self.habits = habits
+    def know(self, habits: Habits, written: Container[torch.Tensor]) -> None:
+        """Takes what other forwards have shown: what only they have written to is what it was.
+
+        Args:
+            habits: what they have shown of the inputs.
+            written: what graphs of the model write to.
+        """
+        self.habits, self._written_to = habits, written
         begun = {id(v): version for v, version in self._versions}
         for i, v in enumerate(self.inputs):
             if stored(v) and not v.is_inference():
@@ -503,7 +535,7 @@ class Forward:
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
             self.habits.together,
-            front=self.front.so_far(),
+            front=self.front_so_far(),
         )
 
     @property

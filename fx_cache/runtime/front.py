@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,10 +18,44 @@ if TYPE_CHECKING:
 
 OTHER_TENSORS = "code before the span was given another tensor that is held somewhere"
 OTHER_CALLS = "other code was called before the span, or where it begins"
+OTHER_NUMBERS = "code before the span was given another number, which does not move at every step"
 
 
-Lasting = dict[str, tuple[StorageWeakRef, Hashable]]
-"""Tensors by name: their storage, and which view of it, in which version."""
+class Strangers:
+    """The tensors that a call was given and that neither the user nor a graph has made, but for weights and numbers.
+
+    Code between graphs has made them at this forward, or somebody holds them: then they are looked at. Somebody does if
+    they outlive the forward, or if by that name another forward was given the very same.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Args:
+            tensors: by name.
+        """
+        self._given = {name: (StorageWeakRef(t.untyped_storage()), memory_of(t)) for name, t in tensors.items()}
+        self._kept = self._given
+        self._held: frozenset[str] = frozenset()
+
+    def same(self, now: Strangers) -> bool:
+        """Whether another forward's call is given those that are looked at; to be asked when this forward is over.
+
+        Each then knows what this one knows to be held.
+        """
+        kept = self._kept
+        same = all(not s.expired() and n in now._given and now._given[n][1] == m for n, (s, m) in kept.items())
+        if same:
+            self._held |= kept.keys()
+        now._held |= self._held
+        return same and self._given.keys() == now._given.keys()
+
+    def over(self) -> None:
+        """The forward has returned: what has not outlived it was made in it."""
+        self._kept = {n: of for n, of in self._given.items() if n in self._held or not of[0].expired()}
+
+
+Numbers = Mapping[tuple[int, str], float]
+"""Numbers that calls were given: the call, and the name."""
 
 
 class Before(Protocol):
@@ -31,50 +65,64 @@ class Before(Protocol):
         """Why another forward's call at its place may make something else; None: it does not."""
 
     def over(self) -> None:
-        """The forward is over: what has not outlived it was made in it."""
+        """The forward that made the call has returned: what has not outlived it was made in it."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """One call in front of all spans, or between two.
+    """One call before a span, or the one whose graph holds it.
 
     Attributes:
         computes: what its graph does.
-        held: what it was given that is held outside the forward, but for weights.
-        weights: these; None where somebody else looks at them.
-        lasting: tensors that code between graphs has given it: those that outlive the forward.
+        held: what it was given that is held outside the forward, weights among it.
+        strangers: what code between graphs has given it.
     """
 
     computes: Hashable
     held: Held
-    weights: Held | None
-    lasting: Lasting
+    strangers: Strangers
 
     def differs(self, now: Any) -> str | None:
-        if not isinstance(now, _Call) or self.computes != now.computes:
+        if not isinstance(now, _Call):
             return OTHER_CALLS
-        weights = self.weights is not None and now.weights is not None and not self.weights.equals(now.weights)
-        if weights or not self.held.equals(now.held):
+        same = self.strangers.same(now.strangers)
+        if self.computes != now.computes:
+            return OTHER_CALLS
+        if not self.held.equals(now.held):
             return CHANGED
-        return None if lasts(self.lasting, now.lasting) else OTHER_TENSORS
+        return None if same else OTHER_TENSORS
 
     def over(self) -> None:
-        self.lasting = lasting_of(self.lasting)
+        self.strangers.over()
 
 
 class Front:
     """The calls before a span: of which code, what their graphs compute, and for what that is held outside the forward.
 
-    What code between the graphs has made of the user's inputs is none of it, and neither are numbers that come from
-    there, or that he gives.
+    What code between the graphs has made of the user's inputs is none of it, and neither is what he gives.
+
+    Attributes:
+        numbers: those that code between graphs has given to calls: of some of them it made the time (`Paces`).
     """
 
-    def __init__(self, calls: Sequence[tuple[Hashable, Before]] = ()) -> None:
-        self._calls = [*calls]
-
-    def add(
-        self, forward: Forward, facts: GraphFacts, family: Hashable, args: Sequence[Any], *, weights: bool = True
+    def __init__(
+        self,
+        calls: Sequence[tuple[Hashable, Before]] = (),
+        numbers: Numbers | None = None,
+        weights: Sequence[torch.Tensor] = (),
     ) -> None:
+        """
+        Args:
+            calls: of which code, and what is known of each.
+            numbers: see above.
+            weights: those of the model, also of code between graphs, as they are now.
+        """
+        self.numbers = dict(numbers or {})
+        self._calls = [*calls]
+        self._weights = Held(weights)
+        self._made: list[Before] = []
+
+    def add(self, forward: Forward, facts: GraphFacts, family: Hashable, args: Sequence[Any]) -> None:
         """Takes notice of a call that is about to run.
 
         Args:
@@ -82,51 +130,70 @@ class Front:
             facts: the graph.
             family: the code that it was captured from.
             args: what it is given.
-            weights: whether to look at its weights; else somebody else does.
         """
         scalars = [i for i in facts.roles.scalars if is_held(facts.names[i])]
-        held, own = held_by(forward, facts, args), weights_of_call(facts, args) if weights else []
-        call = _Call(
-            facts.program.at(args, scalars),
-            _held(held),
-            _held(own) if weights else None,
-            strangers(forward, facts, args),
-        )
-        self.passed(family, call)
+        held = weights_of_call(facts, args) + held_by(forward, facts, args)
+        self.numbers |= {(len(self._calls), name): n for name, n in strange_numbers(forward, facts, args).items()}
+        self.passed(family, _Call(facts.program.at(args, scalars), _held(held), strangers(forward, facts, args)))
 
-    def passed(self, family: Hashable, call: Before) -> None:
-        """Takes notice of a call of which somebody else knows more."""
+    def passed(self, family: Hashable, call: Before, *, reused: bool = False) -> None:
+        """Takes notice of a call of which somebody else knows more; `reused`: it is one of another forward."""
         self._calls.append((family, call))
+        self._made += [] if reused else [call]
 
     def over(self) -> None:
-        """The forward is over."""
-        for _, call in self._calls:
+        """The forward has returned."""
+        for call in self._made:
             call.over()
 
-    def so_far(self) -> Front:
-        """The calls until now."""
-        return Front(self._calls)
+    def so_far(self, weights: Sequence[torch.Tensor]) -> Front:
+        """The calls until now, for weights of the model as they are now."""
+        return Front(self._calls, self.numbers, weights)
 
     def differs(self, now: Front) -> str | None:
-        """Why what comes behind the calls of another forward may be something else; None: they were the same."""
+        """Why what comes behind another forward's calls may be something else, but for numbers; None: it is not."""
         if [family for family, _ in self._calls] != [family for family, _ in now._calls]:
             return OTHER_CALLS
-        found = (before.differs(call) for (_, before), (_, call) in zip(self._calls, now._calls, strict=True))
+        # All of them, since each tells the other one what it knows.
+        found = [before.differs(call) for (_, before), (_, call) in zip(self._calls, now._calls, strict=True)]
+        if not self._weights.equals(now._weights):
+            return CHANGED
         return next((why for why in found if why is not None), None)
+
+
+class Paces:
+    """Which numbers that code between graphs has made it made of the time: those that move at every step of a request.
+
+    So does what somebody sets anew in front of every step; that cannot be told apart.
+    """
+
+    def __init__(self) -> None:
+        self._last: Numbers | None = None
+        self._moved = False
+        self._rested: frozenset[tuple[int, str]] = frozenset()
+
+    def changed(self, then: Numbers, now: Numbers) -> bool:
+        """Whether numbers, but for the time, are others than at another step of the request; before `went_on`."""
+        changed = _different(then, now)
+        if not changed or self._last is None or not self._moved:
+            return bool(changed)
+        both = then.keys() & now.keys() & self._last.keys()
+        return not changed <= (_different(self._last, now) & both) - self._rested
+
+    def went_on(self, now: Numbers) -> None:
+        """Another step of the request was given these."""
+        if self._last is not None:
+            self._rested |= now.keys() - _different(self._last, now)
+            self._moved = True
+        self._last = now
+
+
+def _different(a: Numbers, b: Numbers) -> frozenset[tuple[int, str]]:
+    return frozenset(name for name in {*a, *b} if a.get(name) != b.get(name))
 
 
 def _held(values: Sequence[torch.Tensor]) -> Held:
     return Held(without_numbers(values), identity_key([a for a in values if is_number(a)]))
-
-
-def lasts(lasting: Lasting, now: Lasting) -> bool:
-    """Whether tensors that outlived a forward are those that another one is given by the same names."""
-    return all(not s.expired() and name in now and now[name][1] == m for name, (s, m) in lasting.items())
-
-
-def lasting_of(tensors: Lasting) -> Lasting:
-    """Those of a forward's tensors that are still there when it is over."""
-    return {name: kept for name, kept in tensors.items() if not kept[0].expired()}
 
 
 def held_by(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -144,11 +211,15 @@ def without_numbers(held: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [a for a in held if not is_number(a)]
 
 
-def strangers(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> Lasting:
-    """The tensors that neither the user nor a graph has made, but for weights and numbers."""
+def strangers(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> Strangers:
+    """Those of a call that is about to run."""
     given = ((facts.names[i], args[i]) for i in facts.given)
-    return {
-        name: (StorageWeakRef(a.untyped_storage()), memory_of(a))
-        for name, a in given
-        if stored(a) and not (forward.knows(a) or is_held(name) or as_number(a) is not None)
-    }
+    return Strangers(
+        {n: a for n, a in given if stored(a) and not (forward.knows(a) or is_held(n) or as_number(a) is not None)}
+    )
+
+
+def strange_numbers(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> dict[str, float]:
+    """The numbers, by name, that neither the user has given nor an object or a global holds by itself."""
+    given = ((facts.names[i], as_number(args[i])) for i in facts.given)
+    return {n: number for n, number in given if not (number is None or is_held(n) or forward.was_given(number))}

@@ -206,6 +206,21 @@ def memory_of(value: torch.Tensor) -> Hashable:
     return value.untyped_storage()._cdata, view_of(value)
 
 
+def lies_in(value: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor lies within the memory from the first to the last element of another one of its storage."""
+    if value is other:
+        return True
+    (begin, end), (first, last) = _extent(value), _extent(other)
+    return first <= begin and end <= last
+
+
+def _extent(value: torch.Tensor) -> tuple[int, int]:
+    """Where in its storage a tensor begins and ends, in bytes."""
+    begin, size = int(value.storage_offset()), value.element_size()
+    count: int = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+    return begin * size, (begin + count) * size
+
+
 def stored(value: Any) -> bool:
     """Whether it is a tensor with memory of its own."""
     return isinstance(value, torch.Tensor) and value.layout is torch.strided

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_cache.errors import Failure, guarded
 from fx_cache.ops import residual_diff, residual_sums
@@ -21,9 +20,8 @@ from fx_cache.runtime.forwards import Forward, Joined, form_of, handed_through
 from fx_cache.runtime.front import (
     OTHER_CALLS,
     Front,
+    Strangers,
     held_by,
-    lasting_of,
-    lasts,
     strangers,
     weights_of_call,
     without_numbers,
@@ -73,12 +71,12 @@ class Called:
             that the model holds, and real ones that the user has not given. The time is none of it, where it is an
             integer.
         weights: those that it was given, as they were, and what else it found outside the forward.
-        lasting: tensors, by name, that code between graphs has given it: those that outlive the forward.
+        strangers: tensors that code between graphs has given it.
     """
 
     what: Hashable
     weights: Held
-    lasting: dict[str, tuple[StorageWeakRef, Hashable]]
+    strangers: Strangers
 
     @classmethod
     def of(
@@ -100,20 +98,19 @@ class Called:
         all_held = _held(forward, graph, args)
         if self.what != _what(forward, graph, family, args, begin, all_held, forward.origins(graph.facts, args)):
             return False
-        lasting = self.lasting  # once: the forward that it is of may be over meanwhile
-        if lasting and not lasts(lasting, strangers(forward, graph.facts, args)):
+        if not self.strangers.same(strangers(forward, graph.facts, args)):
             return False
         return self.weights.same(without_numbers(all_held))
 
     def differs(self, now: Any) -> str | None:
         """Why what comes behind another forward's call may be something else; None: it is not."""
-        if not isinstance(now, Called) or self.what != now.what or not lasts(self.lasting, now.lasting):
+        if not isinstance(now, Called) or self.what != now.what or not self.strangers.same(now.strangers):
             return OTHER_CALLS
         return None if self.weights.equals(now.weights) else CHANGED
 
     def over(self) -> None:
-        """The forward is over: what has not outlived it was made in it."""
-        self.lasting = lasting_of(self.lasting)
+        """The forward that made the call has returned: what has not outlived it was made in it."""
+        self.strangers.over()
 
 
 def _held(forward: Forward, graph: Graph, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -184,15 +181,13 @@ class Script:
     """The calls of a span, as they were when it was computed, and the tensors that they made.
 
     Attributes:
-        front: what was called before the span.
         unplanned: stands for the forwards before it that did not run as planned.
         writes: whether something that the user gave was written to by its end.
         torn: whether tensors that shared memory would not, given back.
     """
 
-    def __init__(self, streams: int, front: Front, unplanned: Hashable) -> None:
+    def __init__(self, streams: int, unplanned: Hashable) -> None:
         self.unplanned = unplanned
-        self.front = front
         self.writes = False
         self.torn = False
         self.entries: list[Entry] = []
@@ -258,10 +253,11 @@ class Script:
         writes, unchanged = (tuple((n, self._keep(v)) for n, v in some.items()) for some in (written, compared))
         self.entries.append(Entry(called, tuple(kept), writes, renewal.outputs is None, part, unchanged))
 
-    def over(self) -> None:
-        """The forward is over."""
-        for entry in self.entries:
-            entry.called.over()
+    def tell(self, at: int, called: Called) -> None:
+        """Tells a call that is run instead of that of number `at` which of its tensors are held somewhere."""
+        before = self.entries[at].called if at < len(self.entries) else None
+        if before is not None and before.what == called.what:
+            before.strangers.same(called.strangers)
 
     def _keep(self, value: torch.Tensor) -> int:
         self.values.append(copied(value))
@@ -522,6 +518,8 @@ class Leg:
         self._passed: Called | None = None
         self._call = 0
         self._beside: Beside | None = None
+        self._front: Front | None = None
+        self._former: Script | None = None
         self._origins: dict[str, Origin] = {}
         self._changed: list[torch.Tensor] = []
 
@@ -591,9 +589,10 @@ class Leg:
         slot = branch.slots[self._number]
         # Once: whoever ends the session meanwhile empties the slot.
         kept, script, self._call = slot.tensors, slot.script, forward.count
+        self._former = script
         fits = script is not None and script.goes_on(0, forward, graph, family, args, self._call)
-        if script is not None:
-            lost = lost or script.front.differs(front)
+        other, self._front = slot.behind(front), front
+        lost = lost or other
         if script is not None and script.writes:
             lost = lost or WRITES
         if script is not None and script.unplanned != unplanned:
@@ -615,7 +614,7 @@ class Leg:
 
         ranks = (groups, probe.device) if groups else None
         self._hit = self._gate.decide(measure, samples, separable=False, ranks=ranks) is True
-        self._script = script if self._hit else Script(len(self._plan.streams), front, unplanned)
+        self._script = script if self._hit else Script(len(self._plan.streams), unplanned)
         plan = self._plan
         self._beside = (
             None if self._hit else Beside(plan.streams, range(*plan.ranges[1]), self._call, plan.joined, plan.light)
@@ -634,6 +633,8 @@ class Leg:
                 raise Misfit
             self._origins = forward.origins(graph.facts, args)
             self._passed = self._called = Called.of(forward, graph, family, args, self._call, self._origins)
+            if self._former is not None:
+                self._former.tell(len(self._script.entries), self._called)
             return None
         if not expected or not self._script.goes_on(self._at, forward, graph, family, args, self._call):
             raise Astray
@@ -733,7 +734,7 @@ class Leg:
                 assert self._beside is not None
                 self._script.writes = forward.writes
                 slot.tensors, slot.script = self._script.tensors(self._probe), self._script
-                forward.when_over(self._script.over)
+                slot.front = self._front
                 self._gate.remember_control()
                 if self._beside.stale or self._script.torn:
                     slot.forget(BESIDE)

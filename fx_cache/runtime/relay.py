@@ -201,7 +201,7 @@ class Relay:
             return self._begin(forward)
 
     def _begin(self, forward: Forward) -> Run:
-        forward.know(self._habits.setdefault(forward.layout, Habits()))
+        forward.know(self._habits.setdefault(forward.layout, Habits()), self._written)
         self._habits.move_to_end(forward.layout)
         if len(self._habits) > MAX_LAYOUTS:
             self._habits.popitem(last=False)
@@ -379,11 +379,8 @@ class Relay:
 
     def _open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> Branch:
         given, program = forward.given(), ("relay", plans)
-        # Code between the graphs has weights too, which no graph is given.
-        held = weights_of(forward.root)
-        self.store = self._store(forward, held)
-        weights = [w for w in held if w not in self._written]
-        lost = CHANGED if self.store.changed(program, weights, []) else None
+        self.store = self._store(forward, weights_of(forward.root))
+        lost = CHANGED if self.store.changed(program, forward.weights(), []) else None
         branch = self.store.begin(program, len(plans), given, lost)
         if any(slot.open for slot in branch.slots):  # its last forward was broken off
             self.store.discard(branch)
@@ -420,7 +417,8 @@ class PlainRun(ComputingRun):
     def call(self, forward: Forward, graph: Graph, family: Hashable, args: Sequence[Any]) -> Any:
         caches = self._relay.caches(graph.facts)
         with guarded("front") as before:
-            forward.front.add(forward, graph.facts, family, args, weights=not caches)
+            self._relay.ran(graph, args)
+            forward.front.add(forward, graph.facts, family, args)
         step = caches and before.failure is None
         outputs = graph.step(forward, args) if step else graph.compute(*args)
         with guarded("note") as behind:
@@ -504,13 +502,13 @@ class RelayRun:
                 graph,
                 family,
                 args,
-                forward.front.so_far(),
+                forward.front_so_far(),
                 self._lost,
                 relay.unplanned.before(forward),
             )
         outputs = leg.skip(forward, graph, family, args, number)
         if leg.passed is not None:
-            forward.front.passed(family, leg.passed)
+            forward.front.passed(family, leg.passed, reused=leg.hit)
         else:
             forward.front.add(forward, graph.facts, family, args)
         return outputs

@@ -21,7 +21,7 @@ from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
 from fx_cache.runtime.moves import UNKNOWN_LATENT, UNKNOWN_TIME, Learner
 from fx_cache.runtime.named import NamedSession, named_session
-from fx_cache.runtime.slots import Branch, BranchRecord, Form, Requests, SessionRecord, Slot
+from fx_cache.runtime.slots import Branch, BranchRecord, Count, Form, Requests, SessionRecord, Slot
 from fx_cache.runtime.weights import Weights
 
 MAX_RECORDS = 64
@@ -105,13 +105,15 @@ class Store:
     def _with(self, requests: Requests) -> list[Branch]:
         return [b for b in self._branches.values() if b.requests is requests]
 
-    def discard(self, branch: Branch) -> None:
+    def discard(self, branch: Branch, *, reshaped: bool = False) -> None:
+        """Forgets a branch; `reshaped`: its pass has got another shape, and its calls are counted on."""
         with self._lock:
             branch.drop()
             if self._branches.get(branch.key) is branch:
                 del self._branches[branch.key]
-                if all(b.counted_as != branch.counted_as for b in self._with(branch.requests)):
-                    branch.requests.steps.pop(branch.counted_as, None)
+                alone = all(b.counted_as != branch.counted_as for b in self._with(branch.requests))
+                if alone and not reshaped:
+                    branch.requests.counts.pop(branch.counted_as, None)
                 self._complaints.ended(branch.record, branch.config)
 
     def release(self, branch: Branch) -> None:
@@ -203,8 +205,9 @@ class Store:
         if branch is not None and branch.busy:
             return self._beside(branch, form, spans, named)
         if branch is None or branch.form != form:
+            reshaped = [] if branch is None else [branch]  # by which their requests live on until they are shared
             if branch is not None:
-                self.discard(branch)
+                self.discard(branch, reshaped=True)
             self._purge()
             branch = Branch(key, form, _hold(given, named), spans, config)
             branch.owner = None if named is None else named.name
@@ -214,8 +217,10 @@ class Store:
             branch.unheard = unheard
             self._branches[key] = branch
             if branch.apart and config.num_inference_steps is not None:
-                self._end_other_forms(branch, given)
+                reshaped += self._end_other_forms(branch, given)
             self._share(branch, (given.form, *branch.of_pass) if named is None else named.name, given, named)
+            if reshaped and (count := branch.requests.counts.get(branch.counted_as)) is not None:
+                count.may_begin()
             self._doubt_equal(branch, heard, given)
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
@@ -234,11 +239,13 @@ class Store:
         branch.busy = True
         return branch
 
-    def _end_other_forms(self, branch: Branch, given: Given) -> None:
-        """Ends what other programs of a named pass have of another shape: its calls are counted anew with this one."""
-        for b in self._of(branch.owner or ""):
-            if b is not branch and b.of_pass == branch.of_pass and b.form[1] != given.form and not b.busy:
-                self.discard(b)
+    def _end_other_forms(self, branch: Branch, given: Given) -> list[Branch]:
+        """Ends what other programs of a named pass have of another shape, and returns it."""
+        others = [b for b in self._of(branch.owner or "") if b is not branch and b.of_pass == branch.of_pass]
+        ended = [b for b in others if b.form[1] != given.form and not b.busy]
+        for b in ended:
+            self.discard(b, reshaped=True)
+        return ended
 
     def _share(self, branch: Branch, key: Hashable, given: Given, named: NamedSession | None) -> None:
         """Lets a branch that begins know of others of its requests, and whether it takes part in the present one.
@@ -350,10 +357,11 @@ class Store:
         return branch.clock.preview(sign)
 
     def _renamed(self, branch: Branch, key: tuple[Hashable, ...]) -> Branch:
-        steps = branch.requests.steps.pop(branch.counted_as, 0)
+        count = branch.requests.counts.pop(branch.counted_as, None)
         self._branches[key] = self._branches.pop(branch.key)
         branch.key = key
-        branch.requests.steps[branch.counted_as] = steps
+        if count is not None:
+            branch.requests.counts[branch.counted_as] = count
         return branch
 
     def _beside(self, busy: Branch, form: Form, spans: int, named: NamedSession | None) -> Branch:
@@ -437,12 +445,8 @@ class Store:
                 branch.conditioning = StorageHold(given.fixed, given.identity)
                 sign = replace(sign, renewed=True)
         branch.earlier, branch.look = branch.look, look
-        last, steps = branch.config.num_inference_steps, branch.requests.steps
-        if last is not None and sign.step is None:
-            if steps[branch.counted_as] >= last:
-                sign, steps[branch.counted_as] = replace(sign, begins=True), 0
-                branch.request = None if branch.clock.first else branch.request
-            steps[branch.counted_as] += 1
+        if branch.config.num_inference_steps is not None and sign.step is None:
+            sign = self._counted(branch, sign, branch.config.num_inference_steps)
         if not branch.slots:
             self._begin_anew(branch, named)
         else:
@@ -456,6 +460,20 @@ class Store:
         branch.pending.append(sign)
         if not any(s.late for s in branch.pending):
             self.read_pending(branch)
+
+    def _counted(self, branch: Branch, sign: Sign, last: int) -> Sign:
+        """Counts a call; what it shows of its place in a branch, with what the count says."""
+        requests = branch.requests
+        count = requests.counts.get(branch.counted_as)
+        other = count is not None and count.last != last
+        if count is None or other:
+            count = requests.counts[branch.counted_as] = Count(last, requests.present)
+        if count.one_more() or other:
+            sign = replace(sign, begins=True, counted=True)
+            if branch.clock.first:  # it begins the present request, unless another pass has done that
+                branch.request = None if count.request == requests.present else requests.present
+        count.request = requests.present
+        return sign
 
     def _beside_others(self, branch: Branch, sign: Sign, given: Given, named: NamedSession | None) -> Sign:
         """What a call shows of its place in a branch, with what the last calls of others of its requests say."""
@@ -541,8 +559,8 @@ class Store:
                 branch.starts = [*again[:1], *([] if look is None else [look])]
                 began = i if move is Move.START else i - 1
                 if not behind and (branch.request is None or not first):
-                    shared.begin()
-                    shared.steps[branch.counted_as] = len(signs) - began
+                    shared.present += 1
+                    self._begun(branch, sign, len(signs) - began)
                 branch.request = shared.present
             if move not in _BEGINS and (branch.clock.doubt is None or (move is Move.FIRST and not puzzled)):
                 self._complaints.went_on()
@@ -560,6 +578,14 @@ class Store:
         if given is not None:
             branch.record.step = given
             branch.record.began = branch.record.began if began is None else given
+
+    def _begun(self, branch: Branch, sign: Sign, calls: int) -> None:
+        """A request has begun, so many calls ago. Where no time shows that, it may also be in the midst of one."""
+        count = branch.requests.counts.get(branch.counted_as)
+        if sign.values and not sign.counted:
+            branch.requests.count_anew(branch.counted_as, calls)
+        elif count is not None and not sign.counted:
+            count.may_begin(calls)
 
     def _begin_anew(self, branch: Branch, named: NamedSession | None, since: int = 0) -> None:
         """Begins a request `since` steps ago: with new statistics, and what these steps have computed."""

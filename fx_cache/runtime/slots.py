@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from fx_cache.config import CacheConfig
 from fx_cache.runtime.clock import Clock, Sign
 from fx_cache.runtime.follow import Look
-from fx_cache.runtime.front import OTHER_CALLS, Front
+from fx_cache.runtime.front import OTHER_CALLS, OTHER_NUMBERS, Front, Paces
 from fx_cache.runtime.identity import StorageHold
 from fx_cache.runtime.policy import Counters
 
@@ -85,7 +84,8 @@ class Slot:
         times: the same of those that look like the time.
         made_anew: whether the former are made anew at every step; None while that is not known.
         script: where the span lies over several graphs, what each of them gave back.
-        front: where it lies in one of several, what ran before it when it was computed.
+        front: where a forward is captured in several, what ran before it when it was computed.
+        paces: numbers that it was given at the request's steps.
         open: whether a span over several graphs has begun and not ended.
         counters: what the policy remembers.
         samples: the same of each sample of a batch, where each is decided by itself.
@@ -99,6 +99,7 @@ class Slot:
     made_anew: bool | None = None
     script: Any = None
     front: Front | None = None
+    paces: Paces = field(default_factory=Paces)
     open: bool = False
     counters: Counters = field(default_factory=Counters)
     samples: list[Counters] = field(default_factory=list)
@@ -110,7 +111,8 @@ class Slot:
 
     def handed_on(self) -> Slot:
         """The state with no statistics; none of it is left here."""
-        taken = replace(self, lost=None, times=self.times.of_another_request(), counters=Counters(), samples=[])
+        times = self.times.of_another_request()
+        taken = replace(self, lost=None, times=times, paces=Paces(), counters=Counters(), samples=[])
         self.tensors, self.home, self.script, self.front, self.control = [], None, None, None, None
         return taken
 
@@ -128,13 +130,24 @@ class Slot:
         """Lets go of what is cached."""
         self.tensors, self.home, self.script, self.front, self.lost, self.open = [], None, None, None, why, False
 
-    def stands_behind(self, front: Front | None) -> None:
-        """Lets go of what is cached unless the forward has run before it what it had when that was computed."""
-        if not self.tensors or self.front is front:
-            return
-        why = OTHER_CALLS if self.front is None or front is None else self.front.differs(front)
-        if why is not None:
-            self.forget(why)
+    def behind(self, front: Front | None) -> str | None:
+        """Why what is cached was computed behind something else than what a forward has run now; None: it was not.
+
+        To be asked once at every step of a request.
+
+        Args:
+            front: what it has run; None: it is captured in one graph.
+        """
+        before, why = self.front, None
+        if self.tensors and before is not front:
+            if before is None or front is None:
+                why = OTHER_CALLS
+            else:
+                other = self.paces.changed(before.numbers, front.numbers)
+                why = before.differs(front) or (OTHER_NUMBERS if other else None)
+        if front is not None:
+            self.paces.went_on(front.numbers)
+        return why
 
     def offload(self) -> None:
         """Moves the tensors to the host, but for those of a span over several graphs."""
@@ -223,6 +236,44 @@ class SessionRecord:
     refreshed: bool = False
 
 
+class Count:
+    """The calls of one pass where requests have a known number of steps: which of them may be a request's first one.
+
+    So may be one at which its inputs get another shape: a request may have been given up there, or it goes on. What was
+    computed before such a call is not reused as many calls later either.
+
+    Attributes:
+        last: steps of a request.
+        request: number of the request that began last, at the pass's last call.
+    """
+
+    def __init__(self, last: int, request: int, calls: int = 0) -> None:
+        """
+        Args:
+            last: steps of a request.
+            request: number of the present one.
+            calls: how many that had.
+        """
+        self.last = last
+        self.request = request
+        self._calls = calls
+        self._begins = {0}
+        self._doubtful = -1
+
+    def may_begin(self, calls: int = 0) -> None:
+        """A request may have begun so many calls ago; none: with the next one."""
+        begin = self._calls - calls
+        if begin % self.last not in self._begins:
+            self._begins.add(begin % self.last)
+            self._doubtful = begin
+
+    def one_more(self) -> bool:
+        """Counts a call; whether a request begins with it, if one began as many calls before as it has steps."""
+        begins = self._calls > 0 and self._calls % self.last in self._begins and self._calls != self._doubtful
+        self._calls += 1
+        return begins
+
+
 class Requests:
     """What branches that belong to the same requests know together: the programs that compute one pass of them, and
     the passes of a named session.
@@ -231,19 +282,19 @@ class Requests:
         present: number of the request that began last.
         several: whether there are several branches.
         calls: of all branches together.
-        steps: calls that each pass of the present request had (`Branch.counted_as`).
+        counts: where the number of steps is known, the calls of each pass (`Branch.counted_as`).
     """
 
     def __init__(self) -> None:
         self.present = 0
         self.several = False
         self.calls = 0
-        self.steps: Counter[Hashable] = Counter()
+        self.counts: dict[Hashable, Count] = {}
 
-    def begin(self) -> None:
-        """Another request begins."""
-        self.present += 1
-        self.steps.clear()
+    def count_anew(self, counted_as: Hashable, calls: int) -> None:
+        """The present request has begun `calls` calls of a pass ago, beyond doubt: all passes are counted anew."""
+        count = self.counts.get(counted_as)
+        self.counts = {} if count is None else {counted_as: Count(count.last, self.present, calls)}
 
 
 Form = tuple[Hashable, Hashable]

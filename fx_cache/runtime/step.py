@@ -154,7 +154,9 @@ class CachedForward:
                 for k, (control, separation) in enumerate(zip(given.controls, self._separations, strict=True))
             ]
             for slot in branch.slots:
-                slot.stands_behind(given.front)
+                other = slot.behind(given.front)
+                if other is not None:
+                    slot.forget(other)
             state = [Keep(branch, self._graph, self._copied, given.known)] if self._keeps else []
             for gate, slot in zip(gates, branch.slots, strict=True):
                 state += [gate, slot.load()]
