@@ -234,10 +234,6 @@ class Forward:
         """All that the model has and that no graph of it writes to; no graph is given those of code between them."""
         return [w for w in weights_of(self.root) if w not in self._written_to]
 
-    def front_so_far(self) -> Front:
-        """What it has run until now, for the model's weights as they are now."""
-        return self.front.so_far(self.weights())
-
     @property
     def writes(self) -> bool:
         """Whether something that the user gave it was written to since it began."""
@@ -535,7 +531,7 @@ class Forward:
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
             self.habits.together,
-            front=self.front_so_far(),
+            front=self.front.so_far(self.weights()),
         )
 
     @property
