@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -400,6 +400,94 @@ def test_one_of_several_that_the_user_gives_in_one_storage_is_held(given: int, m
     computed = _computed(Model(many), text, branch, {6: lambda: ELSEWHERE.__setitem__(0, rows[1])})
     assert 6 in computed
     assert not {5, 7, 11, 12} & {*computed}
+
+
+@pytest.mark.parametrize("branch", [None, "only"])
+@pytest.mark.parametrize("how", ["counts", "replaced", "offloaded", "behind"])
+def test_what_changes_at_every_step_is_no_change(how: str, branch: str | None) -> None:
+    """Code between the graphs counts its calls, hooks replace parameters, in front of the blocks or behind them."""
+
+    class Model(Given):
+        def __init__(self) -> None:
+            super().__init__(False)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def held(self, text: Tensor) -> Tensor:
+            self.count("counts", "replaced")
+            return self.text(text)
+
+        def behind(self, x: Tensor) -> Tensor:
+            self.count("behind", "offloaded")
+            return x
+
+        @torch._dynamo.disable
+        def count(self, *places: str) -> None:
+            if how in places and how == "replaced":
+                self.calls = self.calls + 1
+            elif how in places and how == "offloaded":
+                self.patch2.weight = nn.Parameter(self.patch2.weight.clone(), requires_grad=False)
+            elif how in places:
+                self.calls += 1
+
+    computed = _computed(Model(), torch.randn(1, 5, 24), branch, {})
+    assert computed == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([9, 8, 8, 7, 6, 5, 4, 3, 2], [0, 1]),  # PNDM: the second step is repeated
+        ([9, 9, 8, 8, 7, 7, 6, 6, 5, 5], [0, 2]),  # Heun: two evaluations a step
+    ],
+)
+def test_a_number_that_is_made_of_the_time_rests_with_it(times: Sequence[int], expected: Sequence[int]) -> None:
+    """Only its first move is no evidence. In a named branch, a call at the time of the one before goes on with it."""
+    model, text = Indexed(False), torch.randn(1, 7, 24)
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    for request in range(2):
+        x, computed = torch.randn(1, 16, 16), []
+        for i, time in enumerate(times):
+            inputs = x, torch.tensor([time / 10]), text
+            with torch.no_grad(), fx_cache.session(f"request {request}", "only"):
+                output = compiled(*inputs)
+            if torch.equal(output, model(*inputs)):
+                computed.append(i)
+            x = x - 0.1 * output
+    assert computed == expected
+
+
+@pytest.mark.parametrize("given", [(1.0, 4.0), (5.0, 7.0)])
+def test_a_number_changes_from_one_that_the_user_gives_to_another(given: tuple[float, float]) -> None:
+    """He gives both as something else."""
+
+    class Model(Given):
+        def __init__(self) -> None:
+            super().__init__(False)
+            self.bag = {"number": 1.0}
+
+        def forward(self, latent: Tensor, t: Tensor, text: Tensor, a: float, b: float) -> Tensor:
+            bag = self.bag
+            e, x = self.embedded(t) + a, self.patch(latent) * b
+            torch._dynamo.graph_break()
+            held = self.text(text) * bag["number"]
+            torch._dynamo.graph_break()
+            for i, block in enumerate(self.blocks):
+                x = block(x, e, held if i else torch.zeros(1, 5, 32))
+            return self.last(x)
+
+    model, text, computed = Model(), torch.randn(1, 5, 24), []
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    for request in range(2):
+        x, model.bag["number"] = torch.randn(1, 16, 16), 1.0
+        for i in range(STEPS):
+            model.bag["number"] = 1.0 if i < CHANGED_AT else 4.0
+            inputs = x, torch.tensor([0.9 - 0.05 * i]), text, *given
+            with torch.no_grad(), fx_cache.session(f"request {request}", "only"):
+                output = compiled(*inputs)
+            computed.append(torch.equal(output, model(*inputs)))
+            x = x - 0.01 * output
+    assert computed[CHANGED_AT] and computed[STEPS + CHANGED_AT]
+    assert not any(computed[i] for i in (CHANGED_AT - 1, STEPS + CHANGED_AT - 1, 2 * STEPS - 1))
 
 
 class Stacks(Dit):

@@ -242,11 +242,18 @@ class Forward:
     def is_strange(self, value: Any) -> bool:
         """Whether it is a real number that the user has not given; integers are compared as sizes are."""
         number = _real(value)
-        return number is not None and not self.was_given(number)
+        if number is None:
+            return False
+        return all(isinstance(v, torch.Tensor) or as_number(v) != number for v in self.inputs)
 
-    def was_given(self, number: float) -> bool:
-        """Whether the user has given it this number."""
-        return any(not isinstance(v, torch.Tensor) and as_number(v) == number for v in self.inputs)
+    @property
+    def time(self) -> tuple[Hashable, ...]:
+        """The inputs that tell the time, as far as it is known by now which do, by who they are."""
+        return tuple(self.keys[i] for i in sorted(self.timed))
+
+    def is_time(self, number: float) -> bool:
+        """Whether the user has given it this number as the time."""
+        return any(not isinstance(v := self.inputs[i], torch.Tensor) and as_number(v) == number for i in self.timed)
 
     def made(self, value: Any) -> bool:
         """Whether one of its graphs has made a tensor, or what it is a view of."""
@@ -531,7 +538,7 @@ class Forward:
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
             self.habits.together,
-            front=self.front.so_far(self.weights()),
+            front=self.front.so_far(self.time, self.weights()),
         )
 
     @property

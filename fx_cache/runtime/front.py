@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OTHER_TENSORS = "code before the span was given another tensor that is held somewhere"
 OTHER_CALLS = "other code was called before the span, or where it begins"
-OTHER_NUMBERS = "code before the span was given another number, which does not move at every step"
+OTHER_NUMBERS = "code before the span was given another number, or weights changed, and not at every step"
 
 
 class Strangers:
@@ -102,23 +102,26 @@ class Front:
     What code between the graphs has made of the user's inputs is none of it, and neither is what he gives.
 
     Attributes:
-        numbers: those that code between graphs has given to calls: of some of them it made the time (`Paces`).
+        time: who the inputs are that tell it.
     """
 
     def __init__(
         self,
         calls: Sequence[tuple[Hashable, Before]] = (),
         numbers: Numbers | None = None,
+        time: tuple[Hashable, ...] = (),
         weights: Sequence[torch.Tensor] = (),
     ) -> None:
         """
         Args:
             calls: of which code, and what is known of each.
-            numbers: see above.
+            numbers: those that code between graphs has given to them.
+            time: see above.
             weights: those of the model, also of code between graphs, as they are now.
         """
-        self.numbers = dict(numbers or {})
+        self.time = time
         self._calls = [*calls]
+        self._numbers = dict(numbers or {})
         self._weights = Held(weights)
         self._made: list[Before] = []
 
@@ -133,7 +136,7 @@ class Front:
         """
         scalars = [i for i in facts.roles.scalars if is_held(facts.names[i])]
         held = weights_of_call(facts, args) + held_by(forward, facts, args)
-        self.numbers |= {(len(self._calls), name): n for name, n in strange_numbers(forward, facts, args).items()}
+        self._numbers |= {(len(self._calls), name): n for name, n in strange_numbers(forward, facts, args).items()}
         self.passed(family, _Call(facts.program.at(args, scalars), _held(held), strangers(forward, facts, args)))
 
     def passed(self, family: Hashable, call: Before, *, reused: bool = False) -> None:
@@ -146,50 +149,54 @@ class Front:
         for call in self._made:
             call.over()
 
-    def so_far(self, weights: Sequence[torch.Tensor]) -> Front:
-        """The calls until now, for weights of the model as they are now."""
-        return Front(self._calls, self.numbers, weights)
+    def so_far(self, time: tuple[Hashable, ...], weights: Sequence[torch.Tensor] = ()) -> Front:
+        """The calls until now, at this time, for these weights of the model, where nobody else looks at them."""
+        return Front(self._calls, self._numbers, time, weights)
+
+    def moved(self, now: Front) -> frozenset[Hashable]:
+        """What is another number, or another weight of the model, than in front of another forward's span."""
+        then = self._numbers
+        numbers = (name for name in {*then, *now._numbers} if then.get(name) != now._numbers.get(name))
+        return frozenset(numbers) | self._weights.different(now._weights)
 
     def differs(self, now: Front) -> str | None:
-        """Why what comes behind another forward's calls may be something else, but for numbers; None: it is not."""
+        """Why what comes behind another forward's calls may be something else, but for what has `moved`; None: not."""
         if [family for family, _ in self._calls] != [family for family, _ in now._calls]:
             return OTHER_CALLS
         # All of them, since each tells the other one what it knows.
         found = [before.differs(call) for (_, before), (_, call) in zip(self._calls, now._calls, strict=True)]
-        if not self._weights.equals(now._weights):
-            return CHANGED
         return next((why for why in found if why is not None), None)
 
 
 class Paces:
-    """Which numbers that code between graphs has made it made of the time: those that move at every step of a request.
+    """Which numbers that code between graphs has made are the time, or made of it: those that move whenever that does.
 
-    So does what somebody sets anew in front of every step; that cannot be told apart.
+    So may what is set anew in front of every step, or counts calls, a weight of the model as well; whoever reads that
+    reads something else at every step anyway. The first move is no evidence.
     """
 
     def __init__(self) -> None:
-        self._last: Numbers | None = None
-        self._moved = False
-        self._rested: frozenset[tuple[int, str]] = frozenset()
+        self._last: Front | None = None
+        self._moving: frozenset[Hashable] | None = None
 
-    def changed(self, then: Numbers, now: Numbers) -> bool:
-        """Whether numbers, but for the time, are others than at another step of the request; before `went_on`."""
-        changed = _different(then, now)
-        if not changed or self._last is None or not self._moved:
+    def changed(self, then: Front, now: Front) -> bool:
+        """Whether anything else is another one than at another step of the request; to be asked before `went_on`."""
+        changed = then.moved(now)
+        if not changed or self._last is None or self._moving is None:
             return bool(changed)
-        both = then.keys() & now.keys() & self._last.keys()
-        return not changed <= (_different(self._last, now) & both) - self._rested
+        moved = self._last.moved(now)
+        return not changed <= (self._moving & moved if self._time_moves(now) else self._moving - moved)
 
-    def went_on(self, now: Numbers) -> None:
-        """Another step of the request was given these."""
-        if self._last is not None:
-            self._rested |= now.keys() - _different(self._last, now)
-            self._moved = True
+    def went_on(self, now: Front) -> None:
+        """Another step of the request had this in front of its span."""
+        if self._last is not None and self._time_moves(now):
+            moved = self._last.moved(now)
+            self._moving = moved if self._moving is None else self._moving & moved
         self._last = now
 
-
-def _different(a: Numbers, b: Numbers) -> frozenset[tuple[int, str]]:
-    return frozenset(name for name in {*a, *b} if a.get(name) != b.get(name))
+    def _time_moves(self, now: Front) -> bool:
+        """Whether it is another time than at the last step; where none is known, it is."""
+        return not now.time or self._last is None or now.time != self._last.time
 
 
 def _held(values: Sequence[torch.Tensor]) -> Held:
@@ -220,6 +227,6 @@ def strangers(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> Stran
 
 
 def strange_numbers(forward: Forward, facts: GraphFacts, args: Sequence[Any]) -> dict[str, float]:
-    """The numbers, by name, that neither the user has given nor an object or a global holds by itself."""
+    """The numbers, by name, that are not the time as the user gives it, and that no object or global holds."""
     given = ((facts.names[i], as_number(args[i])) for i in facts.given)
-    return {n: number for n, number in given if not (number is None or is_held(n) or forward.was_given(number))}
+    return {n: number for n, number in given if not (number is None or is_held(n) or forward.is_time(number))}

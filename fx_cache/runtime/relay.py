@@ -307,7 +307,7 @@ class Relay:
         if self.plans and self._counts and not forward.written:
             # In the session that it ran in, whichever is open now. Nothing is kept of it: much may have happened since.
             with within(named):
-                _, branch = self.open(forward, self.plans, forward.weights())
+                _, branch = self.open(forward, self.plans)
             for slot in branch.slots:
                 verdict = decide(branch.config, slot.counters, branch.record.step, filled=False)
                 slot.open = False
@@ -370,23 +370,16 @@ class Relay:
         self._anchor = weakly(found)
         return store_of(found, self.config, forward.root, forward.compilation, before)
 
-    def open(
-        self, forward: Forward, plans: tuple[RelayPlan, ...], weights: Sequence[torch.Tensor]
-    ) -> tuple[Store, Branch]:
-        """The branch that a forward belongs to, under some plans, and where it is kept; counts the step.
-
-        Args:
-            forward: the forward.
-            plans: its spans.
-            weights: those of the model (`Forward.weights`), as they are now.
-        """
+    def open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> tuple[Store, Branch]:
+        """The branch that a forward belongs to, under some plans, and where it is kept; counts the step."""
         with self.lock:
-            branch = self._open(forward, plans, weights)
+            branch = self._open(forward, plans)
             assert self.store is not None
             return self.store, branch
 
-    def _open(self, forward: Forward, plans: tuple[RelayPlan, ...], weights: Sequence[torch.Tensor]) -> Branch:
+    def _open(self, forward: Forward, plans: tuple[RelayPlan, ...]) -> Branch:
         given, program = forward.given(), ("relay", plans)
+        weights = forward.weights()
         self.store = self._store(forward, weights)
         lost = CHANGED if self.store.changed(program, weights, []) else None
         branch = self.store.begin(program, len(plans), given, lost)
@@ -498,9 +491,8 @@ class RelayRun:
             return None
         leg, number = self._legs[0], self._calls[family] + 1
         if leg.begins(graph, family, args, number):
-            held = forward.weights()
             if self._branch is None or self._store is None:
-                self._store, self._branch = relay.open(forward, self._plans, held)
+                self._store, self._branch = relay.open(forward, self._plans)
                 self._look = self._branch.look
             if forward.writes:
                 self._lost = self._lost or WRITES
@@ -511,7 +503,7 @@ class RelayRun:
                 graph,
                 family,
                 args,
-                forward.front.so_far(held),
+                forward.front.so_far(forward.time),
                 self._lost,
                 relay.unplanned.before(forward),
             )

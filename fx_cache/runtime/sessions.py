@@ -469,6 +469,8 @@ class Store:
         if count is None or other:
             count = requests.counts[branch.counted_as] = Count(last, requests.present)
         if count.one_more() or other:
+            if sign.renewed and branch.slots:  # of one shape, with other conditioning: it says the same
+                count.begun()
             sign = replace(sign, begins=True, counted=True)
             if branch.clock.first:  # it begins the present request, unless another pass has done that
                 branch.request = None if count.request == requests.present else requests.present

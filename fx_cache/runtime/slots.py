@@ -85,7 +85,7 @@ class Slot:
         made_anew: whether the former are made anew at every step; None while that is not known.
         script: where the span lies over several graphs, what each of them gave back.
         front: where a forward is captured in several, what ran before it when it was computed.
-        paces: numbers that it was given at the request's steps.
+        paces: how numbers and weights have moved there from step to step.
         open: whether a span over several graphs has begun and not ended.
         counters: what the policy remembers.
         samples: the same of each sample of a batch, where each is decided by itself.
@@ -143,10 +143,10 @@ class Slot:
             if before is None or front is None:
                 why = OTHER_CALLS
             else:
-                other = self.paces.changed(before.numbers, front.numbers)
+                other = self.paces.changed(before, front)
                 why = before.differs(front) or (OTHER_NUMBERS if other else None)
         if front is not None:
-            self.paces.went_on(front.numbers)
+            self.paces.went_on(front)
         return why
 
     def offload(self) -> None:
@@ -266,6 +266,10 @@ class Count:
         if begin % self.last not in self._begins:
             self._begins.add(begin % self.last)
             self._doubtful = begin
+
+    def begun(self) -> None:
+        """The last call has begun a request, beyond doubt."""
+        self._begins = {(self._calls - 1) % self.last}
 
     def one_more(self) -> bool:
         """Counts a call; whether a request begins with it, if one began as many calls before as it has steps."""
