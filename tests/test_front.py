@@ -189,6 +189,43 @@ class Two(Dit):
         return self.last(x[:, text.shape[1] :])
 
 
+class Gained(Two):
+    """Code that is not captured stands between the stacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        e, x = self.embedded(t), torch.cat([self.text(text), self.patch(latent)], 1)
+        for block in self.holding:
+            torch._dynamo.graph_break()
+            x = block(x, e)
+        x = self.between(x)
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+    @torch._dynamo.disable
+    def between(self, x: Tensor) -> Tensor:
+        if ELSEWHERE:
+            self.gain.mul_(ELSEWHERE.pop())
+        return x * self.gain
+
+
+def test_a_weight_changes_between_two_spans() -> None:
+    model, text = Gained(), torch.randn(1, 7, 24)
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    x = torch.randn(1, 16, 16)
+    for i in range(9):
+        ELSEWHERE[:] = [torch.tensor(-1.0)] if i == 6 else []
+        with torch.no_grad(), fx_cache.session("request", "only"):
+            x = x - 0.1 * compiled(x, torch.tensor([0.9 - 0.05 * i]), text)
+    # Behind that step everything begins anew.
+    assert hits_of(compiled) == [[3, 4, 5, 6], [3, 4, 5], [1], [1]]
+
+
 def test_what_an_earlier_span_reads_changes() -> None:
     """The later one was computed behind that."""
     model, text = Two(), torch.randn(1, 7, 24)
@@ -488,6 +525,26 @@ def test_a_number_changes_from_one_that_the_user_gives_to_another(given: tuple[f
             x = x - 0.01 * output
     assert computed[CHANGED_AT] and computed[STEPS + CHANGED_AT]
     assert not any(computed[i] for i in (CHANGED_AT - 1, STEPS + CHANGED_AT - 1, 2 * STEPS - 1))
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_weights_change_where_another_one_came(step: int) -> None:
+    """A buffer is registered at the first step; the other weights are looked at all the same."""
+
+    class Model(Given):
+        @torch._dynamo.disable
+        def held(self, text: Tensor) -> Tensor:
+            return self.text(text)
+
+        def behind(self, x: Tensor) -> Tensor:
+            return _behind(x)
+
+    model = Model(False)
+    registers = {0: lambda: model.register_buffer("table", torch.zeros(1))}
+    changes = {step: lambda: model.text.weight.mul_(-1)}
+    computed = _computed(model, torch.randn(1, 5, 24), "only", changes, registers)
+    assert step in computed
+    assert not {4, 12} & {*computed}
 
 
 class Stacks(Dit):

@@ -792,29 +792,37 @@ def test_programs_that_take_turns_without_a_time(branch: str | None) -> None:
     assert found == [i > 3 and branch is not None for i in range(STEPS)]  # one move of each is no evidence
 
 
-def _computed(requests: Sequence[Sequence[int]], late: int) -> list[bool]:
+def _computed(requests: Sequence[Sequence[int]], late: int, anew: bool) -> list[bool]:
     """Which calls of a pass compute whose requests are known to have `STEPS` steps; for each its number of tokens.
 
     A call may begin a request where the shape becomes another one, and `STEPS` calls, or twice as many, after that. If
-    it has other conditioning there, in one shape, it does begin one.
+    those are of one program, and conditioning is another one at their begin and end and not between, it does begin one.
     """
     begins, computed = {0}, []
     cached: set[bool] = set()  # the programs that have computed since
-    before = requests[0][0]
-    for n, (i, tokens) in enumerate(call for request in requests for call in enumerate(request)):
-        program = tokens == 16 and i >= late
-        if tokens != before:
+    given: dict[bool, int] = {}  # of each in this shape, the request whose conditioning it had last
+    calls = [(r, i, tokens) for r, request in enumerate(requests) for i, tokens in enumerate(request)]
+    before, renewed = (requests[0][0], False), -STEPS - 1
+    for n, (r, i, tokens) in enumerate(calls):
+        now = tokens, tokens == 16 and i >= late
+        if tokens != before[0]:
             begins.add(n % STEPS)
-        elif i == 0 and n % STEPS in begins:
-            begins = {n % STEPS}
+            given = {}
+        renewed = renewed if now == before else -STEPS - 1
+        if anew or given.get(now[1]) != r:
+            if n % STEPS in begins and n and renewed == n - STEPS:
+                begins = {n % STEPS}
+            renewed = n
         if n % STEPS in begins:
             cached = set()
-        computed.append(program not in cached)
-        cached.add(program)
-        before = tokens
+        computed.append(now[1] not in cached)
+        cached.add(now[1])
+        given[now[1]], before = r, now
     return computed
 
 
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.parametrize("late", [STEPS, 3])
 @pytest.mark.parametrize(
     "requests",
@@ -824,10 +832,11 @@ def _computed(requests: Sequence[Sequence[int]], late: int) -> list[bool]:
         ([16] * 4 + [24] * 4, [24] * STEPS, [24] * STEPS),  # the first one goes on
         ([16] * 4 + [24] * 4, [16] * 4 + [24] * 4),
         ([16] * 3, [24] * 4 + [16] * 4, [24] * STEPS, [24] * STEPS),
-        (*([16 + 8 * (k % 2)] * (k + 1) for k in range(7)), *[[24] * STEPS] * 3),
+        ([16] * 4 + [24] * 4, [24] * 4 + [16] * 4, [16] * STEPS, [16] * STEPS),
+        (*([16 + 8 * (k % 2)] * (k + 1) for k in range(7)), *[[24] * STEPS] * 4),
     ],
 )
-def test_steps_are_counted_in_another_shape(requests: Sequence[Sequence[int]], late: int) -> None:
+def test_steps_are_counted_in_another_shape(requests: Sequence[Sequence[int]], late: int, anew: bool) -> None:
     """No time is given: whether a request was given up where the shape changes, or goes on, cannot be told."""
     model = Otherwise().eval()
     compiled = torch.compile(model, backend="dit_cache", options=REUSING)
@@ -836,12 +845,13 @@ def test_steps_are_counted_in_another_shape(requests: Sequence[Sequence[int]], l
         latents = {name: torch.randn(1, 24, 16) for name in found}
         texts = {name: torch.randn(1, 7, 24) for name in found}
         for (i, tokens), (name, text) in itertools.product(enumerate(request), texts.items()):
+            text = text.clone() if anew else text
             inputs = latents[name][:, :tokens].contiguous(), None, text, tokens == 16 and i >= late
             with fx_cache.session("request", name, num_inference_steps=STEPS):
                 output = compiled(*inputs)
             found[name].append(torch.equal(output, model(*inputs)))
             latents[name] = torch.cat([latents[name][:, :tokens] - 0.1 * output, latents[name][:, tokens:]], 1)
-    assert found == dict.fromkeys(found, _computed(requests, late))
+    assert found == dict.fromkeys(found, _computed(requests, late, anew))
 
 
 def test_another_number_of_steps_is_another_request() -> None:

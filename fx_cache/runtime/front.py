@@ -153,11 +153,13 @@ class Front:
         """The calls until now, at this time, for these weights of the model, where nobody else looks at them."""
         return Front(self._calls, self._numbers, time, weights)
 
-    def moved(self, now: Front) -> frozenset[Hashable]:
-        """What is another number, or another weight of the model, than in front of another forward's span."""
-        then = self._numbers
+    def moved(self, now: Front) -> frozenset[Hashable] | None:
+        """What is another number, or weight, than in front of another forward's span; None: not as many weights."""
+        then, weights = self._numbers, self._weights.different(now._weights)
+        if weights is None:
+            return None
         numbers = (name for name in {*then, *now._numbers} if then.get(name) != now._numbers.get(name))
-        return frozenset(numbers) | self._weights.different(now._weights)
+        return frozenset(numbers) | weights
 
     def differs(self, now: Front) -> str | None:
         """Why what comes behind another forward's calls may be something else, but for what has `moved`; None: not."""
@@ -182,16 +184,16 @@ class Paces:
     def changed(self, then: Front, now: Front) -> bool:
         """Whether anything else is another one than at another step of the request; to be asked before `went_on`."""
         changed = then.moved(now)
-        if not changed or self._last is None or self._moving is None:
-            return bool(changed)
-        moved = self._last.moved(now)
+        moved = None if self._last is None else self._last.moved(now)
+        if not changed or moved is None or self._moving is None:
+            return changed is None or bool(changed)
         return not changed <= (self._moving & moved if self._time_moves(now) else self._moving - moved)
 
     def went_on(self, now: Front) -> None:
         """Another step of the request had this in front of its span."""
         if self._last is not None and self._time_moves(now):
             moved = self._last.moved(now)
-            self._moving = moved if self._moving is None else self._moving & moved
+            self._moving = moved if moved is None or self._moving is None else self._moving & moved
         self._last = now
 
     def _time_moves(self, now: Front) -> bool:

@@ -491,7 +491,8 @@ class RelayRun:
             return None
         leg, number = self._legs[0], self._calls[family] + 1
         if leg.begins(graph, family, args, number):
-            if self._branch is None or self._store is None:
+            held: Sequence[torch.Tensor] = forward.weights() if self._branch is not None else ()
+            if self._branch is None or self._store is None:  # which looks at the weights
                 self._store, self._branch = relay.open(forward, self._plans)
                 self._look = self._branch.look
             if forward.writes:
@@ -503,7 +504,7 @@ class RelayRun:
                 graph,
                 family,
                 args,
-                forward.front.so_far(forward.time),
+                forward.front.so_far(forward.time, held),
                 self._lost,
                 relay.unplanned.before(forward),
             )

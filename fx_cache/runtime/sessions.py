@@ -468,12 +468,12 @@ class Store:
         other = count is not None and count.last != last
         if count is None or other:
             count = requests.counts[branch.counted_as] = Count(last, requests.present)
-        if count.one_more() or other:
-            if sign.renewed and branch.slots:  # of one shape, with other conditioning: it says the same
-                count.begun()
+        if count.one_more(branch, sign.renewed) or other:
             sign = replace(sign, begins=True, counted=True)
-            if branch.clock.first:  # it begins the present request, unless another pass has done that
-                branch.request = None if count.request == requests.present else requests.present
+            if count.request == requests.present:  # else another pass has begun it
+                branch.request = None
+            elif branch.clock.first:
+                branch.request = requests.present
         count.request = requests.present
         return sign
 

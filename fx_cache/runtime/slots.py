@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -240,7 +241,8 @@ class Count:
     """The calls of one pass where requests have a known number of steps: which of them may be a request's first one.
 
     So may be one at which its inputs get another shape: a request may have been given up there, or it goes on. What was
-    computed before such a call is not reused as many calls later either.
+    computed before such a call is not reused as many calls later either, until a request shows where it begins: by
+    conditioning that is another one at its first call and behind its last one, and nowhere between.
 
     Attributes:
         last: steps of a request.
@@ -259,6 +261,8 @@ class Count:
         self._calls = calls
         self._begins = {0}
         self._doubtful = -1
+        self._branch: weakref.ref[Branch] | None = None
+        self._renewed: int | None = None
 
     def may_begin(self, calls: int = 0) -> None:
         """A request may have begun so many calls ago; none: with the next one."""
@@ -267,14 +271,19 @@ class Count:
             self._begins.add(begin % self.last)
             self._doubtful = begin
 
-    def begun(self) -> None:
-        """The last call has begun a request, beyond doubt."""
-        self._begins = {(self._calls - 1) % self.last}
+    def one_more(self, branch: Branch, renewed: bool) -> bool:
+        """Counts a call; whether a request begins with it, if one began as many calls before as it has steps.
 
-    def one_more(self) -> bool:
-        """Counts a call; whether a request begins with it, if one began as many calls before as it has steps."""
-        begins = self._calls > 0 and self._calls % self.last in self._begins and self._calls != self._doubtful
-        self._calls += 1
+        Args:
+            branch: the branch that it belongs to: of those of a pass, each knows its own conditioning.
+            renewed: whether that is another one than at the branch's last call, or its first.
+        """
+        call = self._calls
+        begins = call > 0 and call % self.last in self._begins and call != self._doubtful
+        before = self._renewed if self._branch is not None and self._branch() is branch else None
+        if begins and renewed and before == call - self.last:
+            self._begins = {call % self.last}
+        self._branch, self._renewed, self._calls = weakref.ref(branch), call if renewed else before, call + 1
         return begins
 
 

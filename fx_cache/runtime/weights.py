@@ -84,13 +84,13 @@ class Held:
         same = len(self._references) == len(other._references) and all(a is b is not None for a, b in pairs)
         return same and (self._versions, self._numbers) == (other._versions, other._numbers)
 
-    def different(self, other: Held) -> frozenset[int]:
-        """Which of these, by number, another call was not given as they were; all if it was given more or less."""
+    def different(self, other: Held) -> frozenset[int] | None:
+        """Which of these, by number, another call was not given as they were; None: it was given more, or less."""
         own, others = self._known(), other._known()
         if own == others and None not in own:
             return frozenset()
         if len(own) != len(others):
-            return frozenset(range(max(len(own), len(others))))
+            return None
         return frozenset(i for i, (a, b) in enumerate(zip(own, others, strict=True)) if a != b or a is None)
 
     def _known(self) -> list[tuple[int, Any] | None]:
