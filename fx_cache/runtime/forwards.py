@@ -508,12 +508,15 @@ class Forward:
         sizes = {self.inputs[i].shape[0] for i in latents if self.inputs[i].ndim}
         return sizes.pop() if len(sizes) == 1 else 0
 
-    def given(self, denoised: Collection[int] = (), shown: Sequence[frozenset[int]] = ()) -> Given:
+    def given(
+        self, denoised: Collection[int] = (), shown: Sequence[frozenset[int]] = (), front: Front | None = None
+    ) -> Given:
         """What the user gave this forward.
 
         Args:
             denoised: the inputs that a graph shows to be.
             shown: for each span that asks, the inputs that its probe is known to depend on.
+            front: what it has run until now, for spans of one graph.
         """
         latents = self.habits.latents(denoised)
         timed = self.timed - latents
@@ -538,7 +541,7 @@ class Forward:
             tuple(self.inputs[i] for i in sorted(latents)),
             tuple(k for k, i in enumerate(sorted(timed)) if i in self.habits.times),
             self.habits.together,
-            front=self.front.so_far(self.time, self.weights()),
+            front=front,
         )
 
     @property

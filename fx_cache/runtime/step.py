@@ -100,10 +100,14 @@ class CachedForward:
 
     def step(self, forward: Forward, args: Sequence[Any]) -> Any:
         """One step as a part of a forward: requests and branches are told apart by what that was given."""
-        begun, outputs = self._run(args, forward, lambda _: forward.given(self._latents, self._seen(forward, args)))
+        begun, outputs = self._run(args, forward, lambda _: self._given(forward, args))
         if begun is not None:
             forward.branches[self.facts.program] = begun
         return outputs
+
+    def _given(self, forward: Forward, args: Sequence[Any]) -> Given:
+        front = forward.front.so_far(forward.time, forward.weights())
+        return forward.given(self._latents, self._seen(forward, args), front)
 
     def _seen(self, forward: Forward, args: Sequence[Any]) -> list[frozenset[int]]:
         """For each span, the inputs of the forward that its probe depends on."""
