@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fx_cache
 from fx_cache.demo.sheet import default_compiler
-from fx_cache.runtime import sessions
+from fx_cache.runtime import given
 from tests.models import MODELS, build
 
 REUSING = {"residual_diff_threshold": 0.6, "max_warmup_steps": 2}
@@ -72,8 +72,10 @@ def layers(model: nn.Module, step: dict[str, Any]) -> int:
 
 def schedule_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the schedule inputs look as if they lay on a device: their values come as a tensor."""
-    read = sessions.read_schedule
-    monkeypatch.setattr(sessions, "read_schedule", lambda t: torch.tensor(read(t), dtype=torch.float64))
+    read = given.read_schedule
+    monkeypatch.setattr(
+        given, "read_schedule", lambda inputs: [torch.tensor([read([t])], dtype=torch.float64) for t in inputs]
+    )
 
 
 def relative_error(reference: torch.Tensor, value: torch.Tensor) -> float:

@@ -14,6 +14,7 @@ from fx_cache.runtime.clock import (
     BOTH_WAYS,
     EITHER,
     FIRST_MOVE,
+    PARTS,
     REPEATED,
     RESTED,
     STEP_REPEATED,
@@ -192,12 +193,13 @@ def test_what_a_call_shows(name: str, late: bool) -> None:
     moves, doubts = [], []
     for sign in row.calls:
         if late:  # what lay on a device is read, and shows the same
-            values, grams, path, *back = (
+            grams, path, *back = (
                 None if part is None else torch.tensor(part, dtype=torch.float64)
-                for part in (sign.values, sign.grams, sign.path, *sign.back)
+                for part in (sign.grams, sign.path, *sign.back)
             )
-            there = replace(sign, values=values, grams=grams, path=path, back=tuple(back))
-            sign = there.read(iter([v for part in there.late for v in part.tolist()]))
+            values = torch.tensor(sign.values, dtype=torch.float64).reshape(-1, 1, PARTS)
+            there = replace(sign, values=list(values), grams=grams, path=path, back=tuple(back))
+            sign = there.read(iter([v for part in there.late for v in part.reshape(-1).tolist()]))
         moves.append(clock.move(sign))
         doubts.append(clock.doubt)
     assert moves == row.moves

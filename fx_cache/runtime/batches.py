@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fx_cache.ops import Branch, Handed
+from fx_cache.runtime.device import to_device
 
 LEAST = 2
 """Samples that a graph is given at least: one that was captured for any number of them holds for two or more."""
@@ -70,7 +71,7 @@ class MixedHit:
 
 
 def _index(rows: Sequence[int], beside: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(rows), device=beside.device)
+    return to_device(torch.tensor(list(rows)), beside.device)
 
 
 def _rows(results: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ Whatever a call does not show beyond doubt, it does not show: then the step comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -57,6 +58,9 @@ Direction = tuple[int, ...]
 PARTS = 3
 """Numbers that a schedule input is known by."""
 
+FEW = 64
+"""Elements of a schedule input on a device up to which all of them are read."""
+
 BOTH_WAYS = 2
 """The direction of an input one part of which rises while another one falls."""
 
@@ -67,7 +71,7 @@ class Sign:
 
     Attributes:
         values: of each schedule input (timestep, sigma, guidance) the least and the largest element, and a number for
-            how all are arranged; a tensor while they lie on a device.
+            how all are arranged; while some lie on a device, for each input these or a tensor (`read_schedule`).
         grams: what tells whether its latents follow from the call before (`Look.since`); a tensor while it lies on a
             device, None: nothing does.
         sizes: what that is made of.
@@ -86,7 +90,7 @@ class Sign:
         step: number of the step where the caller counts; then nothing else is looked at.
     """
 
-    values: Values | torch.Tensor = ()
+    values: Values | list[Values | torch.Tensor] = ()
     grams: tuple[float, ...] | torch.Tensor | None = None
     sizes: tuple[int, ...] = ()
     said: int | None = None
@@ -105,8 +109,8 @@ class Sign:
     @property
     def late(self) -> list[torch.Tensor]:
         """What of it lies on a device."""
-        parts = (self.values, self.grams, self.path, *self.back)
-        return [part.reshape(-1) for part in parts if isinstance(part, torch.Tensor)]
+        values = self.values if isinstance(self.values, list) else ()
+        return [part for part in (*values, self.grams, self.path, *self.back) if isinstance(part, torch.Tensor)]
 
     def read(self, numbers: Iterator[float]) -> Sign:
         """The same with what lies on a device as numbers, which come in the order of `late`."""
@@ -114,7 +118,10 @@ class Sign:
         def host(part: Any) -> Any:
             return tuple(next(numbers) for _ in range(part.numel())) if isinstance(part, torch.Tensor) else part
 
-        values, grams, path = host(self.values), host(self.grams), host(self.path)
+        values = self.values
+        if isinstance(values, list):
+            values = tuple(v for p in values for v in (_known_by(p, host(p)) if isinstance(p, torch.Tensor) else p))
+        grams, path = host(self.grams), host(self.path)
         return replace(self, values=values, grams=grams, path=path, back=tuple(map(host, self.back)))
 
     @cached_property
@@ -413,7 +420,7 @@ def _allowed(strayed: Sequence[float]) -> float:
 
 
 def _values(sign: Sign) -> Values:
-    assert not isinstance(sign.values, torch.Tensor)
+    assert not isinstance(sign.values, list)
     return sign.values
 
 
@@ -431,19 +438,37 @@ def directions(before: Values, now: Values) -> Direction:
     return tuple(found)
 
 
-def read_schedule(inputs: Sequence[torch.Tensor]) -> Values | torch.Tensor:
-    """The schedule values of a call: as numbers where they lie on the host, else as a tensor that is read later.
+def read_schedule(inputs: Sequence[torch.Tensor]) -> Values | list[Values | torch.Tensor]:
+    """The schedule values of a call: of each input the least and the largest element, and a number for how all lie.
 
-    Of each input the least and the largest element, whatever its size, and a sum of all, each with a weight of its own.
-    Values on a device come as one float64 tensor of shape [PARTS * inputs], so that no synchronisation happens here.
+    Where some lie on a device, a list of what there is of each input: these, or a float64 tensor on its device, so that
+    nothing is waited for here: its elements, shape [n], or, of many, what `shown` says of them, shape [1, PARTS].
     """
-    if all(t.numel() == 1 and t.is_cpu for t in inputs):
-        return tuple(v for t in inputs for x in t.reshape(-1).tolist() for v in (float(x), float(x), 0.0))
-    parts = [shown(t) for t in inputs]
-    if all(p.is_cpu for p in parts):
-        return tuple(float(v) for p in parts for v in p.tolist())
-    device = next(p.device for p in parts if not p.is_cpu)
-    return torch.cat([p.to(device) for p in parts])
+    found: list[Values | torch.Tensor] = []
+    for t in inputs:
+        if not t.is_cpu:
+            found.append(_on_its_device(t))
+        elif t.numel() == 1:
+            (x,) = t.reshape(-1).tolist()
+            found.append((float(x), float(x), 0.0))
+        else:
+            found.append(tuple(shown(t).tolist()))
+    late = any(isinstance(part, torch.Tensor) for part in found)
+    return found if late else tuple(v for part in found for v in part)
+
+
+@torch.no_grad()
+def _on_its_device(value: torch.Tensor) -> torch.Tensor:
+    few = value.numel() <= FEW  # then one copy is all that the device has to do
+    return value.detach().reshape(-1).to(torch.float64, copy=True) if few else shown(value).unsqueeze(0)
+
+
+def _known_by(part: torch.Tensor, numbers: Values) -> Values:
+    """What a schedule input is known by, of a tensor of `read_schedule` and the numbers in it."""
+    if part.ndim == 2:
+        return numbers
+    least, largest = min(numbers, default=0.0), max(numbers, default=0.0)
+    return least, largest, sum((x - least) * math.sin(i) for i, x in enumerate(numbers, 1))
 
 
 def is_counted(value: torch.Tensor) -> bool:

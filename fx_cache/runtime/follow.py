@@ -62,7 +62,7 @@ class Look:
         grams = []
         with torch.no_grad():
             for rows, (now, *_) in zip(before._rows, self._rows, strict=True):
-                stacked = torch.stack([row.double() for row in (*rows, now)])
+                stacked = torch.stack([*rows, now])
                 grams.append((stacked @ stacked.T).reshape(-1))
             return grams[0] if len(grams) == 1 else torch.cat([g.to(grams[0].device) for g in grams])
 
@@ -91,6 +91,11 @@ class Look:
         look = Look(())
         look._shapes, look._rows = self._shapes, rows
         return look
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is remembered."""
+        return [row for rows in self._rows for row in rows]
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -202,5 +207,6 @@ def _can_be_looked_at(value: torch.Tensor) -> bool:
 
 
 def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, in float64."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // ELEMENTS) | 1].clone()
+    return flat[:: max(1, flat.numel() // ELEMENTS) | 1].to(torch.float64, copy=True)

@@ -10,6 +10,7 @@ import torch
 
 from fx_cache.errors import guarded
 from fx_cache.runtime.batches import MixedHit, Separation
+from fx_cache.runtime.device import Readback, captured
 from fx_cache.runtime.given import Control
 from fx_cache.runtime.identity import ContentHold, StorageHold
 from fx_cache.runtime.policy import UNMEASURED, Counters, Verdict, decide, judge
@@ -18,6 +19,7 @@ from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
 
 NOT_REACHED = Verdict(False, "not reached")
+CAPTURED = Verdict(False, "a graph is captured: nothing can be read from the device")
 NOT_MEASURED = Verdict(False, "not measured")
 FAILED = Verdict(False, "an error of dit_cache")
 
@@ -83,7 +85,11 @@ class SpanGate:
         """
         diffs: list[float] | None
         verdicts = self._settle(samples, separable)
-        if ranks is not None:
+        if captured():
+            known = ranks is None and not self._branch.pending
+            verdicts = [v if v.reuse is False or (known and v.reuse) else CAPTURED for v in verdicts]
+            diffs = []
+        elif ranks is not None:
             if self._branch.pending:
                 self._store.read_pending(self._branch)
                 verdicts = self._settle(samples, separable)
@@ -94,7 +100,7 @@ class SpanGate:
             diffs = self._store.read_pending(self._branch, diff)
             verdicts = self._settle(samples, separable)
         else:
-            diffs = measure().tolist() if any(v.reuse is None for v in verdicts) else []
+            diffs = Readback([measure()]).take() if any(v.reuse is None for v in verdicts) else []
         if any(v.reuse is None for v in verdicts):
             verdicts = self._judge(verdicts, diffs)
         self._verdicts = verdicts

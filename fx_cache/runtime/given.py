@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from fx_cache.errors import guarded
 from fx_cache.patterns.inputs import InputRoles
+from fx_cache.runtime.clock import Values, read_schedule
+from fx_cache.runtime.follow import Look
 from fx_cache.runtime.front import Front
 from fx_cache.runtime.identity import ContentHold, OwnWrites, StorageHold, identity_key, signature
 from fx_cache.runtime.moves import UNKNOWN_LATENT, UNKNOWN_TIME, Call, Learner, Moves
@@ -93,6 +96,16 @@ class Given:
     def flags(self) -> tuple[Hashable, ...]:
         """The values that make the forward another program, where no graph has them built in."""
         return tuple(k for k in self.identity if k not in self.of_requests)
+
+    @cached_property
+    def shown(self) -> Values | list[Values | torch.Tensor]:
+        """What its schedule inputs are known by (`read_schedule`)."""
+        return read_schedule(self.schedule) if self.schedule else ()
+
+    @cached_property
+    def look(self) -> Look:
+        """Its latents, to be remembered."""
+        return Look(self.latents)
 
     @property
     def one_time(self) -> bool:

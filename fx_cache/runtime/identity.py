@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import marshal
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from fx_cache.runtime.device import Readback, captured
 
 SMALL = 64
 """Host tensors of up to this many elements are compared by value."""
@@ -87,7 +89,17 @@ class StorageHold:
     @property
     def bytes(self) -> int:
         """What it keeps alive."""
-        return 0
+        return sum(copy.nbytes for copy in self.copies)
+
+    @property
+    def copies(self) -> Collection[torch.Tensor]:
+        """Copies of the inputs, where there are any."""
+        return ()
+
+
+def any_of(found: Sequence[torch.Tensor]) -> bool:
+    """Whether one of some tensors says so; waits for their device, once."""
+    return any(Readback(found).take())
 
 
 class ContentHold(StorageHold):
@@ -104,6 +116,7 @@ class ContentHold(StorageHold):
         large = sum(v.nbytes for v in inputs if isinstance(v, torch.Tensor)) > MAX_HELD
         tensors = {} if large else {i: inputs[i] for i in self._references}
         self.inputs = {i: t.detach().clone() for i, t in tensors.items()}
+        self._compared: tuple[tuple[Hashable, ...], list[torch.Tensor]] | None = None
 
     def expired(self) -> bool:
         """Whether an input is gone of which there is no copy."""
@@ -121,23 +134,43 @@ class ContentHold(StorageHold):
         self.inputs = {i: copy for i, copy in self.inputs.items() if keys[i] != self.identity[i]}
 
     @property
-    def bytes(self) -> int:
-        return sum(copy.nbytes for copy in self.inputs.values())
+    def copies(self) -> Collection[torch.Tensor]:
+        return self.inputs.values()
 
-    @torch.no_grad()
-    def aliases(self, inputs: Sequence[Any], keys: tuple[Hashable, ...]) -> dict[Hashable, Hashable] | None:
+    def aliases(
+        self,
+        inputs: Sequence[Any],
+        keys: tuple[Hashable, ...],
+        any_of: Callable[[Sequence[torch.Tensor]], bool] = any_of,
+    ) -> dict[Hashable, Hashable] | None:
         """If some inputs have bit for bit the content of those held: by the key of each, the key of the one held.
 
         Where tensors of a device have to be compared, this waits for it, once.
+
+        Args:
+            inputs: the inputs.
+            keys: who they are.
+            any_of: says whether one of some tensors of no dimensions is true.
+        """
+        different = self.different(inputs, keys)
+        if different is None or (different and (captured() or any_of(different))):
+            return None
+        return dict(zip(keys, self.identity, strict=True))
+
+    @torch.no_grad()
+    def different(self, inputs: Sequence[Any], keys: tuple[Hashable, ...]) -> list[torch.Tensor] | None:
+        """Of each input that was made anew whether it differs, on its device; None: they cannot be those held.
+
+        What is asked for twice, of the same inputs, is the same tensors.
         """
         if len(keys) != len(self.identity):
             return None
         anew = [i for i, (key, own) in enumerate(zip(keys, self.identity, strict=True)) if key != own]
         if not all(i in self.inputs and _alike(inputs[i], self.inputs[i]) for i in anew):
             return None
-        if any_of([differs(inputs[i], self.inputs[i]) for i in anew]):
-            return None
-        return dict(zip(keys, self.identity, strict=True))
+        if self._compared is None or self._compared[0] is not keys:
+            self._compared = keys, [differs(inputs[i], self.inputs[i]) for i in anew]
+        return self._compared[1]
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -150,11 +183,6 @@ def _alike(a: Any, b: Any) -> bool:
 def differs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Whether two tensors of one form hold other bits: on their device, so that nothing is waited for."""
     return (_bits(a) != _bits(b)).any()
-
-
-def any_of(found: Sequence[torch.Tensor]) -> bool:
-    """Whether one of some tensors says so; waits for their device, once."""
-    return bool(found) and bool(torch.stack([d.to(found[0].device) for d in found]).any())
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:

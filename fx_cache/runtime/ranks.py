@@ -10,6 +10,7 @@ from torch import distributed
 from torch.distributed import distributed_c10d
 
 from fx_cache.errors import SessionError
+from fx_cache.runtime.device import Readback, to_device
 from fx_cache.runtime.policy import Verdict
 
 ANOTHER = "another rank computes"
@@ -41,13 +42,12 @@ def agree(
         SessionError: there is no such group.
     """
     votes = [[float(v.reuse is False) for v in verdicts], [float(v.reuse is True) for v in verdicts]]
-    rows = torch.zeros(4, samples, device=device)
-    rows[2:] = torch.tensor(votes, device=device)
-    if sums is not None:
-        rows[:2] = sums
+    voted = to_device(torch.tensor(votes).expand(2, samples), device)
+    rows = torch.cat((torch.zeros(2, samples, device=device) if sums is None else sums, voted))
     for group in groups:
         distributed.all_reduce(rows, group=_resolve(group))
-    moved, sizes, against, sure = rows.tolist()
+    numbers = Readback([rows]).take()
+    moved, sizes, against, sure = (numbers[i : i + samples] for i in range(0, 4 * samples, samples))
     settled: list[Verdict] = []
     for verdict, no, yes in zip(verdicts, against, sure, strict=False):
         if no:

@@ -26,6 +26,7 @@ from fx_cache.errors import CacheWarning, Failure, Refusal, guarded
 from fx_cache.patterns.calls import UNKNOWN, GraphFacts
 from fx_cache.patterns.relays import RelayPlan, plan_relays
 from fx_cache.patterns.spans import MIN_SHARE, least_gain
+from fx_cache.runtime.device import captured
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.forwards import Forward, family_of, surroundings, weakly
 from fx_cache.runtime.habits import Habits
@@ -80,6 +81,12 @@ class Run(Protocol):
         """What drives it if it is begun anew."""
 
 
+CAPTURED = (
+    "dit_cache: got a forward in several graphs while a CUDA graph is captured; expected one graph; it computes; "
+    "remove the graph breaks: torch.compile(..., fullgraph=True) says where they are."
+)
+
+
 class Relays:
     """The relays of all compiled models: one for each compilation."""
 
@@ -118,7 +125,7 @@ class Relays:
         """Runs a graph that is a part of a forward, as the forward's other graphs ask for it."""
         around, forward = surroundings(), None
         with guarded("begin") as guard:
-            forward = around.forward
+            forward = None if captured() else around.forward
             if forward is not None:
                 forward.run = forward.run or self.of(forward.compilation, config).begin(forward)
                 forward.see_schedule(graph.facts, args)
@@ -127,6 +134,8 @@ class Relays:
                 raise Astray
             self.of(forward.compilation, config).leave(forward, guard.failure)
         if forward is None:
+            if captured():
+                warnings.warn(CAPTURED, CacheWarning, stacklevel=2)
             return graph.compute(*args)
         return forward.run.call(forward, graph, family_of(around.innermost, graph.facts), args)
 

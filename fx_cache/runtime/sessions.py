@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -13,9 +13,10 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.errors import SessionError
-from fx_cache.runtime.clock import Move, Sign, read_schedule
+from fx_cache.runtime.clock import Move, Sign
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
+from fx_cache.runtime.device import Origin, Readback, captured, device_of
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
@@ -60,6 +61,7 @@ class Store:
         self._learners: dict[Hashable, Learner] = {}
         self._weights: dict[Hashable, Weights] = {}
         self._count = 0
+        self._fetched: dict[int, tuple[torch.Tensor, list[float]]] = {}
         self._complaints = Complaints()
         self._lock = threading.RLock()
 
@@ -92,6 +94,7 @@ class Store:
         with self._lock:
             for branch in [b for b in self._of(name) if not b.busy]:
                 branch.record.kept = None
+                branch.reached()
                 for slot in branch.slots:
                     slot.offload()
 
@@ -174,7 +177,10 @@ class Store:
             lost: why nothing that was cached before this call may be reused; None: it may.
         """
         with self._lock:
-            branch = self._begin(program, spans, given, named_session())
+            try:
+                branch = self._begin(program, spans, given, named_session())
+            finally:
+                self._fetched.clear()
             for slot in branch.slots if lost is not None else ():
                 slot.lost = lost
             return branch
@@ -224,6 +230,8 @@ class Store:
             self._doubt_equal(branch, heard, given)
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
+        branch.reached()
+        branch.origin = Origin(device_of((*given.latents, *given.schedule, *given.fixed)))
         branch.unclear = None
         if named is None or named.branch is None:
             # Without a timestep the latents of a named request may show that it goes on.
@@ -300,7 +308,7 @@ class Store:
         others = [b for b in branches if b.request == requests.present]
         if any(b.busy for b in others):
             return None
-        signs, _ = _on_host([_sign(b, given, None, named) for b in others])
+        signs, _ = self._on_host([_sign(b, given, None, named) for b in others])
         return list(zip(others, signs, strict=True))
 
     def _make_room(self, branch: Branch) -> None:
@@ -339,21 +347,34 @@ class Store:
             branch.requests, branch.request, found.several = found, found.present, True
         return self._renamed(branch, key)
 
-    def _goes_on(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool = False) -> bool:
+    def _goes_on(
+        self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool = False, sign: Sign | None = None
+    ) -> bool:
         """Whether a call is one step on in time for a branch; where that lies on a device, only if it may `wait`."""
         on = (Move.NEXT, Move.FIRST, Move.LATE)
-        return bool(given.schedule) and self._move(branch, given, named, wait=wait) in on
+        return bool(given.schedule) and self._move(branch, given, named, wait, sign) in on
 
-    def _move(self, branch: Branch, given: Given, named: NamedSession | None, *, wait: bool) -> Move | None:
-        """How a call would follow the last one of a branch; None where that lies on a device, and it may not `wait`."""
+    def _move(
+        self, branch: Branch, given: Given, named: NamedSession | None, wait: bool, sign: Sign | None
+    ) -> Move | None:
+        """How a call would follow the last one of a branch; None where that lies on a device, and it may not `wait`.
+
+        Args:
+            branch: the branch.
+            given: what the call was given.
+            named: the session that it names.
+            wait: whether it may.
+            sign: what the call shows, if that was looked at already.
+        """
         if branch.pending and not wait:
             return None
+        branch.reached()
         if branch.pending:
             self.read_pending(branch)
-        sign = _sign(branch, given, Look(given.latents), named)
+        sign = sign or _sign(branch, given, given.look, named)
         if sign.late and not wait:
             return None
-        (sign,), _ = _on_host([sign])
+        (sign,), _ = self._on_host([sign])
         return branch.clock.preview(sign)
 
     def _renamed(self, branch: Branch, key: tuple[Hashable, ...]) -> Branch:
@@ -395,18 +416,26 @@ class Store:
         """
         found: list[tuple[Branch, ContentHold, dict[Hashable, Hashable]]] = []
         keys = identity_key(given.fixed)
-        for branch in self._of(named.name):
-            if not isinstance(branch.hold, ContentHold) or (branch.form, branch.heard) != (form, heard) or branch.busy:
-                continue
+        signs: dict[int, Sign] = {}
+        candidates = [
+            b
+            for b in self._of(named.name)
+            if isinstance(b.hold, ContentHold) and (b.form, b.heard) == (form, heard) and not b.busy
+        ]
+        if named.step is None and given.schedule and device_of(given.schedule):
+            signs = self._look_at(candidates, given, named, keys)
+        for branch in candidates:
+            assert isinstance(branch.hold, ContentHold)
             if named.step is not None:
                 goes_on = named.step > branch.record.step and branch.request == branch.requests.present
             else:
                 goes_on = not given.schedule or (
-                    self._goes_on(branch, given, named, wait=True)
+                    self._goes_on(branch, given, named, wait=True, sign=signs.get(id(branch)))
                     and branch.request == branch.requests.present
                     and not self._begins_for(branch.requests, given, named)
                 )
-            aliases = branch.hold.aliases(given.fixed, keys) if goes_on else None
+            branch.reached()
+            aliases = branch.hold.aliases(given.fixed, keys, self._any_of) if goes_on else None
             if aliases is not None:
                 found.append((branch, branch.hold, aliases))
         last = found[-1][0].clock.at if found else None
@@ -416,6 +445,25 @@ class Store:
                 hold.let_go(keys)
                 return branch
         return None
+
+    def _look_at(
+        self, candidates: list[Branch], given: Given, named: NamedSession, keys: tuple[Hashable, ...]
+    ) -> dict[int, Sign]:
+        """What a call shows beside the last one of some branches, by their ids; all that tells is fetched at once."""
+        signs = {id(b): _sign(b, given, given.look, named) for b in candidates}
+        beside = {id(b): b for c in candidates for b in (c, *self._with(c.requests))}
+        for b in beside.values():
+            b.reached()
+        pending = [part for b in beside.values() for sign in b.pending for part in sign.late]
+        holds = [b.hold for b in candidates if isinstance(b.hold, ContentHold)]
+        different = [d for hold in holds for d in hold.different(given.fixed, keys) or ()]
+        self._fetch([*pending, *(part for sign in signs.values() for part in sign.late), *different])
+        return signs
+
+    def _any_of(self, found: Sequence[torch.Tensor]) -> bool:
+        """Whether one of some tensors says so, which may have been fetched."""
+        self._fetch(found)
+        return any(any(self._fetched[id(part)][1]) for part in found)
 
     def _doubt_equal(self, branch: Branch, heard: str | None, given: Given) -> None:
         """Of a pass that begins and another one of equal content, neither is sure to go on with its first call.
@@ -427,6 +475,7 @@ class Store:
         for other in self._of(branch.owner):
             if other is branch or other.busy or other.clock.moves or not isinstance(other.hold, ContentHold):
                 continue
+            other.reached()
             alike = (other.form, other.heard) == (branch.form, heard)
             if alike and other.hold.aliases(given.fixed, identity_key(given.fixed)) is not None:
                 other.clock.comes_late = branch.clock.comes_late = True
@@ -435,7 +484,7 @@ class Store:
         """Counts the step, and finds out what the call shows of its place in the request as far as the host knows."""
         # Where somebody says which pass or step a call is, its latents tell nothing more.
         told = named is not None and (named.branch is not None or named.step is not None)
-        look = None if told else Look(given.latents)
+        look = None if told else given.look
         sign = _sign(branch, given, look, named)
         if self.listener is not None and named is None and not branch.unheard:
             sign = replace(sign, said=self.listener.step)
@@ -529,10 +578,12 @@ class Store:
         """One copy to the host: what the calls since the last reading show, and diffs, shape [samples]."""
         with self._lock:
             unread = [branch]
-            if branch.requests.several:  # by another one it may be seen that a request began
+            if branch.requests.several and not captured():  # by another one it may be seen that a request began
                 others = [b for b in self._with(branch.requests) if b is not branch]
                 unread = [*(b for b in others if b.pending and not b.busy), branch]
-            signs, read = _on_host([s for b in unread for s in b.pending], diffs)
+            for other in unread:
+                other.reached()
+            signs, read = self._on_host([s for b in unread for s in b.pending], diffs)
             rest = iter(signs)
             for other in unread:
                 of_branch = [next(rest) for _ in other.pending]
@@ -540,6 +591,26 @@ class Store:
                 if of_branch:
                     self._resolve(other, of_branch)
             return read
+
+    def _fetch(self, parts: Iterable[torch.Tensor]) -> None:
+        """Reads what will be asked for while the present call finds its branch, at once."""
+        new = [p for p in parts if id(p) not in self._fetched]
+        rest = iter(Readback(new).take())
+        for part in new:
+            self._fetched[id(part)] = part, [next(rest) for _ in range(part.numel())]
+
+    def _on_host(self, signs: list[Sign], diffs: torch.Tensor | None = None) -> tuple[list[Sign], list[float] | None]:
+        """Signs, and diffs, as numbers: one copy from the device for all that was not fetched."""
+        parts = [part for sign in signs for part in sign.late] + ([] if diffs is None else [diffs])
+        read = iter(Readback([p for p in parts if id(p) not in self._fetched]).take())
+        known = [self._fetched.get(id(p)) for p in parts]
+        numbers = [
+            [next(read) for _ in range(part.numel())] if found is None else found[1]
+            for part, found in zip(parts, known, strict=True)
+        ]
+        own = None if diffs is None else numbers.pop()
+        rest = iter([number for part in numbers for number in part])
+        return [sign.read(rest) for sign in signs], own
 
     def _resolve(self, branch: Branch, signs: list[Sign]) -> None:
         """Takes what the calls since the last reading show, one after another.
@@ -567,7 +638,7 @@ class Store:
             if move not in _BEGINS and (branch.clock.doubt is None or (move is Move.FIRST and not puzzled)):
                 self._complaints.went_on()
             elif not sign.apart:
-                self._complaints.not_gone_on(sign.values, puzzled)
+                self._complaints.not_gone_on(tuple(sign.values), puzzled)
             elif sign.renewed and not first and move is Move.START:
                 self._complaints.renewed()
             branch.last = sign.look
@@ -639,7 +710,7 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
     apart = named is not None and named.branch is not None
     if named is not None and named.step is not None:
         return Sign(step=named.step, said=named.step, named=True, apart=apart)
-    values = read_schedule(given.schedule) if given.schedule else ()
+    values = given.shown
     grams = None if look is None else _since(look, branch.look)
     back = tuple(found for s in branch.starts if look is not None and (found := _since(look, s)) is not None)
     sizes = () if branch.look is None else branch.look.sizes
@@ -665,16 +736,6 @@ def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession |
 def _since(look: Look, before: Look | None) -> tuple[float, ...] | torch.Tensor | None:
     grams = look.since(before)
     return tuple(grams.tolist()) if grams is not None and grams.is_cpu else grams
-
-
-def _on_host(signs: list[Sign], diffs: torch.Tensor | None = None) -> tuple[list[Sign], list[float] | None]:
-    """Signs, and diffs, as numbers: one copy from the device for all."""
-    late = [part for sign in signs for part in sign.late]
-    parts = late + ([] if diffs is None else [diffs])
-    numbers = torch.cat([p.to(parts[0].device, torch.float64) for p in parts]).tolist() if parts else []
-    count = len(numbers) - (0 if diffs is None else diffs.numel())
-    rest = iter(numbers[:count])
-    return [sign.read(rest) for sign in signs], None if diffs is None else numbers[count:]
 
 
 def _hold(given: Given, named: NamedSession | None) -> StorageHold:

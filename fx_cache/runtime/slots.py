@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.runtime.clock import Clock, Sign
+from fx_cache.runtime.device import Origin, to_device
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.front import OTHER_CALLS, OTHER_NUMBERS, Front, Paces
 from fx_cache.runtime.identity import StorageHold
@@ -159,7 +160,7 @@ class Slot:
     def load(self) -> list[torch.Tensor]:
         """The tensors, where they were made: the list itself, which is emptied when others are to be computed."""
         if self.tensors and self.home is not None:
-            self.tensors = [t.to(device) for t, device in zip(self.tensors, self.home, strict=True)]
+            self.tensors = [to_device(t, device) for t, device in zip(self.tensors, self.home, strict=True)]
         self.home = None
         return self.tensors
 
@@ -328,6 +329,7 @@ class Branch:
         requests: what it shares with other branches of its requests.
         request: number of the one that it goes on with.
         pending: what its calls show and was not read yet, since some of it lies on a device; one for each step.
+        origin: the stream of its last call.
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
         apart: whether somebody names it within that.
@@ -369,6 +371,23 @@ class Branch:
         self.request: int | None = None
         self.last: Look | None = None
         self.pending: list[Sign] = []
+        self.origin = Origin(None)
+
+    def reached(self) -> None:
+        """Lets the present stream wait for what the branch has under way on that of its last call."""
+        self.origin.reached(self._tensors())
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """What it holds, and may let go of while the present stream works on it."""
+        for slot in self.slots:
+            yield from slot.tensors
+            yield from slot.control.copies if slot.control is not None else ()
+        yield from self.record.kept.tensors if self.record.kept is not None else ()
+        yield from self.hold.copies
+        for look in (self.look, self.earlier, self.last, *self.starts, *(s.look for s in self.pending)):
+            yield from look.tensors if look is not None else ()
+        for sign in self.pending:
+            yield from sign.late
 
     @property
     def slots(self) -> list[Slot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
@@ -10,19 +11,26 @@ from typing import Any
 import torch
 
 from fx_cache.config import CacheConfig
-from fx_cache.errors import guarded
+from fx_cache.errors import CacheWarning, guarded
 from fx_cache.patterns.calls import GraphFacts
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.runtime.batches import Separation
+from fx_cache.runtime.device import captured
 from fx_cache.runtime.forwards import Forward, Surroundings, surroundings
 from fx_cache.runtime.gate import SpanGate
 from fx_cache.runtime.given import Given, Reader
 from fx_cache.runtime.keep import Keep, keep_nothing
+from fx_cache.runtime.named import named_session
 from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.relay import Relays
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
 from fx_cache.runtime.weights import CHANGED
+
+CAPTURED = (
+    "dit_cache: got a call without a step while a CUDA graph is captured; expected its step to be given, since the "
+    "device cannot be asked for it; it computes; call it within fx_cache.session(name, branch, step=i)."
+)
 
 
 class CachedForward:
@@ -92,6 +100,9 @@ class CachedForward:
         self._last: tuple[weakref.ref[Any] | None, weakref.ref[Any] | None, Store] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        if captured() and not _step_is_said():
+            warnings.warn(CAPTURED, CacheWarning, stacklevel=2)
+            return self.compute(*args)
         # A graph that was a whole forward when it was compiled may serve as a part of another one.
         around = surroundings() if self._whole else None
         if around is not None and (around.compiled_call is None or around.depth <= 1):
@@ -213,6 +224,12 @@ class CachedForward:
             store,
         )
         return store
+
+
+def _step_is_said() -> bool:
+    """Whether request, pass and step are given, so that nothing has to be read to tell where a call belongs."""
+    named = named_session()
+    return named is not None and named.branch is not None and named.step is not None
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fx_cache.runtime.device import Origin, Readback, captured, device_of
+
 CHANGED = "weights changed"
 
 SAMPLED = 8
@@ -38,7 +40,8 @@ class Weights:
         self._ids = list(map(id, weights))
         self._versions = _versions(weights)
         self._places = _places(weights)
-        self._samples = [_sample(w) for w in weights]
+        self._samples = Samples(weights)
+        self._origin = Origin(device_of(weights))
 
     def same(self, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> bool:
         """Whether nothing has changed since the last call."""
@@ -53,7 +56,10 @@ class Weights:
             return True
         moved = [i for i, (a, b) in enumerate(zip(places, self._places, strict=True)) if a != b]
         self._places = places
-        return all(_sample(weights[i]) == self._samples[i] for i in moved)
+        if captured():
+            return False
+        self._origin.reached()
+        return Samples([weights[i] for i in moved]).are(self._samples, moved)
 
     def _lose(self, _: object) -> None:
         self._gone = True
@@ -129,10 +135,44 @@ def _places(weights: Sequence[torch.Tensor]) -> list[Any]:
         return [None] * len(weights)
 
 
+class Samples:
+    """Some elements of each of some weights, spread over it: copied where the weights lie, and read to be compared."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._unread: list[tuple[list[tuple[int, int]], torch.Tensor]] = []
+        self._known: dict[int, Any] = {}
+        alike: dict[Hashable, list[tuple[int, torch.Tensor]]] = {}
+        for i, weight in enumerate(weights):
+            sample = _sample(weight)
+            if isinstance(sample, torch.Tensor):
+                alike.setdefault((sample.device, sample.dtype), []).append((i, sample))
+            else:
+                self._known[i] = sample
+        for samples in alike.values():
+            copied = torch.cat([s for _, s in samples])
+            self._unread.append(([(i, s.nbytes) for i, s in samples], copied.view(torch.uint8)))
+
+    def are(self, others: Samples, numbers: Sequence[int]) -> bool:
+        """Whether these are those of others that have these numbers.
+
+        Waits for the device, once.
+        """
+        read = iter(Readback([copied for _, copied in (*self._unread, *others._unread)]).take())
+        for samples in (self, others):
+            for sizes, _ in samples._unread:
+                samples._known.update((i, [next(read) for _ in range(size)]) for i, size in sizes)
+            samples._unread = []
+        return all(self._known.get(k) == others._known.get(i) for k, i in enumerate(numbers))
+
+
+@torch.no_grad()
 def _sample(weight: torch.Tensor) -> Any:
-    """Some elements, spread over the weight; None where they cannot be read."""
+    """Some elements, spread over a weight: a view, or numbers where it has no memory of its own, or None."""
     try:
         flat = weight.detach().reshape(-1)
-        return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].tolist()
+        sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
+        if type(sample) is not torch.Tensor or sample.is_meta:
+            return sample.tolist()
+        return sample.view(torch.uint8) if sample.element_size() == 1 else sample
     except (RuntimeError, NotImplementedError, TypeError):
         return None
