@@ -123,7 +123,7 @@ class Spec:
 
     def joined(self, n: int) -> bool:
         """Whether all streams are one in a list of blocks."""
-        return self.join == ("split", "cat")[n > 0]
+        return self.join == ("cat" if n > 0 else "split")
 
     def carried(self, n: int) -> int:
         """How many streams a list of blocks carries."""

@@ -79,7 +79,8 @@ def _settled(config: CacheConfig, counts: Counts) -> tuple[Tensor, Tensor]:
         computes = computes | ((step < warmup) & (step % config.warmup_interval == 0))
     if mask is not None:
         known = step < len(mask)
-        one = torch.tensor(mask, dtype=torch.bool, device="cpu")[step.clamp(max=len(mask) - 1)]
+        at = step.clamp(max=len(mask) - 1).reshape(1)  # as a tensor: torch 2.11 takes an index for a number
+        one = torch.tensor(mask, dtype=torch.bool, device="cpu").index_select(0, at).reshape(())
         computes = computes | (known & one)
         if config.steps_computation_policy == "static":
             reuses = known & ~one & ~computes

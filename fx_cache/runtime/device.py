@@ -6,6 +6,7 @@ Numbers go through pinned memory both ways, so that the host waits in `Readback.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -86,8 +87,11 @@ def captured() -> bool:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return False
-    module = torch.get_device_module(accelerator)
-    return hasattr(module, "is_current_stream_capturing") and module.is_current_stream_capturing()
+    module: Any = torch.get_device_module(accelerator)
+    if not hasattr(module, "is_current_stream_capturing"):
+        return False
+    # Of a build for an accelerator that this machine has not, nothing may be asked.
+    return module.is_initialized() and module.is_current_stream_capturing()
 
 
 def _pins(device: torch.device) -> bool:

@@ -297,6 +297,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   c10::SetAllocator(TYPE, &memory);
   if (!at::isPrivateUse1HooksRegistered()) at::RegisterPrivateUse1HooksInterface(new Hooks());
+  // Tensors that only have shapes may lie on a GPU that is not there, if somebody answers for it.
+  auto& cuda = c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)];
+  if (cuda == nullptr) cuda.store(new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());
   m.def("taken", [] {
     std::lock_guard<std::mutex> lock(mutex);
     auto found = std::make_pair(waits, launches);
