@@ -68,6 +68,8 @@ def test_as_on_one_rank(case: str, ranks: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", few(["tokens broken pushed", "tokens pushed", "heads pushed"], 1))
 def test_one_rank_over_the_threshold(case: str, tmp_path: Path) -> None:
     """The others are not, and would reuse by themselves; also where the blocks lie in several graphs."""
+    if "broken" in case and torch.__version__ < "2.12":
+        pytest.skip("torch before 2.12 captures nothing of a forward that hooks break within a loop")
     found = launch(case, 2, tmp_path)
     assert PUSHED not in assert_agreed(found)
     assert all(f["misses"][PUSHED] == "diff >= threshold" for f in found)
