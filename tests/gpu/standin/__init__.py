@@ -15,7 +15,6 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,35 +26,23 @@ from torch.utils import cpp_extension
 SOURCE = Path(__file__).with_name("device.cpp")
 
 
-@dataclass
-class Seen:
-    """What the host asked of the device.
-
-    Attributes:
-        waits: what it waited for.
-        launches: what it let the device do.
-    """
-
-    waits: list[str] = field(default_factory=list)
-    launches: list[str] = field(default_factory=list)
-
-
 @cache
-def standin() -> torch.device:
+def device() -> torch.device:
     """The device; built at the first call in this environment, which takes a C++ compiler and about a minute."""
     _load()
     return torch.device("standin:0")
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Seen]:
-    """What happens in a block."""
+def watched() -> Iterator[tuple[list[str], list[str]]]:
+    """What the host waits for in a block, and what it lets the device do."""
     _load().taken()
-    seen = Seen()
+    seen: tuple[list[str], list[str]] = [], []
     try:
         yield seen
     finally:
-        seen.waits, seen.launches = _load().taken()
+        for known, found in zip(seen, _load().taken(), strict=True):
+            known += found
 
 
 @contextlib.contextmanager

@@ -1,65 +1,40 @@
-"""On a device whose values the host has to wait for: exact, decided as on the host, and waited for once a step at most.
-
-The device is a stand-in that computes on the host (`tests.standin`), so that all of this runs without a GPU.
-"""
+"""On a device whose values the host has to wait for: decided as on the host, and waited for once a step at most."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-import shutil
 import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 import fx_cache
+from fx_cache.runtime.batches import MixedHit
 from fx_cache.runtime.clock import Sign, read_schedule
 from fx_cache.runtime.device import Readback
 from fx_cache.testing import run as run_requests
 from tests import test_relay, test_schedules
+from tests.gpu.card import REAL, Sent, called, device, needs_standin, watched
+from tests.gpu.standin import capturing
 from tests.models import NAMES, build, conditioning, walk
 from tests.running import REUSING, compile_cached, hits_of, last_branch, relative_error, shallow
-from tests.standin import Seen, capturing, standin, watched
+from tests.selection import few
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="the stand-in for a device needs a C++ compiler"),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.slow
 
 
-class Sent:
-    """Puts values on the device; what is one object on the host is one there."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Any, torch.Tensor]] = {}
-
-    def __call__(self, value: Any) -> Any:
-        return tree_map(self._one, value)
-
-    def _one(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return self._known.setdefault(id(value), (value, value.to(standin())))[1]
-
-
-def called(compiled: nn.Module, step: dict[str, Any]) -> tuple[torch.Tensor, Seen]:
-    with watched() as seen:
-        output = compiled(**step)[0]
-    return output.clone(), seen
-
-
+@needs_standin
 def test_the_stand_in_shows_nothing_that_nobody_waits_for() -> None:
-    x = torch.ones(3, device=standin())
+    x = torch.ones(3, device=device())
     there = torch.zeros(3, pin_memory=True)
     with watched() as seen:
         there.copy_(x, non_blocking=True)
         assert there.tolist() == [0.0] * 3
     assert not seen.waits
-    event = torch.Event(device=standin())
+    event = torch.Event(device=device())
     event.record(torch.accelerator.current_stream())
     with watched() as seen:
         event.synchronize()
@@ -67,7 +42,7 @@ def test_the_stand_in_shows_nothing_that_nobody_waits_for() -> None:
         assert x.sum().item() == 3.0
         assert x.tolist() == [1.0] * 3
         assert torch.equal(x, x)
-        torch.ones(3).to(standin())
+        torch.ones(3).to(device())
         x.nonzero()
     assert len(seen.waits) == 6
     assert "aten::sum" in seen.launches
@@ -75,13 +50,13 @@ def test_the_stand_in_shows_nothing_that_nobody_waits_for() -> None:
         x.tolist()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES if REAL else few(NAMES, 4))
 def test_ten_models(name: str) -> None:
     """Where nothing is reused each output is the model's; else what is reused is what is reused on the host."""
     steps, send = walk(name, 8), Sent()
     host = compile_cached(build(name), **REUSING)
     expected = [host(**step)[0] for step in steps]
-    model = build(name).to(standin())
+    model = build(name).to(device())
     sent = [send(step) for step in steps]
     alone = torch.compile(model, backend="eager", fullgraph=True)
     plain = [called(alone, step) for step in sent]
@@ -90,10 +65,10 @@ def test_ten_models(name: str) -> None:
     for step, (output, _) in zip(sent[:3], plain, strict=False):
         assert torch.equal(never(**step)[0], output)
     torch._dynamo.reset()
-    compiled = compile_cached(build(name).to(standin()), **REUSING)
+    compiled = compile_cached(build(name).to(device()), **REUSING)
     for i, (step, (_, alone)) in enumerate(zip(sent, plain, strict=True)):
         output, seen = called(compiled, step)
-        assert relative_error(expected[i], output.cpu()) < 1e-5
+        assert relative_error(expected[i], output.cpu()) < (1e-3 if REAL else 1e-5)
         # The model's own waits are its own.
         assert len(seen.waits) - len(alone.waits) <= (i >= REUSING["max_warmup_steps"]), (i, seen.waits)
     assert hits_of(compiled) == hits_of(host) != []
@@ -114,7 +89,7 @@ SETTLED: dict[str, tuple[dict[str, Any], bool, list[int]]] = {
 @pytest.mark.parametrize("kind", SETTLED)
 def test_nothing_is_waited_for_where_the_policy_settles_the_step(kind: str) -> None:
     policy, said, hits = SETTLED[kind]
-    compiled, send = compile_cached(shallow("dit").to(standin()), **policy), Sent()
+    compiled, send = compile_cached(shallow("dit").to(device()), **policy), Sent()
     for i, step in enumerate(walk("dit", 6)):
         with fx_cache.session("request", "only", step=i) if said else contextlib.nullcontext():
             _, seen = called(compiled, send(step))
@@ -122,12 +97,13 @@ def test_nothing_is_waited_for_where_the_policy_settles_the_step(kind: str) -> N
     assert last_branch(compiled)["spans"][0]["hits"] == hits
 
 
+@needs_standin
 def test_what_a_reused_step_launches_beside_the_graph() -> None:
     """Looking at the latent and the time, and reading them with the diff: a few launches, whatever the model."""
     send, counts = Sent(), []
     for policy, named in (({"residual_diff_threshold": 1.0}, True), ({"residual_diff_threshold": 0.99}, False)):
         torch._dynamo.reset()
-        compiled = compile_cached(shallow("dit").to(standin()), **policy)
+        compiled = compile_cached(shallow("dit").to(device()), **policy)
         for i, step in enumerate(walk("dit", 5)):
             with fx_cache.session("request", "only", step=i) if named else contextlib.nullcontext():
                 _, seen = called(compiled, send(step))
@@ -142,8 +118,8 @@ def test_a_number_on_the_host_beside_the_time_on_the_device() -> None:
     for time in (torch.tensor([7]), torch.tensor([0.3, -0.2, 0.3]), torch.arange(200.0) % 7):
         values = [torch.tensor(3.5), time, torch.tensor([0.1, 0.9])]
         with watched() as seen:
-            found = read_schedule([values[0], time.to(standin()), values[2]])
-        assert seen.waits in ([], ["a copy from the host"])  # ours, here
+            found = read_schedule([values[0], time.to(device()), values[2]])
+        assert len(seen.waits) <= 1  # ours, here: the time's way to the device
         sign = Sign(found)
         with watched() as seen:
             sign = sign.read(iter(Readback(sign.late).take()))
@@ -153,7 +129,7 @@ def test_a_number_on_the_host_beside_the_time_on_the_device() -> None:
 
 def test_weights_that_move_are_looked_at_together() -> None:
     """Offloading moves all of them before each call: they are compared with one copy, not with one for each."""
-    model = shallow("dit").to(standin())
+    model = shallow("dit").to(device())
     compiled, send = compile_cached(model, **REUSING), Sent()
     weights = list(model.parameters())
     for i, step in enumerate(walk("dit", 6)):
@@ -164,27 +140,27 @@ def test_weights_that_move_are_looked_at_together() -> None:
     assert hits_of(compiled)
 
 
-def test_samples_of_a_batch_apart() -> None:
+def test_samples_of_a_batch_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """One wait for all samples; where some compute, no other one but, once, to see that each is computed by itself."""
     compiled = compile_cached(
-        shallow("dit").to(standin()), batch_policy="per_sample", residual_diff_threshold=0.3, max_warmup_steps=1
+        shallow("dit").to(device()), batch_policy="per_sample", residual_diff_threshold=0.3, max_warmup_steps=1
     )
     slow, fast = (walk("dit", 8, seed=k, delta=d) for k, d in enumerate((0.05, 0.9)))
-    labels = torch.cat([slow[0]["class_labels"], fast[0]["class_labels"]]).to(standin())
-    mixed = 0
+    labels = torch.cat([slow[0]["class_labels"], fast[0]["class_labels"]]).to(device())
+    mixed, run = [], MixedHit.run
+    monkeypatch.setattr(MixedHit, "run", lambda *args: mixed.append(1) or run(*args))
     with fx_cache.session("request", branch="only"):
         for a, b in zip(slow, fast, strict=True):
-            step = {k: torch.cat([a[k], b[k]]).to(standin()) for k in ("hidden_states", "timestep")}
+            step = {k: torch.cat([a[k], b[k]]).to(device()) for k in ("hidden_states", "timestep")}
             _, seen = called(compiled, {**a, **step, "class_labels": labels})
-            mixed += "aten::index_copy" in seen.launches
             assert seen.waits.count("an event") <= 1
-            assert seen.waits in ([], ["an event"], ["an event", "aten::equal"])
+            assert len(seen.waits) - seen.waits.count("an event") <= (len(mixed) == 1)
     assert mixed
 
 
 def test_prompts_made_anew() -> None:
     """Of a named request, by content: that is compared on the device, and read with one copy more, before the diff."""
-    compiled, send = compile_cached(shallow("dit").to(standin()), **REUSING), Sent()
+    compiled, send = compile_cached(shallow("dit").to(device()), **REUSING), Sent()
     for i, step in enumerate(walk("dit", 6)):
         step = send(step)
         with fx_cache.session("request"):
@@ -193,15 +169,16 @@ def test_prompts_made_anew() -> None:
     assert hits_of(compiled)
 
 
+@needs_standin
 def test_nothing_is_waited_for_while_a_graph_is_captured() -> None:
     """A static mask decides as ever if the step is said; without that nothing is known, and with a diff to be read."""
     send = Sent()
     steps = [send(step) for step in walk("dit", 6)]
-    model = shallow("dit").to(standin())
+    model = shallow("dit").to(device())
     outputs = [model(**step)[0] for step in steps]
     for policy, hits in ((STATIC, [1, 2, 4, 5]), ({"residual_diff_threshold": 0.99}, [])):
         torch._dynamo.reset()
-        compiled = compile_cached(shallow("dit").to(standin()), **policy)
+        compiled = compile_cached(shallow("dit").to(device()), **policy)
         compiled(**steps[0])
         fx_cache.reset(compiled)
         for i, step in enumerate(steps):
@@ -215,10 +192,11 @@ def test_nothing_is_waited_for_while_a_graph_is_captured() -> None:
             assert torch.equal(computed, output)
 
 
+@needs_standin
 def test_a_request_goes_on_in_another_stream() -> None:
     """What it left in one stream is waited for in the other one, there, and not freed while that uses it."""
-    compiled, send = compile_cached(shallow("dit").to(standin()), **REUSING), Sent()
-    streams = [torch.Stream(device=standin()) for _ in range(2)]
+    compiled, send = compile_cached(shallow("dit").to(device()), **REUSING), Sent()
+    streams = [torch.Stream(device=device()) for _ in range(2)]
     for i, step in enumerate(walk("dit", 6)):
         with streams[i // 3]:
             _, seen = called(compiled, send(step))
@@ -233,10 +211,10 @@ def test_two_threads_with_a_stream_each() -> None:
     """As alone, one after the other."""
     send, kind = Sent(), "dit"
     walks = [[send(s) for s in walk(kind, 6, seed=k, conditioning=conditioning(kind, seed=k))] for k in range(2)]
-    compiled = compile_cached(shallow(kind).to(standin()), **REUSING)
+    compiled = compile_cached(shallow(kind).to(device()), **REUSING)
 
     def request(name: str, steps: list[dict[str, Any]], into: list[torch.Tensor]) -> None:
-        with torch.no_grad(), torch.Stream(device=standin()):
+        with torch.no_grad(), torch.Stream(device=device()):
             for step in steps:
                 with fx_cache.session(name, "only"):
                     into.append(compiled(**step)[0].clone())
@@ -259,9 +237,9 @@ def test_two_threads_with_a_stream_each() -> None:
 def test_random_schedules_are_decided_as_on_the_host(kind: str) -> None:
     pool = {(size, seed): conditioning(kind, seed=seed, size=size) for size in (0, 1) for seed in range(3)}
     host = compile_cached(shallow(kind), **REUSING)
-    compiled = compile_cached(shallow(kind).to(standin()), **REUSING)
+    compiled = compile_cached(shallow(kind).to(device()), **REUSING)
     hits = 0
-    for number in range(6):
+    for number in range(20 if REAL else 3):
         requests, send = test_schedules.requests(kind, random.Random(f"{kind} {number}"), pool), Sent()
         on_device = [r.__class__(send(r.calls), r.name, r.breaks) for r in requests]
         for model, given in ((host, requests), (compiled, on_device)):
@@ -291,11 +269,11 @@ class Untimed(nn.Module):
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 def test_what_is_learned_first() -> None:
     """While it learns it has to wait more often; then once a step."""
-    compiled = compile_cached(Untimed().to(standin()), **REUSING)
-    latent, text = (torch.randn(1, n, 32, device=standin()) for n in (16, 5))
+    compiled = compile_cached(Untimed().to(device()), **REUSING)
+    latent, text = (torch.randn(1, n, 32, device=device()) for n in (16, 5))
     late = []
     for i in range(90):
-        t = torch.full((1,), 1.0 - 0.01 * i, device=standin())
+        t = torch.full((1,), 1.0 - 0.01 * i, device=device())
         with watched() as seen:
             latent = latent - 0.01 * compiled(latent, text, t)
         late.append(len(seen.waits))
@@ -305,7 +283,7 @@ def test_what_is_learned_first() -> None:
 
 def test_a_forward_in_several_graphs() -> None:
     """Behind what it takes to learn how the model runs, one wait a step beside those of code between the graphs."""
-    send, model = Sent(), test_relay.Model().to(standin())
+    send, model = Sent(), test_relay.Model().to(device())
     steps = [send(step) for step in test_relay.walk(0)]
     compiled = torch.compile(
         model, backend="dit_cache", options={**test_relay.OPTIONS, "residual_diff_threshold": 0.99}
@@ -318,18 +296,19 @@ def test_a_forward_in_several_graphs() -> None:
     assert seen.waits.count("an event") == 1
 
 
+@needs_standin
 def test_memory_is_what_the_summary_says() -> None:
     send = Sent()
     steps = [send(step) for step in walk("dit", 6)]
-    compiled = compile_cached(shallow("dit").to(standin()), **REUSING)
+    compiled = compile_cached(shallow("dit").to(device()), **REUSING)
     compiled(**steps[0])
     fx_cache.reset(compiled)
-    before = torch.get_device_module(standin()).memory_allocated()
+    before = torch.get_device_module(device()).memory_allocated()
     for step in steps:
         compiled(**step)
     branch = last_branch(compiled)
     said = branch["kept_bytes"] + sum(span["bytes"] for span in branch["spans"])
-    grown = torch.get_device_module(standin()).memory_allocated() - before
+    grown = torch.get_device_module(device()).memory_allocated() - before
     # Beside it lies some of the latents that the request began with and came to, in float64.
     looked_at = 8 * 8 * steps[0]["hidden_states"].numel()
     assert said <= grown <= said + looked_at
