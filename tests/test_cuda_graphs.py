@@ -5,6 +5,7 @@ Without a GPU a compiler stands in for them whose pieces do the same.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from torch._inductor.utils import fresh_cache
 
 import fx_cache
 from fx_cache import backend, compiling
+from tests import test_relay
 from tests.models import build, walk
-from tests.running import compile_cached, last_branch, needs_inductor, relative_error, run_cached
+from tests.running import compile_cached, hits_of, last_branch, needs_inductor, relative_error, run_cached
 from tests.selection import few
 
-results: list[torch.Tensor] = []
-"""What all pieces made in the present call of the model."""
+results: list[weakref.ref[torch.Tensor]] = []
+"""What all pieces made in the present call of the model, as long as somebody has it."""
 
 
 @register_backend
@@ -28,7 +30,7 @@ def overwriting(gm, example_inputs):
         made = gm.forward(*args)
         # Inputs that are handed on, and views of them, are nothing that was made.
         given = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
-        results.extend(t for t in made if t.untyped_storage()._cdata not in given)
+        results.extend(weakref.ref(t) for t in made if t.untyped_storage()._cdata not in given)
         return made
 
     return piece
@@ -36,8 +38,10 @@ def overwriting(gm, example_inputs):
 
 def begin_run() -> None:
     """The memory of all pieces is used anew."""
-    for tensor in results:
-        tensor.fill_(float("nan"))
+    for reference in results:
+        tensor = reference()
+        if tensor is not None:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
     results.clear()
 
 
@@ -56,6 +60,26 @@ def test_what_is_remembered_is_not_overwritten(name: str, monkeypatch) -> None:
     spans = last_branch(model)["spans"]
     assert [s["hits"] for s in spans] == expected.hits
     assert expected.hits[0]
+
+
+def test_what_is_remembered_of_many_graphs_is_not_overwritten() -> None:
+    """A span over several graphs: each of them overwrites its results."""
+    steps = test_relay.walk(0)
+    found = []
+    for compiler in ("eager", "overwriting"):
+        torch._dynamo.reset()
+        model = test_relay.Model()
+        options = {**test_relay.OPTIONS, "compiler": compiler, "residual_diff_threshold": 0.99}
+        compiled = torch.compile(model, backend="dit_cache", options=options)
+        outputs = []
+        for step in [*steps, *steps]:
+            begin_run()
+            outputs.append(compiled(**step)[0].clone())
+        found.append((outputs, hits_of(compiled)))
+    begin_run()
+    (expected, hits), (outputs, same) = found
+    assert all(map(torch.equal, expected, outputs))
+    assert hits == same != []
 
 
 def test_without_copies_it_would_be(monkeypatch) -> None:

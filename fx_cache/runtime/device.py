@@ -56,13 +56,15 @@ class Origin:
     def reached(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         """Lets the present stream wait for what this one has to do yet; the host does not.
 
+        Nothing of another stream may be waited for while a graph is captured; before that, everything has been.
+
         Args:
             tensors: what of it may be freed while the present stream works on it.
         """
         if self._stream is None:
             return
         now = _current_stream(self._stream.device)
-        if now is None or now == self._stream:
+        if now is None or now == self._stream or captured():
             return
         now.wait_stream(self._stream)
         for tensor in tensors:
