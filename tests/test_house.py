@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -100,3 +101,46 @@ def test_everything_that_is_installed_is_pinned() -> None:
     beside = {name for name in found if name.startswith(("nvidia-", "cuda-toolkit", "triton"))}
     assert len(found) > 60
     assert not (found.keys() | {"pip", "setuptools", "wheel"}) - pinned - beside
+
+
+READS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "equal", "allclose", "is_nonzero", "__bool__"}
+"""Methods and functions by which the host reads tensors: where these lie on a device, it waits."""
+
+WHERE_THE_HOST_READS = {
+    "device.py: Readback.take": "the one place: behind an event",
+    "clock.py: read_schedule": "schedule inputs on the host",
+    "sessions.py: _since": "latents on the host",
+    "identity.py: _key": "small tensors on the host",
+    "weights.py: _values": "numbers that the model holds, on the host",
+    "weights.py: _sample": "weights that have no memory of their own",
+    "legs.py: _is_moved": "a forward that is watched, once",
+    "legs.py: _joined_to": "the same",
+    "legs.py: _equal": "the same",
+    "batches.py: Separation.compute": "once for a span: whether samples are computed by themselves",
+    "moves.py: Call._straight": "while it is not known what is denoised, and what tells the time",
+    "moves.py: Call._extent": "the same",
+    "moves.py: Call._helped": "the same",
+    "moves.py: Call._left_of": "the same",
+    "moves.py: extent_of": "the same",
+    "moves.py: _extent": "the same, on the host",
+    "moves.py: has_few_values": "the same",
+}
+
+
+def test_where_the_host_reads_tensors() -> None:
+    """Each place on the path of a step, and why; what is not here goes through `Readback`."""
+    found = set()
+    for file in (*sorted((ROOT / "runtime").glob("*.py")), ROOT / "ops.py", ROOT / "boxing.py", ROOT / "regions.py"):
+        for names, node in _with_their_names(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in READS:
+                found.add(f"{file.name}: {'.'.join(names)}")
+    assert found == set(WHERE_THE_HOST_READS)
+
+
+def _with_their_names(node: ast.AST, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], ast.AST]]:
+    """All that stands below a node, with the names of the classes and functions around it."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        names = (*names, node.name)
+    yield names, node
+    for child in ast.iter_child_nodes(node):
+        yield from _with_their_names(child, names)
