@@ -15,6 +15,7 @@ from torch._inductor.utils import fresh_cache
 
 import fx_cache
 from fx_cache import backend, compiling
+from fx_cache.runtime.registry import stores
 from tests import test_relay
 from tests.models import build, walk
 from tests.running import compile_cached, hits_of, last_branch, needs_inductor, relative_error, run_cached
@@ -76,7 +77,11 @@ def test_what_is_remembered_of_many_graphs_is_not_overwritten() -> None:
             begin_run()
             outputs.append(compiled(**step)[0].clone())
         found.append((outputs, hits_of(compiled)))
-    begin_run()
+        kept = [t for s in stores(model) for b in s._branches.values() for slot in b.slots for t in slot.tensors]
+        before = [t.clone() for t in kept]
+        begin_run()
+        assert all(map(torch.equal, before, kept))
+        assert len(kept) > 10
     (expected, hits), (outputs, same) = found
     assert all(map(torch.equal, expected, outputs))
     assert hits == same != []
