@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +32,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fx_cache
-from benchmarks.contest.models import MODELS
+from benchmarks.contest.models import MODELS, device_for, models_of
+from benchmarks.contest.turns import machine, versions
 from fx_cache.compiling import inner_compiler
 from fx_cache.config import CacheConfig
 from fx_cache.passes import PIPELINE
@@ -60,7 +58,7 @@ PAIRS = {
 def runs(name: str, size: str) -> dict[str, Callable[..., Any]]:
     """The ways to run one model, compiled, by what each step does."""
     model = MODELS[name]
-    module = model.build(size, "cpu" if size == "cpu" else "cuda")
+    module = model.build(size, device_for(size))
 
     def copied() -> torch.nn.Module:
         """The module once more, of the same weights."""
@@ -107,7 +105,7 @@ def measure(name: str, size: str, steps: int) -> dict[str, Any]:
     torch._dynamo.config.recompile_limit = 32  # all ways are captured from the same code
     ways = runs(name, size)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    request = MODELS[name].request(MODELS[name].build(size, "cpu" if size == "cpu" else "cuda"), size, steps, seed=0)
+    request = MODELS[name].request(MODELS[name].build(size, device_for(size)), size, steps, seed=0)
     for i, step in enumerate(request):
         for way in list(ways) if i % 2 else reversed(list(ways)):
             # Read where a graph is rewritten.
@@ -137,7 +135,7 @@ def measure(name: str, size: str, steps: int) -> dict[str, Any]:
 
 def wait(size: str) -> None:
     """Until the device is done."""
-    if size == "gpu":
+    if device_for(size) == "cuda":
         torch.cuda.synchronize()
 
 
@@ -152,7 +150,7 @@ def main(
     rows = []
     table = Table("model", *PAIRS)
     with torch.no_grad():
-        for name in models or list(MODELS):
+        for name in models or models_of(size):
             row = measure(name, size, steps)
             rows.append(row)
             table.add_row(name, *(f"{row['ratios'][pair]:.3f}" for pair in PAIRS))
@@ -160,10 +158,8 @@ def main(
     Console(width=140).print(table)
     result = {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        if size == "cpu"
-        else torch.cuda.get_device_name(),
-        "versions": {n: version(n) for n in ("torch", "diffusers", "fx_cache")},
+        "machine": machine(size),
+        "versions": versions("torch", "diffusers", "fx_cache"),
         "steps": steps,
         "rows": rows,
     }

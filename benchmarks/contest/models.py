@@ -90,8 +90,8 @@ class Model:
             return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
         fixed = self.prompt(module, self.sizes[size], normal)
-        start = normal(*self.sizes[size].latent)
-        moves = [start + 0.02 * i * normal(*start.shape) for i in range(steps)]
+        start, way = (normal(*self.sizes[size].latent) for _ in range(2))
+        moves = [start + 0.02 * i * way for i in range(steps)]  # as a sampler's steps follow from each other
         return [{**fixed, **self.step(latent, 1.0 - i / steps), "return_dict": False} for i, latent in enumerate(moves)]
 
 

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Trace:
         busy = _joined([(e.begin, e.end) for e in self.device])
         end = max([self.returned, *(b for _, b in busy)])
         edges = [(self.begin, self.begin), *busy, (end, end)]
-        gaps = [(a, b) for (_, a), (b, _) in zip(edges[:-1], edges[1:], strict=True) if b > a]
+        gaps = [(a, b) for (_, a), (b, _) in pairwise(edges) if b > a]
         runtime = [e.name for e in self.host if e.kind.startswith("cuda")]
         return {
             "kernels": sum(e.kind not in ON_DEVICE[1:] for e in self.device),
@@ -81,10 +82,11 @@ class Trace:
             if inside:
                 spent[inside[-1].name] -= overlap
             inside.append(event)
-        known = sum(spent.values())
-        found = [("Python" if name == STEP else name[:60], us) for name, us in spent.most_common(most) if us > 1]
-        found += [("behind the call", end - begin - known)] if end - begin - known > 1 else []
-        return {name: _ms(us) for name, us in found}
+        spent["behind the call"] = end - begin - sum(spent.values())
+        named: Counter[str] = Counter()
+        for name, us in spent.items():
+            named["Python" if name == STEP else name[:32].strip()] += us
+        return {name: _ms(us) for name, us in named.most_common(most) if us > 1}
 
 
 def record(call: Callable[[], object], cuda: bool, keep: Path | None = None) -> Trace:
@@ -118,7 +120,7 @@ def read(entries: list[dict[str, Any]]) -> Trace:
     host.sort(key=lambda e: (e.begin, -e.end))
     device = [_event(e) for e in timed if e.get("cat") in ON_DEVICE]
     if not any(e.get("cat") in ("cuda_runtime", "cuda_driver") for e in timed):
-        device = _outermost([e for e in host if e.kind == "cpu_op"])
+        device = _outermost([e for e in host if e.name.startswith("aten::")])
     return Trace(begin, returned, host, [e for e in device if e.begin >= begin])
 
 

@@ -177,7 +177,11 @@ def in_place(value: fx.Node, source: fx.Node, nodes: Sequence[fx.Node]) -> bool:
 def _numbers(source: fx.Node, channels: int | None) -> Tensor | None:
     """Its elements, numbered from 1, or those of so many channels; None for too many."""
     shape = _shape(source, channels)
-    return None if math.prod(shape) > MOST else torch.arange(1, math.prod(shape) + 1, dtype=torch.int32).view(shape)
+    return None if math.prod(shape) > MOST else _counted(shape)
+
+
+def _counted(shape: tuple[int, ...]) -> Tensor:
+    return torch.arange(1, math.prod(shape) + 1, dtype=torch.int32, device="cpu").view(shape)
 
 
 def _shape(node: fx.Node, channels: int | None) -> tuple[int, ...]:
@@ -300,7 +304,7 @@ def _moved(node: fx.Node, env: Mapping[fx.Node, Any], channels: int | None) -> A
         if a in env:
             return env[a]
         if isinstance(value, Tensor):
-            return torch.zeros(_shape(a, channels), dtype=torch.int32)
+            return torch.zeros(_shape(a, channels), dtype=torch.int32, device="cpu")
         return hint(value) if isinstance(value, torch.SymInt) else value
 
     args, kwargs = map_arg(node.args, now), map_arg(node.kwargs, now)

@@ -71,7 +71,7 @@ class MixedHit:
 
 
 def _index(rows: Sequence[int], beside: torch.Tensor) -> torch.Tensor:
-    return to_device(torch.tensor(list(rows)), beside.device)
+    return to_device(torch.tensor(list(rows), device="cpu"), beside.device)
 
 
 def _rows(results: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:

@@ -24,13 +24,15 @@ class Readback:
         self._numbers: torch.Tensor | None = None
         if not parts:
             return
+        if captured():
+            raise RuntimeError("a graph is captured: the device cannot be waited for")  # before the device is touched
         device = device_of(parts) or parts[0].device
         flat = [to_device(p.detach(), device).to(torch.float64).reshape(-1) for p in parts]
         joined = torch.cat(flat) if len(flat) > 1 else flat[0]
         if not _pins(device):
             self._numbers = joined
             return
-        self._numbers = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+        self._numbers = torch.empty(joined.shape, dtype=joined.dtype, device="cpu", pin_memory=True)
         self._numbers.copy_(joined, non_blocking=True)
         self._event = torch.Event(device=device)
         self._event.record(torch.accelerator.current_stream(device))
@@ -44,14 +46,14 @@ class Readback:
 
 
 class Origin:
-    """The stream on which some tensors are made, and with which their memory is freed."""
+    """The streams on which some tensors are made, and with which their memory is freed: one for each device."""
 
-    def __init__(self, device: torch.device | None) -> None:
+    def __init__(self, values: Iterable[object] = ()) -> None:
         """
         Args:
-            device: where they lie; None: on the host.
+            values: these tensors, made on the present streams; what is no tensor, or lies on the host, has none.
         """
-        self._stream = _current_stream(device)
+        self._streams = [torch.accelerator.current_stream(d) for d in _devices_of(values) if _pins(d)]
 
     def reached(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         """Lets the present stream wait for what this one has to do yet; the host does not.
@@ -61,20 +63,29 @@ class Origin:
         Args:
             tensors: what of it may be freed while the present stream works on it.
         """
-        if self._stream is None:
+        others = []
+        for stream in self._streams:
+            now = torch.accelerator.current_stream(stream.device)
+            if now != stream:
+                others.append((now, stream))
+        if not others or captured():
             return
-        now = _current_stream(self._stream.device)
-        if now is None or now == self._stream or captured():
-            return
-        now.wait_stream(self._stream)
+        for now, stream in others:
+            now.wait_stream(stream)
+        streams = {now.device: now for now, _ in others}
         for tensor in tensors:
-            if tensor.device == now.device:
-                tensor.record_stream(now)
+            if tensor.device in streams:
+                tensor.record_stream(streams[tensor.device])
 
 
 def device_of(values: Iterable[object]) -> torch.device | None:
     """The first device that some of them lie on; None if all lie on the host, or nowhere."""
-    return next((v.device for v in values if isinstance(v, torch.Tensor) and not (v.is_cpu or v.is_meta)), None)
+    return next(iter(_devices_of(values)), None)
+
+
+def on_host(value: Any) -> torch.Tensor:
+    """A tensor as it is, and a number as a tensor of the host, whatever the default device is."""
+    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -87,13 +98,12 @@ def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 def captured() -> bool:
     """Whether what the host launches is recorded in a graph at present, instead of run: it can wait for nothing."""
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return False
-    module: Any = torch.get_device_module(accelerator)
+    module: Any = None if accelerator is None else getattr(torch, accelerator.type, None)
     if not hasattr(module, "is_current_stream_capturing"):
         return False
     # Of a build for an accelerator that this machine has not, nothing may be asked.
-    return module.is_initialized() and module.is_current_stream_capturing()
+    ready = not hasattr(module, "is_initialized") or module.is_initialized()
+    return bool(ready and module.is_current_stream_capturing())
 
 
 def _pins(device: torch.device) -> bool:
@@ -102,5 +112,5 @@ def _pins(device: torch.device) -> bool:
     return accelerator is not None and accelerator.type == device.type
 
 
-def _current_stream(device: torch.device | None) -> torch.Stream | None:
-    return torch.accelerator.current_stream(device) if device is not None and _pins(device) else None
+def _devices_of(values: Iterable[object]) -> dict[torch.device, None]:
+    return {v.device: None for v in values if isinstance(v, torch.Tensor) and not (v.is_cpu or v.is_meta)}

@@ -31,6 +31,7 @@ from fx_cache.patterns.programs import Program
 from fx_cache.runtime import moves
 from fx_cache.runtime.clock import is_counted
 from fx_cache.runtime.contents import PLAIN, contents
+from fx_cache.runtime.device import on_host
 from fx_cache.runtime.front import Front
 from fx_cache.runtime.given import Control, Given
 from fx_cache.runtime.habits import Habits, Shape, fitting
@@ -520,7 +521,7 @@ class Forward:
         """
         latents = self.habits.latents(denoised)
         timed = self.timed - latents
-        schedule = [torch.as_tensor(self._times.get(i, self.inputs[i])) for i in sorted(timed)]
+        schedule = [on_host(self._times.get(i, self.inputs[i])) for i in sorted(timed)]
         others = [i for i in range(len(self.inputs)) if i not in latents and i not in timed]
         opaque = [type(self.inputs[i]).__name__ for i in others if self.keys[i] is None]
         fixed = [self.inputs[i] for i in others if self.keys[i] is not None]

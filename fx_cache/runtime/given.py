@@ -13,6 +13,7 @@ import torch
 from fx_cache.errors import guarded
 from fx_cache.patterns.inputs import InputRoles
 from fx_cache.runtime.clock import Values, read_schedule
+from fx_cache.runtime.device import captured, on_host
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.front import Front
 from fx_cache.runtime.identity import ContentHold, OwnWrites, StorageHold, identity_key, signature
@@ -102,6 +103,11 @@ class Given:
         """What its schedule inputs are known by (`read_schedule`)."""
         return read_schedule(self.schedule) if self.schedule else ()
 
+    @property
+    def late(self) -> list[torch.Tensor]:
+        """What of that lies on a device."""
+        return [v for v in self.shown if isinstance(v, torch.Tensor)]
+
     @cached_property
     def look(self) -> Look:
         """Its latents, to be remembered."""
@@ -143,14 +149,13 @@ class Reader:
         if self._known:
             return self._positions.read(args)
         known = learner()
-        call = None if known.settled else self._call(args)
+        call = None if known.settled or captured() else self._call(args)
         moves = known.moves if call is None else known.see(call)
-        if call is not None and moves is None:
+        if moves is None:
             doubt = None if self._roles.certain else UNKNOWN_LATENT
             if doubt is None and self._roles.schedule:
                 doubt = UNKNOWN_TIME
             return replace(self._positions.read(args, doubt), call=call)
-        assert moves is not None
         if moves not in self._learned:
             self._learned[moves] = _Positions(_with_moves(self._roles, moves), self._own, known=False)
         return replace(self._learned[moves].read(args), together=not self._roles.timed, call=call)
@@ -216,7 +221,7 @@ class _Positions:
             tuple([self._control(args, of_span) for of_span in self._unseen]),
             identity_key([args[i] for i in self._controls]),
             signature([args[i] for i in self._form]),
-            [torch.as_tensor(args[i]) for i in self._schedule],
+            [on_host(args[i]) for i in self._schedule],
             fixed,
             doubt,
             tuple([args[i] for i in self._latents]),

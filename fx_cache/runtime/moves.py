@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fx_cache.runtime.clock import BOTH_WAYS, MOST, SAME, Direction, Values, directions, is_counted, shown
-from fx_cache.runtime.device import Origin, device_of
+from fx_cache.runtime.device import Origin
 from fx_cache.runtime.follow import Look, helped, rests, straight, strayed
 from fx_cache.runtime.identity import SMALL, StorageHold
 
@@ -103,13 +103,14 @@ class Learner:
         if not self.settled:
             self._calls += 1
             for before in self._history:
-                before.origin.reached()
                 self._moved |= call.moved_since(before)
             # What only looks like a time, and has rested for so long, is guidance or the like.
             resting = call.unsure - self._moved if self._calls > HISTORY else frozenset()
             # Of a pass that somebody names, one call is a step on from the last, whatever else is called between.
             last = self._last.pop(call.of, None)
             earlier = [b for b in self._history if b is not last] + ([last] if last is not None else [])
+            for before in (*self._history, *earlier):
+                before.origin.reached()  # what is made of them is read here: nothing is freed under another stream
             steps = [(before, call.step_from(before, self._history, resting, self._moved)) for before in earlier]
             call.steps = [step for _, step in steps if step is not None]
             for step in call.steps:
@@ -188,7 +189,7 @@ class Call:
         self._alone = len(self._times - self._known) == 1 and not any(map(_may_embed, beside.values()))
         self._extents = {i: extent for i in self._times if (extent := _extent(known[i])) is not None}
         self._fitting: frozenset[int] = frozenset()
-        self.origin = Origin(device_of(known))
+        self.origin = Origin(known)
 
     def came_out(self, outputs: Sequence[Any]) -> None:
         """Takes what the model returned. What is denoised has the shape of an output, but for one dimension.

@@ -42,7 +42,7 @@ def agree(
         SessionError: there is no such group.
     """
     votes = [[float(v.reuse is False) for v in verdicts], [float(v.reuse is True) for v in verdicts]]
-    voted = to_device(torch.tensor(votes).expand(2, samples), device)
+    voted = to_device(torch.tensor(votes, device="cpu").expand(2, samples), device)
     rows = torch.cat((torch.zeros(2, samples, device=device) if sums is None else sums, voted))
     for group in groups:
         distributed.all_reduce(rows, group=_resolve(group))

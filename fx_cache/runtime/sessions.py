@@ -16,7 +16,7 @@ from fx_cache.errors import SessionError
 from fx_cache.runtime.clock import Move, Sign
 from fx_cache.runtime.complaints import Complaints
 from fx_cache.runtime.contexts import Listener
-from fx_cache.runtime.device import Origin, Readback, captured, device_of
+from fx_cache.runtime.device import Readback, captured, device_of
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.given import Given
 from fx_cache.runtime.identity import ContentHold, StorageHold, identity_key
@@ -123,6 +123,7 @@ class Store:
         """A call is over. A branch that was discarded meanwhile keeps nothing of it."""
         with self._lock:
             branch.busy = False
+            branch.made_here()
             if self._branches.get(branch.key) is not branch:
                 branch.drop()
             self._keep_within(self.config.max_bytes)
@@ -208,6 +209,10 @@ class Store:
                 branch.hold = StorageHold(given.fixed)  # its inputs are not made anew: no copies are needed
         elif named is not None and named.branch is None:
             branch = self._with_equal_inputs(form, heard, given, named)
+        if branch is not None and branch.recorded != captured():
+            # What was recorded was not computed, and what was computed may be gone when what is recorded now is run.
+            self.discard(branch)
+            branch = None
         if branch is not None and branch.busy:
             return self._beside(branch, form, spans, named)
         if branch is None or branch.form != form:
@@ -231,7 +236,7 @@ class Store:
         self._branches.move_to_end(branch.key)
         branch.config, branch.heard = config, heard
         branch.reached()
-        branch.origin = Origin(device_of((*given.latents, *given.schedule, *given.fixed)))
+        branch.made_here((*given.latents, *given.schedule, *given.fixed))
         branch.unclear = None
         if named is None or named.branch is None:
             # Without a timestep the latents of a named request may show that it goes on.
@@ -302,9 +307,18 @@ class Store:
         None: another thread is at one of its steps.
         """
         branches = self._with(requests)
-        for b in branches:
-            if b.pending and not b.busy:
-                self.read_pending(b)
+        unread = [b for b in branches if b.pending and not b.busy]
+        if unread and captured():
+            return None
+        for b in unread:
+            b.reached()
+        pending = [part for b in unread for sign in b.pending for part in sign.late]
+        asked = named is None or named.step is None  # else the call's own time is not looked at
+        if asked and (unread or any(b.request == requests.present for b in branches)):
+            pending += given.late
+        self._fetch(pending)
+        for b in unread:
+            self.read_pending(b)
         others = [b for b in branches if b.request == requests.present]
         if any(b.busy for b in others):
             return None
@@ -450,10 +464,10 @@ class Store:
         self, candidates: list[Branch], given: Given, named: NamedSession, keys: tuple[Hashable, ...]
     ) -> dict[int, Sign]:
         """What a call shows beside the last one of some branches, by their ids; all that tells is fetched at once."""
-        signs = {id(b): _sign(b, given, given.look, named) for b in candidates}
         beside = {id(b): b for c in candidates for b in (c, *self._with(c.requests))}
         for b in beside.values():
             b.reached()
+        signs = {id(b): _sign(b, given, given.look, named) for b in candidates}
         pending = [part for b in beside.values() for sign in b.pending for part in sign.late]
         holds = [b.hold for b in candidates if isinstance(b.hold, ContentHold)]
         different = [d for hold in holds for d in hold.different(given.fixed, keys) or ()]

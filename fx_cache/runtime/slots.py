@@ -12,7 +12,7 @@ import torch
 
 from fx_cache.config import CacheConfig
 from fx_cache.runtime.clock import Clock, Sign
-from fx_cache.runtime.device import Origin, to_device
+from fx_cache.runtime.device import Origin, captured
 from fx_cache.runtime.follow import Look
 from fx_cache.runtime.front import OTHER_CALLS, OTHER_NUMBERS, Front, Paces
 from fx_cache.runtime.identity import StorageHold
@@ -160,7 +160,7 @@ class Slot:
     def load(self) -> list[torch.Tensor]:
         """The tensors, where they were made: the list itself, which is emptied when others are to be computed."""
         if self.tensors and self.home is not None:
-            self.tensors = [to_device(t, device) for t, device in zip(self.tensors, self.home, strict=True)]
+            self.tensors = [t.to(device) for t, device in zip(self.tensors, self.home, strict=True)]
         self.home = None
         return self.tensors
 
@@ -329,7 +329,8 @@ class Branch:
         requests: what it shares with other branches of its requests.
         request: number of the one that it goes on with.
         pending: what its calls show and was not read yet, since some of it lies on a device; one for each step.
-        origin: the stream of its last call.
+        origin: the streams of its last call.
+        recorded: whether its calls are recorded in graphs, so that what it holds is only there once these are run.
         config: the configuration in force at its present step.
         owner: name of the session that it belongs to, or None.
         apart: whether somebody names it within that.
@@ -371,11 +372,16 @@ class Branch:
         self.request: int | None = None
         self.last: Look | None = None
         self.pending: list[Sign] = []
-        self.origin = Origin(None)
+        self.origin = Origin()
+        self.recorded = captured()
 
     def reached(self) -> None:
-        """Lets the present stream wait for what the branch has under way on that of its last call."""
+        """Lets the present streams wait for what the branch has under way on those of its last call."""
         self.origin.reached(self._tensors())
+
+    def made_here(self, given: Iterable[object] = ()) -> None:
+        """What it holds, and what was `given` for a call, is from now on made on the present streams."""
+        self.origin = Origin((*given, *self._tensors()))
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         """What it holds, and may let go of while the present stream works on it."""

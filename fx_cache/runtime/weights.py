@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fx_cache.runtime.device import Origin, Readback, captured, device_of
+from fx_cache.runtime.device import Origin, Readback, captured
 
 CHANGED = "weights changed"
 
@@ -41,7 +41,7 @@ class Weights:
         self._versions = _versions(weights)
         self._places = _places(weights)
         self._samples = Samples(weights)
-        self._origin = Origin(device_of(weights))
+        self._origin = Origin(weights)
 
     def same(self, weights: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> bool:
         """Whether nothing has changed since the last call."""

@@ -16,8 +16,10 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <deque>
+#include <limits>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -54,6 +56,33 @@ void launched(const std::string& what) {
   launches.push_back(what);
 }
 
+// What each stream has done, and which of it others, and the host, may rely on: what is read has to be known to be there.
+using Count = std::unordered_map<c10::StreamId, int64_t>;
+std::unordered_map<const void*, std::pair<c10::StreamId, int64_t>> made;  // by the memory: where, as the how manieth
+Count done, seen_by_host;
+std::unordered_map<c10::StreamId, Count> seen_by;
+
+void reads(const at::Tensor& tensor) {
+  if (inside || !tensor.defined() || tensor.is_cpu() || !tensor.has_storage()) return;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = made.find(tensor.storage().data());
+  if (found == made.end()) return;
+  auto [stream, number] = found->second;
+  const bool known = stream == current || seen_by[current][stream] >= number || seen_by_host[stream] >= number;
+  TORCH_CHECK(known, "standin: stream ", current, " reads what stream ", stream, " need not have made yet");
+}
+
+void writes(const at::Tensor& tensor) {
+  if (inside || !tensor.defined() || tensor.is_cpu() || !tensor.has_storage()) return;
+  std::lock_guard<std::mutex> lock(mutex);
+  made[tensor.storage().data()] = {current, ++done[current]};
+}
+
+void host_sees(c10::StreamId stream) {
+  std::lock_guard<std::mutex> lock(mutex);
+  seen_by_host[stream] = done[stream];
+}
+
 // Copies to pinned memory that nobody has waited for yet: the host sees them once an event behind them is waited for.
 struct Late {
   int64_t number;
@@ -86,6 +115,7 @@ struct Memory final : c10::Allocator {
     std::lock_guard<std::mutex> lock(mutex);
     auto found = sizes().find(data);
     if (!PINNED) allocated -= found->second;
+    if (!PINNED) made.erase(data);
     sizes().erase(found);
     c10::free_cpu(data);
   }
@@ -144,31 +174,50 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     current = stream.id();
     return before;
   }
-  void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
-    if (*event == nullptr) *event = new int64_t;
+  struct Event {
+    int64_t copies;
+    c10::StreamId stream;
+    Count seen;  // by the stream, itself included
+  };
+  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
+    if (*event == nullptr) *event = new Event;
     std::lock_guard<std::mutex> lock(mutex);
-    *static_cast<int64_t*>(*event) = issued;
+    auto seen = seen_by[stream.id()];
+    seen[stream.id()] = done[stream.id()];
+    *static_cast<Event*>(*event) = {issued, stream.id(), std::move(seen)};
   }
-  void block(void*, const c10::Stream&) const override { launched("wait for a stream"); }
+  void block(void* event, const c10::Stream& stream) const override {
+    launched("wait for a stream");
+    std::lock_guard<std::mutex> lock(mutex);
+    sees(seen_by[stream.id()], *static_cast<Event*>(event));
+  }
+  static void sees(Count& known, const Event& event) {
+    for (auto& [stream, number] : event.seen) known[stream] = std::max(known[stream], number);
+  }
   bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<int64_t*>(event); }
+  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   void synchronizeEvent(void* event) const override {
     waited("an event");
-    arrive(*static_cast<int64_t*>(event));
+    arrive(static_cast<Event*>(event)->copies);
+    std::lock_guard<std::mutex> lock(mutex);
+    sees(seen_by_host, *static_cast<Event*>(event));
   }
-  void synchronizeStream(const c10::Stream&) const override {
+  void synchronizeStream(const c10::Stream& stream) const override {
     waited("a stream");
     arrive(issued);
+    host_sees(stream.id());
   }
   void synchronizeDevice(const c10::DeviceIndex) const override {
     waited("the device");
     arrive(issued);
+    for (auto& [stream, number] : done) host_sees(stream);
   }
   bool queryStream(const c10::Stream&) const override { return true; }
 };
 
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+                 std::optional<at::Device>, std::optional<bool> pin, std::optional<at::MemoryFormat> format) {
+  TORCH_CHECK(!pin.value_or(false), "Only dense CPU tensors can be pinned");
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
   return at::detail::empty_generic(size, &memory, keys, c10::dtype_or_default(dtype), format);
 }
@@ -190,6 +239,7 @@ at::Tensor on_host(const at::Tensor& tensor) {
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   const bool by_host = from.is_cpu() || to.is_cpu();
+  reads(from);
   if (by_host && to.is_cpu() && non_blocking && !inside && to.is_pinned()) {
     launched("aten::copy_ to the host");
     Inside guard;
@@ -204,6 +254,8 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
     if (!inside) arrive(issued);
   }
   launched("aten::copy_");
+  writes(to);
+  if (by_host && !(from.is_cpu() && non_blocking && from.is_pinned()) && !inside) host_sees(current);
   Inside guard;
   on_host(to).copy_(on_host(from));
   return to;
@@ -216,6 +268,8 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
 
 at::Scalar item(const at::Tensor& tensor) {
   waited("a number on the host");
+  reads(tensor);
+  host_sees(current);
   Inside guard;
   return on_host(tensor).item();
 }
@@ -247,6 +301,8 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const 
                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                        at::IntArrayRef output_padding, int64_t groups) {
   launched("aten::convolution");
+  reads(input);
+  reads(weight);
   Inside guard;
   std::optional<at::Tensor> added;
   if (bias.has_value() && bias->defined()) added = on_host(*bias);
@@ -264,8 +320,31 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
     tells |= value.type()->kind() != c10::TypeKind::TensorType && value.type()->kind() != c10::TypeKind::ListType;
   if (tells) waited(name);
   launched(name);
-  Inside guard;
-  at::native::cpu_fallback(op, stack);
+  std::vector<const void*> given;
+  for (auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (value.isTensor() && value.toTensor().defined()) {
+      reads(value.toTensor());
+      if (value.toTensor().has_storage()) given.push_back(value.toTensor().storage().data());
+    } else if (value.isTensorList()) {
+      for (const at::Tensor& tensor : value.toTensorVector()) reads(tensor);
+    }
+  }
+  {
+    Inside guard;
+    at::native::cpu_fallback(op, stack);
+  }
+  if (tells) host_sees(current);
+  for (auto& value : torch::jit::last(*stack, op.schema().returns().size())) {
+    if (!value.isTensor() || !value.toTensor().defined() || value.toTensor().is_cpu()) continue;
+    const at::Tensor& tensor = value.toTensor();
+    writes(tensor);
+    // What is recorded is not run: new memory holds anything.
+    const bool is_new = std::find(given.begin(), given.end(), tensor.storage().data()) == given.end();
+    if (capturing && !inside && is_new && tensor.is_floating_point()) {
+      Inside guard;
+      on_host(tensor).fill_(std::numeric_limits<double>::quiet_NaN());
+    }
+  }
 }
 
 }  // namespace
