@@ -104,7 +104,8 @@ def test_everything_that_is_installed_is_pinned() -> None:
 
 
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "equal", "allclose", "is_nonzero", "__bool__"}
-"""Methods and functions by which the host reads tensors: where these lie on a device, it waits."""
+"""Methods and functions by which the host reads tensors, as far as their names show it; where these lie on a device, it
+waits. What else does, the stand-in for a card sees (tests/gpu)."""
 
 WHERE_THE_HOST_READS = {
     "device.py: Readback.take": "the one place: behind an event",
