@@ -220,6 +220,21 @@ def test_what_is_recorded_is_not_there(how: str) -> None:
 
 @needs_standin
 @pytest.mark.filterwarnings("error")
+def test_what_is_recorded_stays_where_its_graph_has_it() -> None:
+    """`offload` moves nothing of it; behind a request that was moved, nothing is brought back while one is recorded."""
+    send = Sent()
+    steps = [send(step) for step in walk("dit", 6)]
+    compiled = compile_cached(shallow("dit").to(device()), **STATIC)
+    for name, recorded in (("moved", False), ("moved", True), ("recorded", True)):
+        for i, step in enumerate(steps):
+            with fx_cache.session(name, "only", step=i), capturing() if recorded else contextlib.nullcontext():
+                compiled(**step)
+            fx_cache.offload(name)
+        assert last_branch(compiled)["spans"][0]["hits"] == [1, 2, 4, 5]
+
+
+@needs_standin
+@pytest.mark.filterwarnings("error")
 def test_what_is_not_known_yet_is_not_asked_for_while_a_graph_is_captured() -> None:
     """Which input is denoised, and what another pass has shown."""
     compiled = compile_cached(Untimed().to(device()), **STATIC)
