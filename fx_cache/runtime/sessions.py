@@ -89,7 +89,7 @@ class Store:
     def offload(self, name: str) -> None:
         """Moves what is cached of one named session to the host, but for branches at a step and spans in progress.
 
-        What is the same at every step is dropped, and computed anew. What is recorded in graphs stays where they have it.
+        What is the same at every step is dropped, and computed anew. What is recorded in graphs stays where it is.
         """
         with self._lock:
             for branch in [b for b in self._of(name) if not (b.busy or b.recorded)]:
