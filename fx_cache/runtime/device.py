@@ -53,7 +53,8 @@ class Origin:
         Args:
             values: these tensors, made on the present streams; what is no tensor, or lies on the host, has none.
         """
-        self._streams = [torch.accelerator.current_stream(d) for d in _devices_of(values) if _pins(d)]
+        known = () if torch.accelerator.current_accelerator() is None else filter(_pins, _devices_of(values))
+        self._streams = [torch.accelerator.current_stream(device) for device in known]
 
     def reached(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         """Lets the present stream wait for what this one has to do yet; the host does not.

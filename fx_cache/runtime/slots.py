@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -381,7 +382,7 @@ class Branch:
 
     def made_here(self, given: Iterable[object] = ()) -> None:
         """What it holds, and what was `given` for a call, is from now on made on the present streams."""
-        self.origin = Origin((*given, *self._tensors()))
+        self.origin = Origin(itertools.chain(given, self._tensors()))
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         """What it holds, and may let go of while the present stream works on it."""
