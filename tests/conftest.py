@@ -15,6 +15,10 @@ from tests.selection import selected
 # Tiny tensors: a second thread costs more than it gives, above all on a busy machine.
 torch.set_num_threads(1)
 
+if torch.__version__ < "2.12":
+    # It captures each block anew where graphs break, and what has run into the limit once is not captured any more.
+    torch._dynamo.config.recompile_limit = 64
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("FX_CACHE_TESTS") != "all" and not config.option.markexpr:

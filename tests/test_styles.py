@@ -147,7 +147,6 @@ def test_every_case_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("name", [marked(name, bool(EXPECTED[name].missing)) for name in CASES])
-@torch._dynamo.config.patch(recompile_limit=16)  # torch 2.11 captures each of eight blocks anew
 def test_found_and_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is cached; as much work skipped as that says; hits of a request nobody named are the rule's."""
     # A block that is one operation is counted too.
