@@ -28,7 +28,7 @@ SOURCE = Path(__file__).with_name("device.cpp")
 
 @cache
 def device() -> torch.device:
-    """The device; built at the first call in this environment, which takes a C++ compiler and about a minute."""
+    """The device; built at the first call in this environment, which takes g++ and half a minute."""
     _load()
     return torch.device("standin:0")
 
@@ -97,6 +97,10 @@ def _built() -> Path:
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / library.name
-            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
+            ran = subprocess.run([*command, "-o", str(made)], check=False, capture_output=True, text=True)
+            if ran.returncode:
+                raise RuntimeError(
+                    f"the stand-in for a card does not compile with g++ (10 or later): {ran.stderr[-2000:]}"
+                )
             made.replace(library)
     return library
