@@ -15,9 +15,14 @@ from tests.selection import selected
 # Tiny tensors: a second thread costs more than it gives, above all on a busy machine.
 torch.set_num_threads(1)
 
-if torch.__version__ < "2.12":
+OLDEST = torch.__version__ < "2.12"
+if OLDEST:
     # It captures each block anew where graphs break, and what has run into the limit once is not captured any more.
     torch._dynamo.config.recompile_limit = 64
+    # Where there is no card, whoever enters a fake mode puts a guard for CUDA in, which ends with its thread: what is
+    # compiled behind that reads freed memory. That of the main thread stays.
+    torch._C._ensureCUDADeviceGuardSet()
+    torch._C._ensureCUDADeviceGuardSet = lambda: None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,6 +43,10 @@ def pytest_collection_finish() -> None:
 def fresh(monkeypatch):
     monkeypatch.setenv("FX_CACHE_CHECK", "1")
     torch._dynamo.reset()
+    if OLDEST:  # threads that call one model with fullgraph=True can leave it behind: nothing after a break is captured
+        from torch._C._dynamo import eval_frame
+
+        eval_frame.set_eval_frame_override(eval_frame._EvalFrameOverride.NONE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fx_cache.CacheWarning)  # of requests that earlier tests left unfinished
         fx_cache.reset()
