@@ -68,6 +68,7 @@ def _load() -> Any:
     module.__dict__.update(
         is_available=lambda: True,
         is_initialized=lambda: True,
+        _lazy_init=lambda: None,  # without it torch 2.11 takes the device for one that nobody has used yet
         device_count=lambda: 1,
         current_device=lambda: 0,
         set_device=lambda device: None,

@@ -210,7 +210,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(const c10::DeviceIndex) const override {
     waited("the device");
     arrive(issued);
-    for (auto& [stream, number] : done) host_sees(stream);
+    std::lock_guard<std::mutex> lock(mutex);
+    seen_by_host = done;
   }
   bool queryStream(const c10::Stream&) const override { return true; }
 };
