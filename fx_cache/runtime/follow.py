@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from fx_cache.runtime.device import device_of, to_device
+
 ELEMENTS = 4096
 """Elements of a tensor that are looked at, at most twice as many."""
 
@@ -62,7 +64,11 @@ class Look:
         grams = []
         with torch.no_grad():
             for rows, (now, *_) in zip(before._rows, self._rows, strict=True):
-                stacked = torch.stack([*rows, now])
+                compared = [*rows, now]
+                if any(row.device != now.device for row in rows):  # a latent of the host, what came out on the device
+                    device = device_of(compared) or now.device
+                    compared = [to_device(row, device) for row in compared]
+                stacked = torch.stack(compared)
                 grams.append((stacked @ stacked.T).reshape(-1))
             return grams[0] if len(grams) == 1 else torch.cat([g.to(grams[0].device) for g in grams])
 

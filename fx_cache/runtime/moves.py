@@ -130,6 +130,7 @@ class Learner:
             if follows and (self.moves is None or least < _count(self.moves)):
                 self.moves = fewest[0]
             self._history.append(call)
+            call.lock = self._lock  # what it returns is added by its own thread, on its own stream
             if call.of is not None:
                 self._last[call.of] = call
             if len(self._last) > PASSES:
@@ -151,6 +152,7 @@ class Call:
         steps: how it may be the next step of earlier calls.
         unsure: the inputs that are taken to tell the time because they look so.
         of: the pass that it belongs to, if somebody names it.
+        lock: held while what came out is taken, and while others look at it.
     """
 
     def __init__(
@@ -190,6 +192,7 @@ class Call:
         self._extents = {i: extent for i in self._times if (extent := _extent(known[i])) is not None}
         self._fitting: frozenset[int] = frozenset()
         self.origin = Origin(known)
+        self.lock = threading.Lock()
 
     def came_out(self, outputs: Sequence[Any]) -> None:
         """Takes what the model returned. What is denoised has the shape of an output, but for one dimension.
@@ -197,9 +200,10 @@ class Call:
         Where no input has, its values alone tell.
         """
         tensors = [o for o in outputs if isinstance(o, torch.Tensor)]
-        for look in self._looks.values():
-            look.came_out(tensors)
-        self._fitting = frozenset(i for i, look in self._looks.items() if all(size > 2 for size in look.sizes))
+        with self.lock:
+            for look in self._looks.values():
+                look.came_out(tensors)
+            self._fitting = frozenset(i for i, look in self._looks.items() if all(size > 2 for size in look.sizes))
 
     @property
     def numbers(self) -> frozenset[int]:

@@ -37,6 +37,9 @@ MAX_PASSES = 32
 MAX_PENDING = 128
 """Steps that may pass before schedule values on a device are read although nobody needs them."""
 
+MAX_FORGOTTEN = 10_000
+"""Names of which it is remembered that a request was forgotten in its midst, and how many calls it had."""
+
 _BEGINS = (Move.START, Move.LATE)
 
 BUSY = "another thread is at a step of this request"
@@ -62,6 +65,7 @@ class Store:
         self._weights: dict[Hashable, Weights] = {}
         self._count = 0
         self._fetched: dict[int, tuple[torch.Tensor, list[float]]] = {}
+        self._forgotten: OrderedDict[str, dict[Hashable, Count]] = OrderedDict()
         self._complaints = Complaints()
         self._lock = threading.RLock()
 
@@ -82,17 +86,19 @@ class Store:
         """Forgets what could be reused of one named session. Statistics stay."""
         with self._lock:
             for branch in self._of(name):
-                self.discard(branch)
+                self._remove(branch)
             self._requests.pop(name, None)
+            self._forgotten.pop(name, None)
         self._complaints.say()
 
     def offload(self, name: str) -> None:
         """Moves what is cached of one named session to the host, but for branches at a step and spans in progress.
 
-        What is the same at every step is dropped, and computed anew. What is recorded in graphs stays where it is.
+        What is the same at every step is dropped, and computed anew. What is recorded in graphs stays where it is; so
+        does everything while a graph is captured, since copies to the host wait for the device.
         """
         with self._lock:
-            for branch in [b for b in self._of(name) if not (b.busy or b.recorded)]:
+            for branch in [b for b in self._of(name) if not (b.busy or b.recorded or captured())]:
                 branch.record.kept = None
                 branch.reached()
                 for slot in branch.slots:
@@ -108,7 +114,19 @@ class Store:
     def _with(self, requests: Requests) -> list[Branch]:
         return [b for b in self._branches.values() if b.requests is requests]
 
-    def discard(self, branch: Branch, *, reshaped: bool = False) -> None:
+    def discard(self, branch: Branch) -> None:
+        """Forgets a branch that may go on. Of a name it is known then that a call may be in the midst of a request."""
+        with self._lock:
+            if branch.owner is not None and self._branches.get(branch.key) is branch:
+                counts = self._forgotten.setdefault(branch.owner, {})
+                self._forgotten.move_to_end(branch.owner)
+                if (count := branch.requests.counts.get(branch.counted_as)) is not None:
+                    counts[branch.counted_as] = count
+                if len(self._forgotten) > MAX_FORGOTTEN:
+                    self._forgotten.popitem(last=False)
+            self._remove(branch)
+
+    def _remove(self, branch: Branch, *, reshaped: bool = False) -> None:
         """Forgets a branch; `reshaped`: its pass has got another shape, and its calls are counted on."""
         with self._lock:
             branch.drop()
@@ -118,6 +136,21 @@ class Store:
                 if alone and not reshaped:
                     branch.requests.counts.pop(branch.counted_as, None)
                 self._complaints.ended(branch.record, branch.config)
+
+    def _goes_on_with_forgotten(self, branch: Branch) -> None:
+        """Tells a new branch of a name of which some were forgotten that its first call may go on with their request.
+
+        And be the last one of that, if it is given up then: its first move shows nothing.
+        """
+        lost = self._forgotten.get(branch.owner or "")
+        if lost is None:
+            return
+        branch.clock.comes_late = True
+        count = lost.pop(branch.counted_as, None)
+        if count is not None and branch.counted_as not in branch.requests.counts:
+            count.request = branch.requests.present
+            count.may_begin()
+            branch.requests.counts[branch.counted_as] = count
 
     def release(self, branch: Branch) -> None:
         """A call is over. A branch that was discarded meanwhile keeps nothing of it."""
@@ -218,7 +251,7 @@ class Store:
         if branch is None or branch.form != form:
             reshaped = [] if branch is None else [branch]  # by which their requests live on until they are shared
             if branch is not None:
-                self.discard(branch, reshaped=True)
+                self._remove(branch, reshaped=True)
             self._purge()
             branch = Branch(key, form, _hold(given, named), spans, config)
             branch.owner = None if named is None else named.name
@@ -230,6 +263,7 @@ class Store:
             if branch.apart and config.num_inference_steps is not None:
                 reshaped += self._end_other_forms(branch, given)
             self._share(branch, (given.form, *branch.of_pass) if named is None else named.name, given, named)
+            self._goes_on_with_forgotten(branch)
             if reshaped and (count := branch.requests.counts.get(branch.counted_as)) is not None:
                 count.may_begin()
             self._doubt_equal(branch, heard, given)
@@ -257,7 +291,7 @@ class Store:
         others = [b for b in self._of(branch.owner or "") if b is not branch and b.of_pass == branch.of_pass]
         ended = [b for b in others if b.form[1] != given.form and not b.busy]
         for b in ended:
-            self.discard(b, reshaped=True)
+            self._remove(b, reshaped=True)
         return ended
 
     def _share(self, branch: Branch, key: Hashable, given: Given, named: NamedSession | None) -> None:
@@ -418,7 +452,7 @@ class Store:
         if not given.beside:
             return None
         for branch in reversed([b for k, b in self._branches.items() if isinstance(k, tuple) and k[0] == base]):
-            if self._goes_on(branch, given, named):
+            if not branch.busy and self._goes_on(branch, given, named):  # what comes out of a call may be on its way
                 return self._renamed(branch, key)
         return None
 
@@ -579,7 +613,7 @@ class Store:
         if config.force_refresh_step_policy == "once" and (session.refreshed or number != hint):
             return
         for other in [b for b in self._branches.values() if b.session is session and b is not branch]:
-            self.discard(other)
+            self._remove(other)
         step = branch.record.step
         if step > branch.record.began:
             self._begin_anew(branch, named)

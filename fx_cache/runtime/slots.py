@@ -155,8 +155,8 @@ class Slot:
     def offload(self) -> None:
         """Moves the tensors to the host, but for those of a span over several graphs."""
         if self.tensors and self.home is None and self.script is None:
-            self.home = tuple(t.device for t in self.tensors)
-            self.tensors = [t.to("cpu") for t in self.tensors]
+            moved = [t.to("cpu") for t in self.tensors]
+            self.home, self.tensors = tuple(t.device for t in self.tensors), moved
 
     def load(self) -> list[torch.Tensor]:
         """The tensors, where they were made: the list itself, which is emptied when others are to be computed."""

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_cache.runtime.device import Origin, Readback, captured
 
@@ -131,8 +132,27 @@ def _versions(weights: Sequence[torch.Tensor]) -> list[Any]:
 def _places(weights: Sequence[torch.Tensor]) -> list[Any]:
     try:
         return list(map(torch.Tensor.data_ptr, weights))
-    except RuntimeError:  # some tensor subclasses have no storage of their own
-        return [None] * len(weights)
+    except RuntimeError:  # some have no storage of their own
+        return list(map(_place, weights))
+
+
+def _place(weight: torch.Tensor) -> Any:
+    """Where a weight lies; of one without storage of its own, where its parts lie."""
+    try:
+        return weight.data_ptr()
+    except RuntimeError:
+        return tuple(map(_place, _parts(weight)))
+
+
+def _parts(weight: torch.Tensor) -> list[torch.Tensor]:
+    """What a weight without storage of its own is made of; of some layouts that cannot be told."""
+    if is_traceable_wrapper_subclass(weight):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    if weight.layout is torch.sparse_coo:
+        return [weight._indices(), weight._values()]
+    if weight.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        return [weight.values()]
+    return []
 
 
 class Samples:
@@ -162,7 +182,8 @@ class Samples:
             for sizes, _ in samples._unread:
                 samples._known.update((i, [next(read) for _ in range(size)]) for i, size in sizes)
             samples._unread = []
-        return all(self._known.get(k) == others._known.get(i) for k, i in enumerate(numbers))
+        pairs = ((self._known.get(k), others._known.get(i)) for k, i in enumerate(numbers))
+        return all(own is not None and own == other for own, other in pairs)
 
 
 @torch.no_grad()
