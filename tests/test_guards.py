@@ -137,6 +137,45 @@ def test_weights_that_are_moved_away_and_back_have_not_changed() -> None:
     assert span["hits"]
 
 
+class WithOneOfNoStorage(torch.nn.Module):
+    """Holds a buffer beside its weights whose elements lie nowhere by themselves."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+        self.register_buffer("mixing", torch.randn(16, 16).to_sparse(layout=layout))
+
+    @torch.compiler.disable
+    def mixed(self, prompt: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(self.mixing, prompt.T).T
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        latent = latent + torch.cos(timestep) + self.mixed(prompt)
+        for block in self.blocks:
+            latent = latent + torch.tanh(block(latent))
+        return latent
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_weights_that_change_beside_one_without_storage(layout: torch.layout) -> None:
+    model = WithOneOfNoStorage(layout).eval().requires_grad_(False)
+    options = {"compiler": "eager", "Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 10.0}
+    compiled = torch.compile(model, backend="dit_cache", options=options)
+    latent, prompt = torch.randn(4, 16), torch.randn(4, 16)
+    for i in range(8):
+        if i == 4:
+            assert last_branch(model)["spans"][0]["hits"] == [1, 2, 3]
+            model.blocks[2].weight.data = model.blocks[2].weight.detach() + 0.5
+        given = latent, torch.tensor([0.9 - 0.1 * i]), prompt
+        with fx_cache.session("request", "only"):
+            output = compiled(*given)
+        if i == 4:
+            assert torch.equal(output, model(*given))
+        latent = latent - 0.1 * output
+
+
 def test_the_reason_is_told() -> None:
     model = build("dit")
     compiled = compile_cached(model, **{**REUSING, "max_warmup_steps": 0})

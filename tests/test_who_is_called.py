@@ -1041,6 +1041,71 @@ def test_a_name_that_is_used_again(before: str, branch: str | None, broken: bool
     assert found[-1] == (last, True) or (broken and anew and branch)
 
 
+def weights_change(model: Dit, compiled: Any) -> None:
+    model.blocks[2].mlp[0].weight.mul_(1.01)
+
+
+def others_come(model: Dit, compiled: Any) -> None:
+    for k in range(3):
+        with fx_cache.session(f"other {k}", "only"):
+            compiled(torch.randn(1, 16, 16), torch.tensor([0.9]), torch.randn(1, 7, 24))
+
+
+def reset(model: Dit, compiled: Any) -> None:
+    fx_cache.reset(compiled)
+
+
+class Resting(Dit):
+    """The time is not looked at."""
+
+    def embedded(self, t: Tensor) -> Tensor:
+        return super().embedded(torch.ones(1))
+
+
+class Broken(Dit):
+    def forward(self, latent: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        x, e = self.begin(latent, t, text)
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x, e)
+        return self.last(x[:, text.shape[1] :])
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("branch", [None, "only"])
+@pytest.mark.parametrize("kind", [Dit, Broken, Resting])
+@pytest.mark.parametrize("forgets", [weights_change, others_come, reset])
+@pytest.mark.parametrize("more", [1, 2, 5])
+def test_a_name_that_is_used_again_behind_a_request_that_was_forgotten(
+    more: int, forgets: Callable[[Dit, Any], None], kind: type[Dit], branch: str | None
+) -> None:
+    """It goes on for some calls, and is given up; where nothing tells the time, it has all its steps."""
+    model, text = kind().eval(), torch.randn(1, 7, 24)
+    compiled = torch.compile(model, backend="dit_cache", options={**REUSING, "max_sessions": 2})
+    known: list[Tensor] = []
+    steps = 8 if kind is Resting else None
+    for request in range(3):
+        x = torch.randn(1, 16, 16)
+        for i in range(8 if request or steps else 3 + more):
+            if request == 0 and i == 3:
+                forgets(model, compiled)
+                known.clear()
+            inputs = x, torch.tensor([0.9 - (0.0 if steps else 0.05 * i)]), text
+            with fx_cache.session("request", branch, num_inference_steps=steps):
+                output = compiled(*inputs)
+            first, added = model.added(*inputs)
+            if i == 0:
+                assert torch.equal(output, model(*inputs)), request
+                known.clear()
+            if torch.equal(output, model(*inputs)):
+                known.append(added)
+            else:
+                found = [(output - model.last((first + a)[:, 7:])).abs().max() for a in known]
+                assert found, (request, i)
+                assert min(found) < 1e-5, (request, i)
+            x = x - 0.1 * output
+
+
 def test_a_name_that_is_used_again_by_a_model_that_edits() -> None:
     """It is not known yet which of its pictures is denoised."""
     model = Dit().eval()

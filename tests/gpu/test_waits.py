@@ -15,6 +15,7 @@ import fx_cache
 from fx_cache.runtime.batches import MixedHit
 from fx_cache.runtime.clock import Sign, read_schedule
 from fx_cache.runtime.device import Readback
+from fx_cache.runtime.moves import Call, Learner
 from fx_cache.testing import counted_hits
 from fx_cache.testing import run as run_requests
 from tests import test_relay, test_schedules
@@ -229,6 +230,8 @@ def test_what_is_recorded_stays_where_its_graph_has_it() -> None:
         for i, step in enumerate(steps):
             with fx_cache.session(name, "only", step=i), capturing() if recorded else contextlib.nullcontext():
                 compiled(**step)
+            with capturing():
+                fx_cache.offload(name)
             fx_cache.offload(name)
         assert last_branch(compiled)["spans"][0]["hits"] == [1, 2, 4, 5]
 
@@ -315,6 +318,43 @@ def test_passes_on_streams_of_their_own(named: str) -> None:
                 compiled(**step)
     torch.accelerator.synchronize()
     assert len(hits_of(compiled)) == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_latents_on_the_host() -> None:
+    """The model moves them: what came out lies on the device, and is compared with what lies on the host."""
+
+    class Moving(Untimed):
+        def forward(self, latent: torch.Tensor, text: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(latent.to(text.device), text, t)
+
+    found = []
+    for place in ("cpu", device()):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        compiled = compile_cached(Moving().to(device()), **REUSING)
+        latent, text = torch.randn(1, 16, 32).to(place), torch.randn(1, 5, 32).to(device())
+        for i in range(6):
+            latent = latent - 0.05 * compiled(latent, text, torch.tensor([0.9 - 0.1 * i]).to(device())).to(place)
+        found.append((hits_of(compiled), latent.cpu()))
+    assert found[0][0] == found[1][0]
+    assert any(map(len, found[0][0]))
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_what_comes_out_of_a_call_is_not_added_while_another_one_learns() -> None:
+    """Another thread's stream is waited for, and then it is looked at: nothing may come in between."""
+    learner = Learner()
+    call = Call([torch.randn(1, 16, 32, device=device())], ["latent"], latents=[0])
+    learner.see(call)
+    output = torch.randn(1, 16, 32, device=device())
+    with learner._lock:
+        adding = threading.Thread(target=call.came_out, args=([output],))
+        adding.start()
+        adding.join(0.2)
+        assert adding.is_alive()
+    adding.join()
+    assert call._fitting == {0}
 
 
 def test_two_threads_with_a_stream_each() -> None:
