@@ -35,7 +35,7 @@ def configure(model: torch.nn.Module, **changes: Any) -> None:
 
 
 def reset(model: torch.nn.Module | None = None) -> None:
-    """Drops everything cached of a model, or of all models: the next call of each branch starts a request.
+    """Drops everything cached of a model, or of all models: requests are over, and the next call of each begins one.
 
     Statistics stay.
     """

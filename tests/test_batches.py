@@ -61,7 +61,7 @@ def alone(model: nn.Module, walks: list[list[dict[str, Any]]]) -> list[tuple[lis
     compiled = compile_cached(model, **REUSING)
     found = []
     for steps in walks:
-        fx_cache.end("request")
+        fx_cache.reset(model)
         outputs = [compiled(**step)[0].clone() for step in steps]
         found.append((outputs, last_branch(model)["spans"][0]["hits"]))
     torch._dynamo.reset()
@@ -79,7 +79,7 @@ def test_a_sample_is_as_if_alone(kind: str, dynamic: bool, monkeypatch: pytest.M
     compiled = compile_cached(model, **REUSING, batch_policy="per_sample")
     if dynamic:
         compiled(**batch_of([w[:1] for w in walks[:3]], batched_inputs(kind))[0])
-        fx_cache.end("request")
+        fx_cache.reset(model)
         sizes.clear()
     outputs = [compiled(**step)[0].clone() for step in steps]
     samples = last_branch(model)["spans"][0]["samples"]
@@ -191,7 +191,7 @@ def test_samples_that_depend_on_each_other_are_computed_together(mixing: bool, m
     compiled = compile_cached(model, **REUSING, batch_policy="per_sample")
     sizes = sizes_of_mixed_steps(monkeypatch)
     compiled(*calls(3, 0)[0])
-    fx_cache.end("request")
+    fx_cache.reset(model)
     for call in calls(2, 2):
         compiled(*call)
     samples = last_branch(model)["spans"][0]["samples"]

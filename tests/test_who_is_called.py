@@ -1051,10 +1051,6 @@ def others_come(model: Dit, compiled: Any) -> None:
             compiled(torch.randn(1, 16, 16), torch.tensor([0.9]), torch.randn(1, 7, 24))
 
 
-def reset(model: Dit, compiled: Any) -> None:
-    fx_cache.reset(compiled)
-
-
 class Resting(Dit):
     """The time is not looked at."""
 
@@ -1074,7 +1070,7 @@ class Broken(Dit):
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("branch", [None, "only"])
 @pytest.mark.parametrize("kind", [Dit, Broken, Resting])
-@pytest.mark.parametrize("forgets", [weights_change, others_come, reset])
+@pytest.mark.parametrize("forgets", [weights_change, others_come])
 @pytest.mark.parametrize("more", [1, 2, 5])
 def test_a_name_that_is_used_again_behind_a_request_that_was_forgotten(
     more: int, forgets: Callable[[Dit, Any], None], kind: type[Dit], branch: str | None

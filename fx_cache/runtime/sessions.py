@@ -75,11 +75,12 @@ class Store:
             return self._learners.setdefault(wiring, Learner())
 
     def reset(self) -> None:
-        """Forgets everything that could be reused. Statistics stay."""
+        """Forgets everything that could be reused: all requests are over. Statistics stay."""
         with self._lock:
             for branch in list(self._branches.values()):
-                self.discard(branch)
+                self._remove(branch)
             self._requests.clear()
+            self._forgotten.clear()
         self._complaints.say()
 
     def end(self, name: str) -> None:
@@ -184,7 +185,10 @@ class Store:
             if known is None or changed:
                 self._weights[wiring] = Weights(weights, numbers)
             if changed:
-                self.reset()
+                for branch in list(self._branches.values()):
+                    self.discard(branch)
+                self._requests.clear()
+                self._complaints.say()
             return changed
 
     def forget(self, branch: Branch) -> None:
