@@ -1102,6 +1102,28 @@ def test_a_name_that_is_used_again_behind_a_request_that_was_forgotten(
             x = x - 0.1 * output
 
 
+@pytest.mark.parametrize("policy", ["once", "repeat"])
+@pytest.mark.parametrize("hint", [3, 4, 6])
+@pytest.mark.parametrize("again", [("cond", "uncond"), ("uncond", "cond")])
+def test_calls_are_counted_on_where_a_request_starts_afresh(again: tuple[str, str], hint: int, policy: str) -> None:
+    """Nothing but the number of steps tells where a request begins; in later ones the passes come in another order."""
+    model, texts = Resting().eval(), {"cond": torch.randn(1, 7, 24), "uncond": torch.randn(1, 7, 24)}
+    options = {**REUSING, "force_refresh_step_hint": hint, "force_refresh_step_policy": policy}
+    compiled = torch.compile(model, backend="dit_cache", options=options)
+    for request in range(3):
+        x, hits = torch.randn(1, 16, 16), 0
+        for i in range(STEPS):
+            for name in again if request else texts:
+                inputs = x, torch.tensor([0.9]), texts[name]
+                with fx_cache.session("request", name, num_inference_steps=STEPS):
+                    output = compiled(*inputs)
+                reused = not torch.equal(output, model(*inputs))
+                assert i > 0 or not reused, (request, name)
+                hits += reused
+            x = x - 0.1 * output
+        assert hits, request
+
+
 def test_a_name_that_is_used_again_by_a_model_that_edits() -> None:
     """It is not known yet which of its pictures is denoised."""
     model = Dit().eval()

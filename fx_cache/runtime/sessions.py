@@ -127,14 +127,14 @@ class Store:
                     self._forgotten.popitem(last=False)
             self._remove(branch)
 
-    def _remove(self, branch: Branch, *, reshaped: bool = False) -> None:
-        """Forgets a branch; `reshaped`: its pass has got another shape, and its calls are counted on."""
+    def _remove(self, branch: Branch, *, counts_on: bool = False) -> None:
+        """Forgets a branch; `counts_on`: its pass goes on with another one, and its calls are counted on."""
         with self._lock:
             branch.drop()
             if self._branches.get(branch.key) is branch:
                 del self._branches[branch.key]
                 alone = all(b.counted_as != branch.counted_as for b in self._with(branch.requests))
-                if alone and not reshaped:
+                if alone and not counts_on:
                     branch.requests.counts.pop(branch.counted_as, None)
                 self._complaints.ended(branch.record, branch.config)
 
@@ -255,7 +255,7 @@ class Store:
         if branch is None or branch.form != form:
             reshaped = [] if branch is None else [branch]  # by which their requests live on until they are shared
             if branch is not None:
-                self._remove(branch, reshaped=True)
+                self._remove(branch, counts_on=True)
             self._purge()
             branch = Branch(key, form, _hold(given, named), spans, config)
             branch.owner = None if named is None else named.name
@@ -295,7 +295,7 @@ class Store:
         others = [b for b in self._of(branch.owner or "") if b is not branch and b.of_pass == branch.of_pass]
         ended = [b for b in others if b.form[1] != given.form and not b.busy]
         for b in ended:
-            self._remove(b, reshaped=True)
+            self._remove(b, counts_on=True)
         return ended
 
     def _share(self, branch: Branch, key: Hashable, given: Given, named: NamedSession | None) -> None:
@@ -617,7 +617,7 @@ class Store:
         if config.force_refresh_step_policy == "once" and (session.refreshed or number != hint):
             return
         for other in [b for b in self._branches.values() if b.session is session and b is not branch]:
-            self._remove(other)
+            self._remove(other, counts_on=True)
         step = branch.record.step
         if step > branch.record.began:
             self._begin_anew(branch, named)
