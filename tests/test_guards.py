@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fx_cache
 from fx_cache.runtime import follow, sessions, slots
 from fx_cache.runtime.gate import SpanGate
+from fx_cache.runtime.weights import Weights
 from tests.models import build, conditioning, walk
 from tests.running import REUSING, compile_cached, last_branch, schedule_on_a_device
 
@@ -174,6 +176,22 @@ def test_weights_that_change_beside_one_without_storage(layout: torch.layout) ->
         if i == 4:
             assert torch.equal(output, model(*given))
         latent = latent - 0.1 * output
+
+
+@pytest.mark.parametrize("change", ["write", "data", "replace"])
+def test_weights_that_are_made_of_others(change: str) -> None:
+    """Of such a subclass PyTorch says that it lies at 0, and counts no writes to what it is made of."""
+    weight = TwoTensor(torch.randn(4, 4), torch.randn(4, 4))
+    weights = [weight, torch.randn(4)]
+    known = Weights(weights, [])
+    assert known.same(weights, [])
+    if change == "write":
+        weight.b.add_(1)
+    elif change == "data":
+        weight.a.data = torch.randn(4, 4)
+    else:
+        weight.a = torch.randn(4, 4)
+    assert not known.same(weights, [])
 
 
 def test_the_reason_is_told() -> None:

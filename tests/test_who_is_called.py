@@ -1067,39 +1067,173 @@ class Broken(Dit):
         return self.last(x[:, text.shape[1] :])
 
 
+class Failing(Resting):
+    """Its first block may raise."""
+
+    def embedded(self, t: Tensor) -> Tensor:
+        return torch.ops.fx_cache_tests.may_raise(super().embedded(t))
+
+
+_RAISES = [False]
+
+
+@torch.library.custom_op("fx_cache_tests::may_raise", mutates_args=())
+def _may_raise(x: Tensor) -> Tensor:
+    if _RAISES[0]:
+        raise RuntimeError("out of memory, say")
+    return x.clone()
+
+
+_may_raise.register_fake(torch.empty_like)
+
+
+def as_from_nothing(model: Dit, call: Callable[..., Tensor], known: list[Tensor], *inputs: Tensor) -> bool:
+    """Whether a call computed; else it reused what was added at one that is known."""
+    output = call(*inputs)
+    first, added = model.added(*inputs)
+    if torch.equal(output, model(*inputs)):
+        known.append(added)
+        return True
+    found = [(output - model.last((first + a)[:, 7:])).abs().max() for a in known]
+    assert found
+    assert min(found) < 1e-5
+    return False
+
+
+def is_reset(model: Dit, compiled: Any) -> None:
+    fx_cache.reset(model)
+
+
+def weights_are_others(model: Dit, compiled: Any) -> None:
+    """The old ones stay alive, as those of an adapter do."""
+    model.kept = list(model.parameters())
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            module._parameters[name] = nn.Parameter(weight * 1.01, requires_grad=False)
+
+
+FORGETS = [weights_change, weights_are_others, others_come, is_reset]
+
+
+def _used_again(
+    forgets: Callable[[Dit, Any], None], kind: type[Dit], branch: str | None, more: int, *, rests: bool
+) -> list[list[int]]:
+    """The steps that three requests of one name reused; of the first one those before all was forgotten are known."""
+    model, text = kind().eval(), torch.randn(1, 7, 24)
+    compiled = torch.compile(model, backend="dit_cache", options={**REUSING, "max_sessions": 2})
+    steps = STEPS if rests else None
+    hits: list[list[int]] = []
+    for request in range(3):
+        x, known, reused = torch.randn(1, 16, 16), list[Tensor](), list[int]()
+        for i in range(STEPS if request or rests else 3 + more):
+            if request == 0 and i == 3:
+                forgets(model, compiled)
+                known.clear()
+            inputs = x, torch.tensor([0.9 - (0.0 if rests else 0.05 * i)]), text
+            with fx_cache.session("request", branch, num_inference_steps=steps):
+                if not as_from_nothing(model, compiled, known, *inputs):
+                    reused.append(i)
+            x = x - 0.1 * model(*inputs)
+        hits.append(reused)
+    return hits
+
+
 @pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
 @pytest.mark.parametrize("branch", [None, "only"])
-@pytest.mark.parametrize("kind", [Dit, Broken, Resting])
-@pytest.mark.parametrize("forgets", [weights_change, others_come])
+@pytest.mark.parametrize("kind", [Dit, Broken])
+@pytest.mark.parametrize("forgets", FORGETS)
 @pytest.mark.parametrize("more", [1, 2, 5])
 def test_a_name_that_is_used_again_behind_a_request_that_was_forgotten(
     more: int, forgets: Callable[[Dit, Any], None], kind: type[Dit], branch: str | None
 ) -> None:
-    """It goes on for some calls, and is given up; where nothing tells the time, it has all its steps."""
+    """It goes on for some calls, and is given up."""
+    hits = _used_again(forgets, kind, branch, more, rests=False)
+    assert 0 not in hits[1]
+    assert hits[2] == list(range(1, STEPS))
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("kind", [Dit, Broken])
+@pytest.mark.parametrize("forgets", FORGETS)
+def test_a_request_that_was_forgotten_goes_on_for_one_call(
+    forgets: Callable[[Dit, Any], None], kind: type[Dit]
+) -> None:
+    """Its pass has a name: no latent tells that the next call begins another request."""
+    assert 0 not in _used_again(forgets, kind, "only", 1, rests=False)[1]
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("kind", [Dit, Resting])
+@pytest.mark.parametrize("forgets", FORGETS)
+def test_requests_are_counted_on_behind_one_that_was_forgotten(
+    forgets: Callable[[Dit, Any], None], kind: type[Dit]
+) -> None:
+    """Nothing but the number of steps tells where one begins: there is no time, or all that is embedded rests."""
+    hits = _used_again(forgets, kind, "only", STEPS - 3, rests=True)
+    assert all(reused and 0 not in reused for reused in hits)
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("kind", [Dit, Resting])
+def test_requests_are_counted_where_one_was_given_up_and_forgotten(kind: type[Dit]) -> None:
+    """Its weights change before the next one begins. Which pass is called first is not always the same."""
+    model, texts = kind().eval(), {"cond": torch.randn(1, 7, 24), "uncond": torch.randn(1, 7, 24)}
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    for request, names in enumerate([("cond", "uncond"), ("cond", "uncond"), ("uncond", "cond"), ("cond", "uncond")]):
+        x = torch.randn(1, 16, 16)
+        known: dict[str, list[Tensor]] = {name: [] for name in names}
+        for i in range(STEPS if request else 3):
+            for name in names:
+                with fx_cache.session("request", name, num_inference_steps=STEPS):
+                    assert as_from_nothing(model, compiled, known[name], x, torch.tensor([0.9]), texts[name]) or i
+            x = x - 0.1 * model(x, torch.tensor([0.9]), texts["cond"])
+        if request == 0:
+            weights_change(model, compiled)
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("kind", [Dit, Resting])
+def test_requests_are_counted_on_where_inputs_get_another_shape(kind: type[Dit]) -> None:
     model, text = kind().eval(), torch.randn(1, 7, 24)
-    compiled = torch.compile(model, backend="dit_cache", options={**REUSING, "max_sessions": 2})
-    known: list[Tensor] = []
-    steps = 8 if kind is Resting else None
+    compiled = torch.compile(model, backend="dit_cache", dynamic=True, options=REUSING)
+    for request in range(3):
+        x = torch.randn(1, 16 if request else 8, 16)
+        known: list[Tensor] = []
+        for i in range(STEPS):
+            if request == 0 and i == 3:
+                x = torch.randn(1, 16, 16)
+                known.clear()
+            with fx_cache.session("request", "only", num_inference_steps=STEPS):
+                assert as_from_nothing(model, compiled, known, x, torch.tensor([0.9]), text) or i
+            x = x - 0.1 * model(x, torch.tensor([0.9]), text)
+
+
+@pytest.mark.filterwarnings("ignore::fx_cache.CacheWarning")
+@pytest.mark.parametrize("again", [["only"], [], ["cond", "only"]])
+def test_requests_are_counted_on_where_a_step_failed(again: list[str]) -> None:
+    """And is tried again, or not; alone, or with the passes before it."""
+    model, text = Failing().eval(), torch.randn(1, 7, 24)
+    compiled = torch.compile(model, backend="dit_cache", options=REUSING)
+    names = again if len(again) == 2 else ["only"]
     for request in range(3):
         x = torch.randn(1, 16, 16)
-        for i in range(8 if request or steps else 3 + more):
-            if request == 0 and i == 3:
-                forgets(model, compiled)
-                known.clear()
-            inputs = x, torch.tensor([0.9 - (0.0 if steps else 0.05 * i)]), text
-            with fx_cache.session("request", branch, num_inference_steps=steps):
-                output = compiled(*inputs)
-            first, added = model.added(*inputs)
-            if i == 0:
-                assert torch.equal(output, model(*inputs)), request
-                known.clear()
-            if torch.equal(output, model(*inputs)):
-                known.append(added)
-            else:
-                found = [(output - model.last((first + a)[:, 7:])).abs().max() for a in known]
-                assert found, (request, i)
-                assert min(found) < 1e-5, (request, i)
-            x = x - 0.1 * output
+        known: dict[str, list[Tensor]] = {name: [] for name in names}
+        hits = 0
+        for i in range(STEPS):
+            order = [*names, *again] if request == 0 and i == 3 else names
+            for k, name in enumerate(order):
+                _RAISES[0] = request == 0 and i == 3 and k == len(names) - 1
+                raises = pytest.raises(RuntimeError) if _RAISES[0] else contextlib.nullcontext()
+                with raises, fx_cache.session("request", name, num_inference_steps=STEPS):
+                    try:
+                        output = compiled(x, torch.tensor([0.9]), text)
+                    finally:
+                        _RAISES[0] = False
+                    computed = as_from_nothing(model, lambda *_, o=output: o, known[name], x, torch.tensor([0.9]), text)
+                    assert computed or i
+                    hits += not computed
+            x = x - 0.1 * model(x, torch.tensor([0.9]), text)
+        assert hits
 
 
 @pytest.mark.parametrize("policy", ["once", "repeat"])
@@ -1122,6 +1256,21 @@ def test_calls_are_counted_on_where_a_request_starts_afresh(again: tuple[str, st
                 hits += reused
             x = x - 0.1 * output
         assert hits, request
+
+
+@pytest.mark.parametrize("hint", [1, 2, 3])
+def test_a_pass_that_starts_afresh_knows_where_it_is_in_time(hint: int) -> None:
+    """The request is given up behind one more call of it; no pass has shown yet which way time goes."""
+    model, texts = Dit().eval(), {"cond": torch.randn(1, 7, 24), "uncond": torch.randn(1, 7, 24)}
+    compiled = torch.compile(model, backend="dit_cache", options={**REUSING, "force_refresh_step_hint": hint})
+    for request, calls in enumerate([3, 2 * STEPS]):
+        x = torch.randn(1, 16, 16)
+        for i, name in itertools.islice(itertools.product(range(STEPS), texts), calls):
+            inputs = x, torch.tensor([0.9 - 0.05 * i]), texts[name]
+            with fx_cache.session("request", name):
+                output = compiled(*inputs)
+            assert i or torch.equal(output, model(*inputs)), (request, name)
+            x = x - 0.1 * output if name == "uncond" else x
 
 
 def test_a_name_that_is_used_again_by_a_model_that_edits() -> None:

@@ -268,6 +268,14 @@ class Clock:
             return BOTH_WAYS in step and not any(self._resting(sign).values())
         return any(going and goes not in (0, going) for going, goes in zip(self._direction, step, strict=True))
 
+    def goes_back(self, sign: Sign) -> bool:
+        """Whether time turns, which was seen to go one way: that shows beyond doubt that a request begins."""
+        values = _values(sign)
+        if self._last is None or self._direction is None or len(self._last) != len(values):
+            return False
+        step = directions(self._last, values)
+        return any(going * goes < 0 for going, goes in zip(self._direction, step, strict=True))
+
     def may_go_on(self, sign: Sign) -> bool:
         """Whether a call of another pass, or of another program, may be a later step of this one's request."""
         values = _values(sign)

@@ -393,7 +393,7 @@ class Relay:
         lost = CHANGED if self.store.changed(program, weights, []) else None
         branch = self.store.begin(program, len(plans), given, lost)
         if any(slot.open for slot in branch.slots):  # its last forward was broken off
-            self.store.discard(branch)
+            self.store.failed(branch)
             branch = self.store.begin(program, len(plans), given)
         for slot in branch.slots:
             slot.open = True

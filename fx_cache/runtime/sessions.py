@@ -75,13 +75,15 @@ class Store:
             return self._learners.setdefault(wiring, Learner())
 
     def reset(self) -> None:
-        """Forgets everything that could be reused: all requests are over. Statistics stay."""
+        """Forgets everything that could be reused. Statistics stay."""
         with self._lock:
-            for branch in list(self._branches.values()):
-                self._remove(branch)
-            self._requests.clear()
-            self._forgotten.clear()
+            self._forget_all()
         self._complaints.say()
+
+    def _forget_all(self) -> None:
+        for branch in list(self._branches.values()):
+            self.discard(branch)
+        self._requests.clear()
 
     def end(self, name: str) -> None:
         """Forgets what could be reused of one named session. Statistics stay."""
@@ -121,11 +123,19 @@ class Store:
             if branch.owner is not None and self._branches.get(branch.key) is branch:
                 counts = self._forgotten.setdefault(branch.owner, {})
                 self._forgotten.move_to_end(branch.owner)
-                if (count := branch.requests.counts.get(branch.counted_as)) is not None:
+                count = branch.requests.counts.get(branch.counted_as)
+                if branch.apart and count is not None:
                     counts[branch.counted_as] = count
                 if len(self._forgotten) > MAX_FORGOTTEN:
                     self._forgotten.popitem(last=False)
             self._remove(branch)
+
+    def failed(self, branch: Branch) -> None:
+        """Forgets a branch whose step was broken off: it may be tried again, alone or with the passes before it."""
+        with self._lock:
+            for count in branch.requests.counts.values():
+                count.may_repeat()
+            self.discard(branch)
 
     def _remove(self, branch: Branch, *, counts_on: bool = False) -> None:
         """Forgets a branch; `counts_on`: its pass goes on with another one, and its calls are counted on."""
@@ -138,13 +148,14 @@ class Store:
                     branch.requests.counts.pop(branch.counted_as, None)
                 self._complaints.ended(branch.record, branch.config)
 
-    def _goes_on_with_forgotten(self, branch: Branch) -> None:
-        """Tells a new branch of a name of which some were forgotten that its first call may go on with their request.
+    def _goes_on_with_forgotten(self, branch: Branch, given: Given) -> None:
+        """Tells a branch with a name that begins behind forgotten ones: its first call may go on with their request.
 
-        And be the last one of that, if it is given up then: its first move shows nothing.
+        And be the last one of that, if it is given up then: its first move shows nothing. Without a name for itself its
+        latents show whether it follows.
         """
-        lost = self._forgotten.get(branch.owner or "")
-        if lost is None:
+        lost = self._forgotten.get(branch.owner) if branch.owner is not None else None
+        if lost is None or (given.latents and not branch.apart):
             return
         branch.clock.comes_late = True
         count = lost.pop(branch.counted_as, None)
@@ -185,9 +196,7 @@ class Store:
             if known is None or changed:
                 self._weights[wiring] = Weights(weights, numbers)
             if changed:
-                for branch in list(self._branches.values()):
-                    self.discard(branch)
-                self._requests.clear()
+                self._forget_all()
                 self._complaints.say()
             return changed
 
@@ -267,7 +276,7 @@ class Store:
             if branch.apart and config.num_inference_steps is not None:
                 reshaped += self._end_other_forms(branch, given)
             self._share(branch, (given.form, *branch.of_pass) if named is None else named.name, given, named)
-            self._goes_on_with_forgotten(branch)
+            self._goes_on_with_forgotten(branch, given)
             if reshaped and (count := branch.requests.counts.get(branch.counted_as)) is not None:
                 count.may_begin()
             self._doubt_equal(branch, heard, given)
@@ -548,12 +557,12 @@ class Store:
         branch.earlier, branch.look = branch.look, look
         if branch.config.num_inference_steps is not None and sign.step is None:
             sign = self._counted(branch, sign, branch.config.num_inference_steps)
-        if not branch.slots:
-            self._begin_anew(branch, named)
-        else:
-            if branch.requests.several and sign.step is None:
-                sign = self._beside_others(branch, sign, given, named)
+        if branch.called and branch.requests.several and sign.step is None:
+            sign = self._beside_others(branch, sign, given, named)
+        if branch.slots:
             branch.record.step += 1
+        else:
+            self._begin_anew(branch, named)
         branch.requests.calls += 1
         branch.called = branch.requests.calls
         if sign.step is not None:
@@ -617,7 +626,13 @@ class Store:
         if config.force_refresh_step_policy == "once" and (session.refreshed or number != hint):
             return
         for other in [b for b in self._branches.values() if b.session is session and b is not branch]:
-            self._remove(other, counts_on=True)
+            if other.busy or any(slot.open for slot in other.slots):
+                self.discard(other)
+            else:  # the next call finds nothing, but knows where it is in time
+                self._complaints.ended(other.record, other.config)
+                other.drop()
+                step = other.record.step
+                other.record = BranchRecord(other.key, other.record.name, [], step, step)
         step = branch.record.step
         if step > branch.record.began:
             self._begin_anew(branch, named)
@@ -673,7 +688,7 @@ class Store:
         """
         began: int | None = None
         for i, sign in enumerate(signs):
-            shared, first = branch.requests, branch.clock.first
+            shared, first, back = branch.requests, branch.clock.first, branch.clock.goes_back(sign)
             behind = branch.request not in (None, shared.present)
             told = behind and sign is signs[-1] and branch.clock.preview(sign) not in _BEGINS  # by another branch alone
             move = branch.clock.move(replace(sign, begins=True) if told else sign)
@@ -685,7 +700,7 @@ class Store:
                 began = i if move is Move.START else i - 1
                 if not behind and (branch.request is None or not first):
                     shared.present += 1
-                    self._begun(branch, sign, len(signs) - began)
+                    self._begun(branch, len(signs) - began, beyond_doubt=back)
                 branch.request = shared.present
             if move not in _BEGINS and (branch.clock.doubt is None or (move is Move.FIRST and not puzzled)):
                 self._complaints.went_on()
@@ -704,12 +719,13 @@ class Store:
             branch.record.step = given
             branch.record.began = branch.record.began if began is None else given
 
-    def _begun(self, branch: Branch, sign: Sign, calls: int) -> None:
-        """A request has begun, so many calls ago. Where no time shows that, it may also be in the midst of one."""
+    def _begun(self, branch: Branch, calls: int, *, beyond_doubt: bool) -> None:
+        """A request has begun, so many calls ago. Where time does not show that, it may also be in the midst of one."""
         count = branch.requests.counts.get(branch.counted_as)
-        if sign.values and not sign.counted:
+        if beyond_doubt:
             branch.requests.count_anew(branch.counted_as, calls)
-        elif count is not None and not sign.counted:
+            self._forgotten.pop(branch.owner or "", None)
+        elif count is not None:
             count.may_begin(calls)
 
     def _begin_anew(self, branch: Branch, named: NamedSession | None, since: int = 0) -> None:
@@ -754,7 +770,7 @@ class Store:
     def _purge(self) -> None:
         """Discards the branches whose conditioning is gone."""
         for branch in [b for b in self._branches.values() if b.hold.expired()]:
-            self.discard(branch)
+            self._remove(branch)
 
 
 def _sign(branch: Branch, given: Given, look: Look | None, named: NamedSession | None) -> Sign:

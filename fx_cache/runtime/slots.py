@@ -273,6 +273,10 @@ class Count:
             self._begins.add(begin % self.last)
             self._doubtful = begin
 
+    def may_repeat(self) -> None:
+        """The last call was broken off: the next one may be the same step again, or whatever comes behind it."""
+        self._begins |= {(begin + 1) % self.last for begin in self._begins}
+
     def one_more(self, branch: Branch, renewed: bool) -> bool:
         """Counts a call; whether a request begins with it, if one began as many calls before as it has steps.
 

@@ -25,7 +25,7 @@ from fx_cache.runtime.registry import store_of
 from fx_cache.runtime.relay import Relays
 from fx_cache.runtime.sessions import Store
 from fx_cache.runtime.slots import Branch
-from fx_cache.runtime.weights import CHANGED
+from fx_cache.runtime.weights import CHANGED, holds
 
 CAPTURED = (
     "dit_cache: got a call without a step while a CUDA graph is captured; expected its step to be given, since the "
@@ -181,7 +181,7 @@ class CachedForward:
         try:
             outputs, new_state = self._rewritten(*args, *state)
         except BaseException:
-            store.discard(branch)
+            store.failed(branch)
             raise
         with guarded("keep") as keeping:
             self._remember(branch, given, gates, outputs, new_state)
@@ -216,7 +216,7 @@ class CachedForward:
             if made is None or made() is compilation:
                 if weight is None or weight() is anchor:
                     return store
-                before = store if weight() is None else None
+                before = None if holds(within.root, weight()) else store
         store = store_of(anchor, self._config, within.root, compilation, before)
         self._last = (
             None if anchor is None else weakref.ref(anchor),

@@ -113,6 +113,13 @@ def weights_of(root: Any) -> list[torch.Tensor]:
     return list({id(t): t for t in held if t is not None}.values())
 
 
+def holds(root: Any, weight: torch.Tensor | None) -> bool:
+    """Whether what was compiled holds a weight, as far as can be told: a module does not hold what it once held."""
+    if weight is None or not isinstance(root, torch.nn.Module):
+        return weight is not None
+    return any(w is weight for m in root.modules() for w in (*m._parameters.values(), *m._buffers.values()))
+
+
 def is_number(weight: torch.Tensor) -> bool:
     """Whether it is a number that the model holds: with dynamic shapes those come as tensors, made at every call."""
     return weight.ndim == 0 and weight.device.type == "cpu" and not isinstance(weight, torch.nn.Parameter)
@@ -131,17 +138,21 @@ def _versions(weights: Sequence[torch.Tensor]) -> list[Any]:
 
 def _places(weights: Sequence[torch.Tensor]) -> list[Any]:
     try:
-        return list(map(torch.Tensor.data_ptr, weights))
+        places: list[Any] = list(map(torch.Tensor.data_ptr, weights))
     except RuntimeError:  # some have no storage of their own
         return list(map(_place, weights))
+    if 0 in places:  # so say some of these, and those that hold nothing
+        places = [place or _place(weight) for place, weight in zip(places, weights, strict=True)]
+    return places
 
 
 def _place(weight: torch.Tensor) -> Any:
-    """Where a weight lies; of one without storage of its own, where its parts lie."""
+    """Where a weight lies; of one without storage of its own, where its parts lie, and what was written to them."""
     try:
-        return weight.data_ptr()
+        place = weight.data_ptr()
     except RuntimeError:
-        return tuple(map(_place, _parts(weight)))
+        place = 0
+    return place or tuple((_place(part), *_versions([part])) for part in _parts(weight))
 
 
 def _parts(weight: torch.Tensor) -> list[torch.Tensor]:
