@@ -35,9 +35,9 @@ def configure(model: torch.nn.Module, **changes: Any) -> None:
 
 
 def reset(model: torch.nn.Module | None = None) -> None:
-    """Drops everything cached of a model, or of all models. Statistics stay.
+    """Drops everything cached of a model, or of all models: requests are over, and the next call of each begins one.
 
-    Named requests may go on behind it: only `end` says that one is over.
+    A request that is under way has to be begun again. Statistics stay.
     """
     RELAYS.reset(model)
     for store in stores(model):

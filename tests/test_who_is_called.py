@@ -1100,10 +1100,6 @@ def as_from_nothing(model: Dit, call: Callable[..., Tensor], known: list[Tensor]
     return False
 
 
-def is_reset(model: Dit, compiled: Any) -> None:
-    fx_cache.reset(model)
-
-
 def weights_are_others(model: Dit, compiled: Any) -> None:
     """The old ones stay alive, as those of an adapter do."""
     model.kept = list(model.parameters())
@@ -1112,7 +1108,7 @@ def weights_are_others(model: Dit, compiled: Any) -> None:
             module._parameters[name] = nn.Parameter(weight * 1.01, requires_grad=False)
 
 
-FORGETS = [weights_change, weights_are_others, others_come, is_reset]
+FORGETS = [weights_change, weights_are_others, others_come]
 
 
 def _used_again(

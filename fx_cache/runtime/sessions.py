@@ -75,15 +75,13 @@ class Store:
             return self._learners.setdefault(wiring, Learner())
 
     def reset(self) -> None:
-        """Forgets everything that could be reused. Statistics stay."""
+        """Forgets everything that could be reused: all requests are over. Statistics stay."""
         with self._lock:
-            self._forget_all()
+            for branch in list(self._branches.values()):
+                self._remove(branch)
+            self._requests.clear()
+            self._forgotten.clear()
         self._complaints.say()
-
-    def _forget_all(self) -> None:
-        for branch in list(self._branches.values()):
-            self.discard(branch)
-        self._requests.clear()
 
     def end(self, name: str) -> None:
         """Forgets what could be reused of one named session. Statistics stay."""
@@ -196,7 +194,9 @@ class Store:
             if known is None or changed:
                 self._weights[wiring] = Weights(weights, numbers)
             if changed:
-                self._forget_all()
+                for branch in list(self._branches.values()):
+                    self.discard(branch)
+                self._requests.clear()
                 self._complaints.say()
             return changed
 
