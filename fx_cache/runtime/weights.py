@@ -117,7 +117,7 @@ def holds(root: Any, weight: torch.Tensor | None) -> bool:
     """Whether what was compiled holds a weight, as far as can be told: a module does not hold what it once held."""
     if weight is None or not isinstance(root, torch.nn.Module):
         return weight is not None
-    return any(w is weight for m in root.modules() for w in (*m._parameters.values(), *m._buffers.values()))
+    return any(w is weight for w in weights_of(root))
 
 
 def is_number(weight: torch.Tensor) -> bool:
